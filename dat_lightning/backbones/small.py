@@ -1,0 +1,83 @@
+"""A small pre-activation residual network for images of about 16×16 pixels; trains in minutes on a CPU."""
+
+from collections.abc import Sequence
+from typing import Literal, cast
+
+from torch import Tensor, nn
+
+Activation = Literal["relu", "silu", "gelu"]
+_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+
+
+class PreActivationBlock(nn.Module):
+    """Two 3×3 convolutions, each after batch norm and activation, around a shortcut; pools before them if asked to.
+
+    Args:
+        in_channels: Channels of the input.
+        out_channels: Channels of the output; a 1×1 convolution adapts the shortcut where they differ.
+        pool: Whether to halve height and width by averaging.
+        activation: The nonlinearity; smooth ones give smoother energy gradients.
+
+    Source: He et al. 2016 (arXiv 1603.05027), Fig. 4e.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, pool: bool, activation: Activation) -> None:
+        super().__init__()
+        self.bn1 = nn.BatchNorm2d(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
+        same = in_channels == out_channels
+        self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        self.pool = nn.AvgPool2d(2) if pool else nn.Identity()
+        self.activation = _ACTIVATIONS[activation]()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns features of shape (N, out_channels, H', W')."""
+        h = self.activation(self.bn1(x))
+        # A shortcut that changes the channels starts after the activation, an identity before it.
+        shortcut = self.shortcut(self.pool(x if isinstance(self.shortcut, nn.Identity) else h))
+        h = self.conv1(self.pool(h))
+        return cast(Tensor, shortcut + self.conv2(self.activation(self.bn2(h))))
+
+
+class SmallResNet(nn.Module):
+    """Residual blocks of given widths, each but the first at half the resolution of the one before.
+
+    Args:
+        num_classes: K.
+        in_channels: Channels of the images.
+        widths: Channels of each block.
+        activation: The nonlinearity.
+
+    Shape:
+        (N, in_channels, H, W) → (N, num_classes), for H and W of at least 2^(len(widths)−1).
+
+    Raises:
+        ValueError: If a number is not positive, or the activation is unknown.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 10,
+        in_channels: int = 1,
+        widths: Sequence[int] = (16, 32, 64),
+        activation: Activation = "silu",
+    ) -> None:
+        super().__init__()
+        if min(num_classes, in_channels, *widths, len(widths)) < 1:
+            raise ValueError(f"sizes must be positive: {num_classes=}, {in_channels=}, widths={list(widths)}")
+        if activation not in _ACTIVATIONS:
+            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        ins = (widths[0], *widths[:-1])
+        blocks = [PreActivationBlock(i, o, n > 0, activation) for n, (i, o) in enumerate(zip(ins, widths, strict=True))]
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = nn.BatchNorm2d(widths[-1])
+        self.activation = _ACTIVATIONS[activation]()
+        self.fc = nn.Linear(widths[-1], num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits (N, num_classes)."""
+        h = self.activation(self.norm(self.blocks(self.stem(x))))
+        return cast(Tensor, self.fc(h.mean((2, 3))))

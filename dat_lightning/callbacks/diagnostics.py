@@ -1,0 +1,149 @@
+"""Watches a run for the known ways in which it fails, and says what the cause is and what helps."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.curriculum import AUCCurriculum
+from dat_lightning.core.energy import batch_norm_layers
+from dat_lightning.core.losses import energy_gradient_norm
+from dat_lightning.core.pgd import no_trace
+
+
+class TrainingFailure(RuntimeError):
+    """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""
+
+
+class Diagnostics(Callback):
+    """Looks for the failure signatures of joint training every few steps.
+
+    | signature | when |
+    |---|---|
+    | a loss or an energy is NaN or infinite | stops the run |
+    | batch norm in train mode in Stage 2 | stops the run |
+    | mean energy beyond ``max_energy`` | stops or warns, see ``action`` |
+    | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
+    | T still 0 after ``patience`` steps | warns once |
+    | …, and OOD seeds cannot be told from training images | warns once that they may be the same data |
+
+    Identical ID and OOD data sets are refused by PairedDataModule before training; the last row is for data of others.
+    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
+
+    Args:
+        every_n_steps: Training steps between looks; each costs a host synchronisation and one input gradient.
+        patience: Steps that T may stay at 0.
+        max_energy: Largest absolute mean energy.
+        max_gradient: Largest mean of ‖∇ₓE(x)‖².
+        action: What to do about an explosion that is still finite.
+
+    Raises:
+        ValueError: If a number is not positive.
+        TrainingFailure: In training, as said above.
+
+    Source: METHOD §5 (failure signatures).
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        patience: int = 1000,
+        max_energy: float = 1e4,
+        max_gradient: float = 1e8,
+        action: Literal["stop", "warn"] = "stop",
+    ) -> None:
+        limits = {"every_n_steps": every_n_steps, "patience": patience, "max_energy": max_energy}
+        for name, value in {**limits, "max_gradient": max_gradient}.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.every_n_steps = every_n_steps
+        self.patience = patience
+        self.max_energy = max_energy
+        self.max_gradient = max_gradient
+        self.action = action
+        self._warned_stuck = False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks, if it is time."""
+        if trainer.global_step % self.every_n_steps:
+            return
+        curriculum = next((m for m in pl_module.modules() if isinstance(m, AUCCurriculum)), None)
+        if curriculum is not None:
+            self._check_batch_norm(pl_module)
+        self._check_scalars(trainer.callback_metrics, curriculum is not None)
+        if curriculum is not None:
+            self._check_gradient(pl_module, batch)
+            self._check_curriculum(trainer, curriculum)
+
+    def _check_batch_norm(self, pl_module: LightningModule) -> None:
+        training = [m for m in batch_norm_layers(pl_module) if m.training]
+        if training:
+            raise TrainingFailure(
+                f"{len(training)} batch norm layers are in train mode in Stage 2. Real, contrastive and adversarial images have"
+                " different statistics, so the energy drifts without bound. Call energy_model.freeze_batch_norm(), as"
+                " DualAdversarialModule does, and do not override train()."
+            )
+
+    def _check_scalars(self, scalars: dict[str, Tensor], is_joint: bool) -> None:
+        watched = {n: float(v) for n, v in scalars.items() if n.startswith("train/") and ("loss" in n or "energy" in n)}
+        for name, value in watched.items():
+            if not math.isfinite(value):
+                cause = (
+                    "In Stage 2 this is mostly a learning rate or contrastive step that is too large"
+                    if is_joint
+                    else "In Stage 1 this is mostly a learning rate that is too large"
+                )
+                raise TrainingFailure(
+                    f"{name} is {value}. {cause}, or NaN pixels in the data; lower it and resume from an earlier checkpoint."
+                )
+            if name.startswith("train/energy_") and "loss" not in name and abs(value) > self.max_energy:
+                self._act(
+                    f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch norm is"
+                    " frozen, lower the learning rate, or set r1_weight to 0.01."
+                )
+
+    def _check_gradient(self, pl_module: LightningModule, batch: Any) -> None:
+        if not isinstance(batch, dict) or "x_gen" not in batch:
+            return
+        with torch.enable_grad(), no_trace(pl_module):
+            norm = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
+        pl_module.log("train/r1", norm, sync_dist=False)
+        value = float(norm)
+        if not value <= self.max_gradient:
+            self._act(
+                f"the energy's gradient at real images, E‖∇ₓE‖², has reached {value:.3g}, beyond {self.max_gradient:g}. This"
+                " happens where the classification term sees clean images: keep its attack (threat_model.eps > 0), which"
+                " regularises the gradient, or set r1_weight to 0.01 … 1."
+            )
+
+    def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:
+        stuck = trainer.global_step >= self.patience and int(curriculum.num_steps) == 0 and curriculum.max_steps > 0
+        if not stuck or self._warned_stuck:
+            return
+        self._warned_stuck = True
+        separation = float(trainer.callback_metrics.get("train/auc", torch.tensor(math.nan)))
+        message = (
+            f"the number of contrastive steps T is still 0 after {trainer.global_step} steps: the AUC ({separation:.2f}) does"
+            f" not reach its threshold {curriculum.auc_threshold}, so samples will be poor. Lower auc_threshold or raise"
+            " the learning rate."
+        )
+        if 0.4 <= separation <= 0.6:
+            message += (
+                " OOD seeds cannot be told from training images at all: is the OOD set the training set itself? Use other"
+                " images as OOD data."
+            )
+        rank_zero_warn(message)
+
+    def _act(self, message: str) -> None:
+        if self.action == "stop":
+            raise TrainingFailure(message)
+        rank_zero_warn(message)

@@ -1,0 +1,201 @@
+"""The Fréchet distance between generated samples and reference data, for every step count of the sweep."""
+
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.core.fingerprint import data_fingerprint, module_fingerprint
+from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
+from dat_lightning.core.images import to_uint8_rgb
+
+
+class FrechetDistance(SampleConsumer):
+    """Logs the Fréchet distance of generated samples; with Inception features this is FID.
+
+    Feature moments are float64 sums, added up over ranks: the memory does not grow with the number of samples, and the
+    figure does not depend on who generated which. Images are rounded to eight bits first, as they would be in files.
+
+    Logged: ``{stage}/fid``, the best over the sweep, ``{stage}/fid_steps``, the step count that it belongs to, and
+    ``{stage}/fid_{steps}_steps`` for each. :attr:`scores` keeps the last ones; in predict, where nothing is logged, they
+    are printed.
+
+    Args:
+        extractor: Maps uint8 images (N, 3, H, W) to features (N, D), or to a tuple that begins with them, as
+            torch-fidelity's extractors do.
+        reference: ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D); by default computed from the DataModule's
+            ``reference_data()``, the training images.
+        cache_dir: Where computed references are kept, under a key made of data, transform and extractor; by default
+            ``$XDG_CACHE_HOME/dat_lightning`` or ``~/.cache/dat_lightning``.
+        batch_size: Images per pass of the extractor over reference data.
+
+    Raises:
+        FileNotFoundError: If there is no file ``reference``.
+        ValueError: If that file is no statistics file, or has another number of features than the extractor.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6.
+    """
+
+    def __init__(
+        self, extractor: nn.Module, reference: str | None = None, cache_dir: str | None = None, batch_size: int = 250
+    ) -> None:
+        if reference is not None and not Path(reference).is_file():
+            raise FileNotFoundError(f"FrechetDistance.reference: no statistics file at {reference}")
+        self.extractor = extractor.requires_grad_(False).eval()
+        self.reference = reference
+        self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+        self.batch_size = batch_size
+        self.scores: dict[int, float] = {}
+        self._reference: Gaussian | None = None
+        self._moments: dict[int, FeatureMoments] = {}
+        self._plan: SamplingPlan | None = None
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the features (N, D) of images (N, C, H, W) in [0, 1]."""
+        with torch.no_grad():
+            output = self.extractor(to_uint8_rgb(images))
+        features: Tensor = output[0] if isinstance(output, tuple) else output
+        return features.flatten(1)
+
+    @override
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Finds the reference statistics, which every rank gets, and starts one accumulator per step count."""
+        self.extractor.to(pl_module.device)
+        if self._reference is None:
+            self._reference = self._find_reference(trainer, pl_module)
+        dim = len(self._reference.mean)
+        self._plan = plan
+        # float64 sums cannot live on devices without that type.
+        device = "cpu" if pl_module.device.type == "mps" else pl_module.device
+        self._moments = {steps: FeatureMoments(dim, device) for steps in plan.num_steps}
+
+    @override
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Adds the features of this batch."""
+        for steps, images in batch.images.items():
+            self._moments[steps].update(self.features(images))
+
+    @override
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds up the ranks, and logs the distances."""
+        if self._reference is None or self._plan is None:
+            raise RuntimeError("samples ended before on_samples_start")
+        for moments in self._moments.values():
+            moments.all_reduce()
+        scores: dict[int, float] = {}
+        if trainer.is_global_zero:
+            scores = {s: frechet_distance(self._reference, m.gaussian()) for s, m in self._moments.items()}
+        self.scores = trainer.strategy.broadcast(scores)
+        self._moments = {}
+        best = min(self.scores, key=self.scores.__getitem__)
+        stage = self._plan.stage
+        if stage == "predict":
+            rank_zero_info(f"Fréchet distance of the samples: {self.scores[best]:.4g} after {best} steps")
+            return
+        # The same number on every rank, so there is nothing to reduce.
+        pl_module.log(f"{stage}/fid", self.scores[best], prog_bar=True, sync_dist=False, rank_zero_only=False)
+        pl_module.log(f"{stage}/fid_steps", float(best), sync_dist=False)
+        for steps, score in self.scores.items():
+            pl_module.log(f"{stage}/fid_{steps}_steps", score, sync_dist=False)
+
+    # The reference.
+
+    def _find_reference(self, trainer: Trainer, pl_module: LightningModule) -> Gaussian:
+        if self.reference is not None:
+            return read_statistics(Path(self.reference))
+        data = self._reference_data(trainer)
+        path: Path | None = None
+        cached: Gaussian | None = None
+        if trainer.is_global_zero:
+            path = self.cache_dir / f"reference-{reference_key(data, self.extractor)}.npz"
+            try:
+                cached = read_statistics(path)
+            except FileNotFoundError:
+                cached = None
+            except ValueError as error:
+                rank_zero_warn(f"{error}; computing the statistics anew")
+        # A Gaussian is a dataclass of tensors, which every strategy can send.
+        cached = trainer.strategy.broadcast(cached)
+        if cached is not None:
+            return cached
+        moments = self._reference_moments(data, trainer, pl_module)
+        moments.all_reduce()
+        gaussian = moments.gaussian()
+        if path is not None:
+            write_statistics(path, gaussian)
+        return gaussian
+
+    def _reference_data(self, trainer: Trainer) -> Any:
+        data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
+        if not callable(data):
+            raise ValueError(
+                "FrechetDistance needs reference statistics: name a .npz as reference, or use a DataModule with"
+                " reference_data(), as PairedDataModule has it"
+            )
+        return data()
+
+    def _reference_moments(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> FeatureMoments:
+        mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
+        moments: FeatureMoments | None = None
+        for first in range(0, len(mine), self.batch_size):
+            features = self.features(data[mine[first : first + self.batch_size]]["x"].to(pl_module.device))
+            if moments is None:
+                moments = FeatureMoments(features.shape[1], features.device)
+            moments.update(features)
+        if moments is None:
+            raise ValueError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
+        return moments
+
+
+def default_cache_dir() -> Path:
+    """Returns the folder for what may be computed again."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dat_lightning"
+
+
+def reference_key(data: Any, extractor: nn.Module) -> str:
+    """Returns a key that changes with the data, the transform or the extractor.
+
+    Args:
+        data: Has ``dataset`` and ``transform``, as the DataModule's ``reference_data()``.
+        extractor: The feature extractor.
+    """
+    parts = (data_fingerprint(data.dataset), repr(data.transform), module_fingerprint(extractor))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def read_statistics(path: Path) -> Gaussian:
+    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any float type.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no such entries or they do not fit each other.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no statistics file at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+    except KeyError as error:
+        raise ValueError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable .npz: {error}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
+    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def write_statistics(path: Path, gaussian: Gaussian) -> None:
+    """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+        np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())
+    Path(file.name).replace(path)

@@ -1,0 +1,192 @@
+"""Generation: one class-balanced set of images per evaluation, from one chain, handed to whoever consumes samples."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.pgd import Logits, ascend_snapshots, ascent
+
+Stage = Literal["val", "test", "predict"]
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a sampler is about to generate.
+
+    Attributes:
+        stage: The evaluation that asked for it; the prefix of logged scalars.
+        num_samples: Samples over all ranks.
+        num_classes: Number of classes K; sample i belongs to class i mod K.
+        num_steps: Step counts of the snapshots, ascending.
+        step_size: Length of a step.
+    """
+
+    stage: Stage
+    num_samples: int
+    num_classes: int
+    num_steps: tuple[int, ...]
+    step_size: float
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Finished samples of one batch.
+
+    Attributes:
+        indices: Global indices, (N,).
+        labels: Intended classes, (N,).
+        seeds: The OOD images that the chain began with, (N, C, H, W).
+        images: Step count → images, (N, C, H, W) in [0, 1].
+    """
+
+    indices: Tensor
+    labels: Tensor
+    seeds: Tensor
+    images: dict[int, Tensor]
+
+
+class SampleConsumer(Callback):
+    """A callback that receives generated samples from the :class:`PGDSampler` of the same Trainer.
+
+    Override :meth:`on_samples_start`, :meth:`on_samples_batch` and :meth:`on_samples_end`. Each rank gets its own
+    batches, not equally many; collectives belong in the first and the last of these, which every rank enters once.
+
+    Raises:
+        ValueError: On set-up, if the Trainer has no sampler.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that somebody generates samples."""
+        if not any(isinstance(c, PGDSampler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(f"{type(self).__name__} consumes samples: add a PGDSampler to trainer.callbacks")
+
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Called on every rank before the first batch."""
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Called with every finished batch of this rank."""
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called on every rank after the last batch."""
+
+
+class PGDSampler(Callback):
+    """Generates class-balanced images at the end of validation, test and predict.
+
+    Sample i has class i mod K and the i-th held-out OOD seed, and climbs f(x)[class] by unbounded L2 steps; it is the
+    same for any batch size and number of ranks (bitwise where batches are composed alike). Whole batches are dealt to
+    the ranks in turn. The chain is walked once, with a snapshot at each of ``num_steps``, and every
+    :class:`SampleConsumer` of the Trainer sees each finished batch. Weights are those that evaluation uses, the
+    averaged ones under :class:`~dat_lightning.callbacks.ExponentialMovingAverage`.
+
+    The LightningModule may be any that maps images in [0, 1] to logits. Seeds come from the DataModule's
+    ``held_out_seeds()``.
+
+    Args:
+        num_samples: Samples over all ranks.
+        num_steps: Step counts of the sweep.
+        step_size: L2 length of a step.
+        batch_size: Samples per batch and rank.
+        every_n_epochs: During fit, sample after each n-th epoch only.
+        stages: The evaluations that sample.
+        precision: Precision of the chain's passes.
+
+    Raises:
+        ValueError: If a number is outside its range; on set-up, if the DataModule has no held-out seeds.
+
+    Source: DAT (arXiv 2510.13872), §4.3; METHOD §4.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 1000,
+        num_steps: Sequence[int] = (10, 20, 40),
+        step_size: float = 0.2,
+        batch_size: int = 250,
+        every_n_epochs: int = 1,
+        stages: Sequence[Stage] = ("val", "test", "predict"),
+        precision: Literal["float32", "bfloat16"] = "float32",
+    ) -> None:
+        positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not num_steps or min(num_steps) < 0:
+            raise ValueError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
+        self.num_samples = num_samples
+        self.num_steps = tuple(sorted(set(num_steps)))
+        self.chain = ascent(step_size, max(num_steps))
+        self.batch_size = batch_size
+        self.every_n_epochs = every_n_epochs
+        self.stages = tuple(stages)
+        self.precision = precision
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that there are seeds to start from."""
+        if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
+            raise ValueError(
+                "PGDSampler needs a DataModule with held_out_seeds(), a function from the sample's index to (image, label or"
+                " None), as PairedDataModule has it"
+            )
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples, unless this is the sanity check or an epoch in between."""
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.state.fn != "fit"
+        if due and not trainer.sanity_checking:
+            self.sample(trainer, pl_module, "val")
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples."""
+        self.sample(trainer, pl_module, "test")
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples."""
+        self.sample(trainer, pl_module, "predict")
+
+    def sample(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        """Generates the set and feeds the consumers; does nothing if the stage is not asked for or nobody consumes."""
+        consumers = [c for c in trainer.callbacks if isinstance(c, SampleConsumer)]  # type: ignore[attr-defined]
+        if stage not in self.stages or not consumers:
+            return
+        seeds = trainer.datamodule.held_out_seeds()  # type: ignore[attr-defined]
+        with torch.no_grad():
+            num_classes = pl_module(seeds(0)[0].unsqueeze(0).to(pl_module.device)).shape[1]
+        plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
+        for consumer in consumers:
+            consumer.on_samples_start(trainer, pl_module, plan)
+        chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
+        silent = not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
+        for indices in tqdm(chunks, desc="Generating", leave=False, disable=silent):
+            images = torch.stack([seeds(i)[0] for i in indices]).to(pl_module.device)
+            batch = self.generate(pl_module, images, torch.tensor(indices), num_classes)
+            for consumer in consumers:
+                consumer.on_samples_batch(trainer, pl_module, batch)
+        for consumer in consumers:
+            consumer.on_samples_end(trainer, pl_module)
+
+    def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        """Returns the samples with the given global indices (N,) from their seeds (N, C, H, W)."""
+        labels = (indices % num_classes).to(seeds.device)
+        dtype = None if self.precision == "float32" else _DTYPES[self.precision]
+        images = ascend_snapshots(
+            logits, seeds, labels, targeted_logit, self.chain, self.num_steps, autocast_dtype=dtype
+        )
+        return SampleBatch(indices, labels, seeds, images)
+
+    def _chunks(self, rank: int, world_size: int) -> Iterator[list[int]]:
+        """This rank's batches of indices: the same batches for any number of ranks, dealt in turn."""
+        for first in range(rank * self.batch_size, self.num_samples, world_size * self.batch_size):
+            yield list(range(first, min(first + self.batch_size, self.num_samples)))

@@ -1,0 +1,125 @@
+"""Generated samples as files: PNG folders and the ``.npz`` of the ADM evaluator."""
+
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch import LightningModule, Trainer
+from numpy.lib.format import open_memmap
+from torchvision.io import write_png
+from typing_extensions import override
+
+from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
+from dat_lightning.core.images import to_uint8_rgb
+
+
+class SampleWriter(SampleConsumer):
+    """Writes every generated sample.
+
+    ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which torchvision's ImageFolder and torch-fidelity read.
+    ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
+    (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have to
+    share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is replaced.
+
+    Args:
+        dirpath: Folder of this set.
+        formats: Which of the two.
+        num_steps: Step count of the snapshot to write; by default the longest chain of the sampler's sweep.
+        stages: The evaluations that write.
+
+    Raises:
+        ValueError: If a format is unknown; when sampling starts, if the sampler takes no snapshot at ``num_steps``.
+    """
+
+    def __init__(
+        self,
+        dirpath: str = "samples",
+        formats: Sequence[Literal["png", "npz"]] = ("png", "npz"),
+        num_steps: int | None = None,
+        stages: Sequence[Stage] = ("predict",),
+    ) -> None:
+        if not formats or set(formats) - {"png", "npz"}:
+            raise ValueError(f"formats must be 'png', 'npz' or both, got {list(formats)}")
+        self.dirpath = Path(dirpath)
+        self.formats = tuple(formats)
+        self.num_steps = num_steps
+        self.stages = tuple(stages)
+        self._plan: SamplingPlan | None = None
+
+    @override
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Prepares the folder."""
+        self._plan = plan if plan.stage in self.stages else None
+        if self._plan is None:
+            return
+        if self.num_steps is not None and self.num_steps not in plan.num_steps:
+            raise ValueError(
+                f"SampleWriter.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
+            )
+        if trainer.is_global_zero:
+            for name in ("png", "shards"):
+                shutil.rmtree(self.dirpath / name, ignore_errors=True)
+            (self.dirpath / "shards").mkdir(parents=True)
+        trainer.strategy.barrier("SampleWriter.start")
+
+    @override
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Writes this batch's images."""
+        if self._plan is None:
+            return
+        steps = self._plan.num_steps[-1] if self.num_steps is None else self.num_steps
+        images = to_uint8_rgb(batch.images[steps]).cpu().contiguous()
+        labels = batch.labels.cpu()
+        if "png" in self.formats:
+            for index, label, image in zip(batch.indices.tolist(), labels.tolist(), images, strict=True):
+                path = self.dirpath / "png" / f"{label:04d}" / f"{index:06d}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_png(image.contiguous(), str(path))
+        if "npz" in self.formats:
+            shard = {"indices": batch.indices.numpy(), "labels": labels.numpy()}
+            pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
+            np.savez(self.dirpath / "shards" / f"{int(batch.indices[0]):06d}.npz", images=pixels, **shard)
+
+    @override
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the shards together, on rank zero."""
+        if self._plan is None:
+            return
+        trainer.strategy.barrier("SampleWriter.end")
+        if trainer.is_global_zero:
+            if "npz" in self.formats:
+                merge_shards(self.dirpath / "shards", self.dirpath / "samples.npz", self._plan.num_samples)
+            shutil.rmtree(self.dirpath / "shards")
+        trainer.strategy.barrier("SampleWriter.merged")
+
+
+def merge_shards(folder: Path, target: Path, num_samples: int) -> None:
+    """Writes the ``.npz`` that the shards in a folder make up, without holding more than a shard in memory.
+
+    Raises:
+        ValueError: If the shards hold another number of samples than expected.
+    """
+    shards = sorted(folder.glob("*.npz"))
+    labels = np.full(num_samples, -1, dtype=np.int64)
+    images: np.memmap[tuple[int, ...], np.dtype[np.uint8]] | None = None
+    for path in shards:
+        with np.load(path) as shard:
+            pixels = shard["images"]
+            if images is None:
+                shape = (num_samples, *pixels.shape[1:])
+                images = open_memmap(folder / "arr_0.npy", mode="w+", dtype=np.uint8, shape=shape)
+            images[shard["indices"]] = pixels
+            labels[shard["indices"]] = shard["labels"]
+    if images is None or (labels < 0).any():
+        missing = int((labels < 0).sum())
+        raise ValueError(f"{missing} of {num_samples} samples are missing in {folder}: do all ranks share this folder?")
+    images.flush()
+    np.save(folder / "arr_1.npy", labels)
+    temporary = target.with_suffix(".tmp")
+    with zipfile.ZipFile(temporary, "w") as archive:
+        for name in ("arr_0.npy", "arr_1.npy"):
+            archive.write(folder / name, name)
+    temporary.replace(target)

@@ -1,0 +1,110 @@
+"""The command line: a LightningCLI whose errors are one sentence and whose explicit configuration always wins."""
+
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from typing_extensions import override
+
+from dat_lightning.modules import EnergyModule
+
+DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
+
+
+class DATArgumentParser(LightningArgumentParser):
+    """Reports a wrong argument in a sentence, without the pages of usage before it."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the message and exits with status 2; inner parsers raise instead."""
+        if not self.exit_on_error or os.environ.get(DEBUG_VARIABLE):
+            super().error(message, ex)
+        sys.stderr.write(f"dat-lightning: error: {one_sentence(message)}\n")
+        sys.exit(2)
+
+
+class DATCLI(LightningCLI):
+    """Runs ``fit``, ``validate``, ``test`` and ``predict`` of a configuration."""
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Sets defaults that need one: evaluation must allow gradients with respect to images."""
+        parser.set_defaults({"trainer.inference_mode": False})
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        # Lightning would put the hyperparameters in the checkpoint above those on the command line.
+        return
+
+    @override
+    def instantiate_classes(self) -> None:
+        """Instantiates everything, and gives the model its configuration as hyperparameters."""
+        super().instantiate_classes()
+        self._dump_config()
+        model = self.config_dump["model"]
+        # The form that load_from_checkpoint reads.
+        self.model.save_hyperparameters(
+            {
+                "_class_path": model["class_path"],
+                **model.get("init_args", {}),
+                "_instantiator": "lightning.pytorch.cli.instantiate_module",
+            }
+        )
+
+
+def main(args: ArgsType = None) -> None:
+    """Runs the command line.
+
+    Args:
+        args: Arguments instead of ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: With status 2 for a wrong argument and 1 for input that a run cannot use.
+    """
+    # Bit for bit the same run on the same machine, unless the configuration says otherwise.
+    torch.set_float32_matmul_precision("high")
+    try:
+        DATCLI(
+            EnergyModule,
+            LightningDataModule,
+            trainer_class=Trainer,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            # A requeued job finds the configuration of its first life.
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            parser_class=DATArgumentParser,
+            args=args,
+        )
+    except Exception as error:
+        if os.environ.get(DEBUG_VARIABLE) or not is_deliberate(error):
+            raise
+        sys.stderr.write(f"dat-lightning: error: {one_sentence(str(error))}\n")
+        sys.exit(1)
+
+
+def is_deliberate(error: BaseException) -> bool:
+    """Returns whether an error is about the user's input: raised on purpose by this package or by Lightning.
+
+    What a library raises from inside is a bug or a surprise, and keeps its traceback.
+    """
+    if isinstance(error, MisconfigurationException | FileNotFoundError):
+        return True
+    frames = traceback.extract_tb(error.__traceback__)
+    package = Path(__file__).resolve().parent
+    raised_here = bool(frames) and package in Path(frames[-1].filename).resolve().parents
+    return raised_here and isinstance(error, ValueError | TypeError | OSError | RuntimeError)
+
+
+def one_sentence(message: str) -> str:
+    """Returns what matters of a parser's nested message, on one line."""
+    lines = [line.strip(" -") for line in message.strip().splitlines() if line.strip(" -")]
+    return " ".join(lines)

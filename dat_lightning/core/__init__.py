@@ -1,0 +1,67 @@
+"""The method itself, in torch alone: energies, threat models, the ascent loop, losses, curriculum and statistics."""
+
+from dat_lightning.core.curriculum import AUCCurriculum, auc
+from dat_lightning.core.energy import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
+from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
+from dat_lightning.core.images import to_uint8_rgb
+from dat_lightning.core.losses import energy_bce, energy_gradient_norm, r1_penalty, robust_cross_entropy
+from dat_lightning.core.objectives import (
+    Objective,
+    cross_entropy,
+    distance_to_uniform,
+    negative_marginal_energy,
+    targeted_logit,
+)
+from dat_lightning.core.pgd import AttackMode, Logits, ascend, ascend_snapshots, ascent, input_gradient, no_trace
+from dat_lightning.core.random_streams import (
+    RandomPermutation,
+    normal_noise,
+    stream_generator,
+    stream_seed,
+    uniform_noise,
+)
+from dat_lightning.core.threat_model import Norm, ThreatModel, project, random_start, steepest_step
+
+__all__ = [
+    "AUCCurriculum",
+    "AttackMode",
+    "EnergyModel",
+    "FeatureMoments",
+    "Gaussian",
+    "Logits",
+    "Norm",
+    "Objective",
+    "RandomPermutation",
+    "SizedDataset",
+    "ThreatModel",
+    "ascend",
+    "ascend_snapshots",
+    "ascent",
+    "auc",
+    "batch_norm_layers",
+    "cross_entropy",
+    "data_fingerprint",
+    "distance_to_uniform",
+    "energy_bce",
+    "energy_gradient_norm",
+    "frechet_distance",
+    "input_gradient",
+    "joint_energy",
+    "marginal_energy",
+    "module_fingerprint",
+    "negative_marginal_energy",
+    "no_trace",
+    "normal_noise",
+    "project",
+    "r1_penalty",
+    "random_start",
+    "robust_cross_entropy",
+    "shared_images",
+    "steepest_step",
+    "stream_generator",
+    "stream_seed",
+    "targeted_logit",
+    "to_uint8_rgb",
+    "uniform_noise",
+]

@@ -1,0 +1,87 @@
+"""How many contrastive steps: more of them once the contrastive samples have become easy to tell from real images."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def auc(positive: Tensor, negative: Tensor) -> Tensor:
+    """Returns the area under the ROC curve, a float64 scalar: P(positive > negative) + ½ P(equal).
+
+    Args:
+        positive: Scores of in-distribution images, shape (N,).
+        negative: Scores of contrastive samples, shape (M,).
+    """
+    difference = positive.double().unsqueeze(1) - negative.double().unsqueeze(0)
+    return (difference.sign().mean() + 1) / 2
+
+
+class AUCCurriculum(nn.Module):
+    """The number of contrastive steps T, which grows by one whenever the last AUCs were high enough.
+
+    The window holds the last ceil(``window_samples`` / B) values. When it is full, its mean reaches ``auc_threshold``
+    and T < ``max_steps``, T grows by one and the window is emptied. All state is in buffers, so a checkpoint resumes
+    it; updates stay on the device.
+
+    Args:
+        max_steps: T_max, the largest T.
+        auc_threshold: Mean AUC at which T grows, in [0, 1].
+        initial_steps: T at the start.
+        window_samples: Number of training images that the window spans.
+
+    Raises:
+        ValueError: If a number is outside its range.
+
+    Source: DAT (arXiv 2510.13872), Appendix; METHOD §3.
+    """
+
+    num_steps: Tensor
+    values: Tensor
+    count: Tensor
+    window: Tensor
+
+    def __init__(
+        self, max_steps: int = 50, auc_threshold: float = 0.8, initial_steps: int = 0, window_samples: int = 1000
+    ) -> None:
+        super().__init__()
+        if not 0 <= initial_steps <= max_steps:
+            raise ValueError(f"initial_steps must lie in 0 … max_steps={max_steps}, got {initial_steps}")
+        if not 0 <= auc_threshold <= 1:
+            raise ValueError(f"auc_threshold must lie in [0, 1], got {auc_threshold}")
+        if window_samples < 1:
+            raise ValueError(f"window_samples must be at least 1, got {window_samples}")
+        self.max_steps = max_steps
+        self.auc_threshold = auc_threshold
+        self.window_samples = window_samples
+        self.register_buffer("num_steps", torch.tensor(initial_steps))
+        # One entry per training image is the most that any batch size needs, so the shape never depends on it.
+        self.register_buffer("values", torch.zeros(window_samples, dtype=torch.float64))
+        self.register_buffer("count", torch.tensor(0))
+        self.register_buffer("window", torch.tensor(0))
+
+    def update(self, value: Tensor, batch_size: int) -> None:
+        """Records the AUC of one step and lets T grow if the window says so; no host synchronisation.
+
+        Args:
+            value: AUC over all ranks, a scalar.
+            batch_size: Global batch size B; if it changes, the window starts anew, as its length does.
+
+        Raises:
+            ValueError: If ``batch_size`` is not positive.
+        """
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        length = math.ceil(self.window_samples / batch_size)
+        same = self.window == length
+        self.values.masked_fill_(~same, 0)
+        self.count.mul_(same)
+        self.window.fill_(length)
+        place = (self.count % length).reshape(1)
+        self.values.index_copy_(0, place, value.detach().to(self.values).reshape(1))
+        self.count.add_(1)
+        easy = self.values[:length].mean() >= self.auc_threshold
+        grow = (self.count >= length) & easy & (self.num_steps < self.max_steps)
+        self.num_steps.add_(grow)
+        self.count.mul_(~grow)
+        self.values.masked_fill_(grow, 0)

@@ -1,0 +1,93 @@
+"""A classifier read as an energy-based model: logits f(x), joint energy −f(x)[y], marginal energy −logsumexp f(x)."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
+
+
+def joint_energy(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns E(x, y) = −f(x)[y], shape (N,), from logits (N, K) and labels (N,); low energy means likely.
+
+    Source: DAT (arXiv 2510.13872), §3; Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 4.
+    """
+    return -targeted_logit(logits, y)
+
+
+def marginal_energy(logits: Tensor) -> Tensor:
+    """Returns E(x) = −logsumexp_y f(x)[y], shape (N,), from logits (N, K); low energy means likely.
+
+    Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 6.
+    """
+    return -negative_marginal_energy(logits, logits)
+
+
+def batch_norm_layers(module: nn.Module) -> list[nn.Module]:
+    """Returns the batch norm layers of a module, SyncBatchNorm among them; LayerNorm and GroupNorm are none."""
+    return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+class EnergyModel(nn.Module):
+    """Gives a backbone raw pixels, and its logits the names of an energy-based model.
+
+    Args:
+        backbone: Maps normalised images (N, C, H, W) to logits (N, K); K = 1 gives an unconditional energy.
+        mean: Mean of each channel, in units of [0, 1] pixels; ``None`` for a backbone that takes raw pixels.
+        std: Standard deviation of each channel, likewise.
+
+    Shape:
+        Images are (N, C, H, W) in [0, 1], labels (N,) integers below K, logits (N, K), energies (N,).
+
+    Raises:
+        ValueError: If only one of ``mean`` and ``std`` is given, their lengths differ, or a deviation is not positive.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self, backbone: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> None:
+        super().__init__()
+        if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
+            raise ValueError(f"mean and std go together and have one entry per channel, got mean={mean}, std={std}")
+        if std is not None and min(std) <= 0:
+            raise ValueError(f"std must be positive, got {list(std)}")
+        self.backbone = backbone
+        self.normalizes = mean is not None
+        self.register_buffer("mean", torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1))
+        self.register_buffer("std", torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1))
+        self.batch_norm_frozen = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits f(x)."""
+        if self.normalizes:
+            x = (x - self.mean) / self.std
+        logits: Tensor = self.backbone(x)
+        return logits
+
+    def joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
+        """Returns E(x, y) = −f(x)[y]."""
+        return joint_energy(self(x), y)
+
+    def marginal_energy(self, x: Tensor) -> Tensor:
+        """Returns E(x) = −logsumexp_y f(x)[y]."""
+        return marginal_energy(self(x))
+
+    def freeze_batch_norm(self) -> None:
+        """Keeps batch norm layers in eval mode from now on, whatever ``train()`` says; their affine parameters train.
+
+        Source: METHOD §3 (Stage 2).
+        """
+        self.batch_norm_frozen = True
+        for layer in batch_norm_layers(self):
+            layer.eval()
+
+    def train(self, mode: bool = True) -> "EnergyModel":
+        """Sets the mode of all submodules but frozen batch norm layers."""
+        super().train(mode)
+        if self.batch_norm_frozen:
+            self.freeze_batch_norm()
+        return self

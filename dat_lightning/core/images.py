@@ -1,0 +1,18 @@
+"""Images as eight-bit pixels, as files and feature extractors take them."""
+
+import torch
+from torch import Tensor
+
+
+def to_uint8_rgb(images: Tensor) -> Tensor:
+    """Returns uint8 images (N, 3, H, W) from images (N, C, H, W) in [0, 1]; grey ones (C = 1) are repeated.
+
+    Values are rounded to the nearest level, so that 0.999 becomes 255.
+
+    Raises:
+        ValueError: If the images have neither one nor three channels.
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
+    pixels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8)
+    return pixels.expand(-1, 3, -1, -1) if images.shape[1] == 1 else pixels

@@ -1,0 +1,110 @@
+"""What a gradient attack may do to an image: the norm, the ball and the steps, with the projections that enforce them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Norm = Literal["L2", "Linf"]
+
+# Keeps the direction finite where a gradient vanishes (METHOD: g / (‖g‖₂ + 1e-10)).
+_TINY = 1e-10
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """The set of images that an ascent may reach, and how it walks there.
+
+    The same description serves the attack of adversarial training, the contrastive chain of Stage 2 and the generation
+    of images; the last two are unbounded (``eps`` infinite), so that only the [0, 1] box holds them.
+
+    Attributes:
+        norm: Geometry of both the ball and the step.
+        eps: Radius of the ball around the clean image, in units of [0, 1] pixels; ``inf`` for no ball, 0 for the clean
+            image itself.
+        step_size: Length of one step in the same norm.
+        num_steps: Number of steps; 0 leaves the start as it is.
+        random_start: Whether the ascent begins at a random point of the ball instead of its centre.
+
+    Raises:
+        ValueError: If a number is negative or NaN, the norm is unknown, or an infinite ball is asked for a random start.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2; DAT (arXiv 2510.13872), Algorithm 1.
+    """
+
+    norm: Norm = "L2"
+    eps: float = 0.5
+    step_size: float = 0.1
+    num_steps: int = 10
+    random_start: bool = False
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("L2", "Linf"):
+            raise ValueError(f"norm must be 'L2' or 'Linf', got {self.norm!r}")
+        if math.isnan(self.eps) or self.eps < 0:
+            raise ValueError(f"eps must be a radius of at least 0 (or inf), got {self.eps}")
+        if not math.isfinite(self.step_size) or self.step_size < 0:
+            raise ValueError(f"step_size must be a finite length of at least 0, got {self.step_size}")
+        if self.num_steps < 0:
+            raise ValueError(f"num_steps must be at least 0, got {self.num_steps}")
+        if self.random_start and math.isinf(self.eps):
+            raise ValueError("random_start needs a finite eps: there is no uniform point in an infinite ball")
+
+
+def per_example_norm(x: Tensor) -> Tensor:
+    """Returns the L2 norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …)."""
+    flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
+    return torch.linalg.vector_norm(flat, dim=1).view(-1, *([1] * (x.dim() - 1)))
+
+
+def steepest_step(gradient: Tensor, norm: Norm) -> Tensor:
+    """Returns the unit step of steepest ascent for each example: g/‖g‖₂ for L2, sign(g) for Linf.
+
+    Args:
+        gradient: Shape (N, …). An example whose gradient is zero does not move.
+        norm: Geometry of the step.
+    """
+    if norm == "Linf":
+        return gradient.sign()
+    return gradient / (per_example_norm(gradient) + _TINY)
+
+
+def project(x: Tensor, center: Tensor, norm: Norm, eps: float) -> Tensor:
+    """Returns the point nearest to ``x`` in the ball around ``center``, clipped to [0, 1].
+
+    With ``center`` in [0, 1] the clipping never leaves the ball, since it moves no coordinate away from the centre.
+
+    Args:
+        x: Shape (N, …).
+        center: Shape (N, …), in [0, 1].
+        norm: Geometry of the ball.
+        eps: Radius; infinite for the box alone.
+    """
+    if math.isinf(eps):
+        return x.clamp(0, 1)
+    delta = x - center
+    if norm == "Linf":
+        delta = delta.clamp(-eps, eps)
+    else:
+        length = per_example_norm(delta)
+        delta = delta * (eps / length.clamp_min(_TINY)).clamp_max(1.0)
+    return (center + delta).clamp(0, 1)
+
+
+def random_start(center: Tensor, norm: Norm, eps: float, noise: Tensor, radius: Tensor) -> Tensor:
+    """Returns a point drawn uniformly from the ball around ``center``, clipped to [0, 1].
+
+    Args:
+        center: Shape (N, …), in [0, 1].
+        norm: Geometry of the ball.
+        eps: Finite radius of the ball.
+        noise: Shape of ``center``: standard normal for L2, uniform in [0, 1) for Linf.
+        radius: Shape (N,), uniform in [0, 1); L2 only, where its d-th root makes the draw uniform in volume.
+    """
+    if norm == "Linf":
+        return project(center + eps * (2 * noise - 1), center, norm, eps)
+    dimensions = center[0].numel()
+    length = radius.view(-1, *([1] * (center.dim() - 1))) ** (1 / dimensions)
+    return project(center + eps * length * steepest_step(noise, "L2"), center, norm, eps)

@@ -1,0 +1,201 @@
+"""Data order and augmentation as pure functions of (seed, draw number): the basis of exact resume on any rank count."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.random_streams import RandomPermutation, stream_seed
+
+Transform = Callable[[Any], Tensor]
+"""Maps a raw image to a float tensor (C, H, W) in [0, 1]; randomness comes from torch's global generator."""
+
+
+class DrawStream:
+    """An endless, reshuffled, augmented view of a data set.
+
+    Draw n is entry perm(n mod N) of pass n // N, with a new permutation each pass, and its augmentation is seeded by n.
+    Nothing else enters: not the worker, nor the rank, nor what consumed random numbers before.
+
+    Args:
+        dataset: The images; an entry is an image or an (image, label) pair.
+        transform: The augmentation.
+        seed: Seed of the run.
+        name: Name of the stream, so that two streams over one data set differ.
+
+    Raises:
+        ValueError: If the data set is empty.
+    """
+
+    def __init__(self, dataset: SizedDataset, transform: Transform, seed: int, name: str) -> None:
+        if len(dataset) == 0:
+            raise ValueError(f"the data set of the {name!r} stream is empty")
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.name = name
+        self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Spawned workers get the stream pickled; the cache is rebuilt there.
+        return {k: v for k, v in self.__dict__.items() if k != "_permutation"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
+
+    def _permutation_of_pass(self, number: int) -> RandomPermutation:
+        return RandomPermutation(len(self.dataset), self.seed, self.name, "order", number)
+
+    def index(self, draw: int) -> int:
+        """Returns which entry of the data set draw ``draw`` is."""
+        number, position = divmod(draw, len(self.dataset))
+        return self._permutation(number)[position]
+
+    def __call__(self, draw: int) -> tuple[Tensor, int | None]:
+        """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
+        entry = self.dataset[self.index(draw)]
+        image, label = entry if isinstance(entry, tuple) else (entry, None)
+        state = torch.get_rng_state()
+        # The CPU generator alone: torch.manual_seed would reset those of all devices.
+        torch.default_generator.manual_seed(stream_seed(self.seed, self.name, "augmentation", draw))
+        try:
+            return self.transform(image), None if label is None else int(label)
+        finally:
+            torch.set_rng_state(state)
+
+
+class PairedDraws(Dataset[dict[str, Tensor]]):
+    """Whole training batches by their draw numbers, from several streams at once.
+
+    Args:
+        streams: Name → stream; stream ``gen`` gives the keys ``x_gen`` and, if its data set has labels, ``y_gen``.
+    """
+
+    def __init__(self, streams: dict[str, DrawStream]) -> None:
+        self.streams = streams
+
+    def __getitem__(self, draws: Sequence[int]) -> dict[str, Tensor]:
+        """Returns the batch of the given draws, with their numbers under ``draw``."""
+        batch: dict[str, Tensor] = {"draw": torch.as_tensor(draws)}
+        for name, stream in self.streams.items():
+            images, labels = zip(*(stream(draw) for draw in draws), strict=True)
+            batch[f"x_{name}"] = torch.stack(images)
+            if labels[0] is not None:
+                batch[f"y_{name}"] = torch.tensor(labels)
+        return batch
+
+
+class DrawBatches(DistributedSampler[list[int]]):
+    """Yields this rank's part of each global batch of draws: global batch b is draws b·B … b·B+B−1.
+
+    A subclass of DistributedSampler, because Lightning leaves those alone.
+
+    Args:
+        batch_size: Global batch size B.
+        num_batches: Batches in an epoch.
+        position: Returns the number of draws consumed so far; asked whenever an iteration starts.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If the ranks cannot share the batch evenly.
+    """
+
+    def __init__(
+        self, batch_size: int, num_batches: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
+    ) -> None:
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size is the global batch size and must be divisible by the number of processes {world_size},"
+                f" got {batch_size}; the nearest that is: {max(1, batch_size // world_size) * world_size}"
+            )
+        super().__init__(range(num_batches), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.batch_size = batch_size
+        self.num_batches = num_batches
+        self.position = position
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        start, share = self.position(), self.batch_size // self.num_replicas
+        for batch in range(self.num_batches):
+            first = start + batch * self.batch_size + self.rank * share
+            yield list(range(first, first + share))
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+class EvaluationBatches(Dataset[dict[str, Tensor]]):
+    """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``y`` (N,) and ``index`` (N,)."""
+
+    def __init__(self, dataset: SizedDataset, transform: Transform) -> None:
+        self.dataset = dataset
+        self.transform = transform
+
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        examples = []
+        for index in indices:
+            image, label = self.dataset[index]
+            examples.append({"x": self.transform(image), "y": int(label), "index": index})
+        batch: dict[str, Tensor] = default_collate(examples)
+        return batch
+
+
+class ShardedBatches(DistributedSampler[list[int]]):
+    """Yields this rank's share of a data set in batches: every example once over all ranks, no padding.
+
+    All ranks get equally many batches, although shares may differ by an example: a wrapper that communicates in each
+    forward pass would wait forever otherwise.
+
+    Args:
+        size: Number of examples.
+        batch_size: Examples per batch and rank, at most; one more where ranks could not have equally many otherwise.
+        rank: This process.
+        world_size: Number of processes.
+
+    Raises:
+        ValueError: If there are fewer examples than processes.
+    """
+
+    def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        if size < world_size:
+            raise ValueError(f"{size} examples cannot be shared by {world_size} processes; use fewer processes")
+        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self.indices = range(rank, size, world_size)
+        smallest_share, largest_share = size // world_size, -(-size // world_size)
+        # Never more batches than the smallest share has examples: no rank gets an empty one.
+        self.num_batches = min(-(-largest_share // batch_size), smallest_share)
+
+    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+        for batch in range(self.num_batches):
+            first, last = (len(self.indices) * k // self.num_batches for k in (batch, batch + 1))
+            yield list(self.indices[first:last])
+
+    def __len__(self) -> int:
+        return self.num_batches
+
+
+class ResumableLoader(DataLoader[dict[str, Tensor]]):
+    """A DataLoader over whole batches that tells Lightning that it can continue in mid-epoch.
+
+    The position itself belongs to the DataModule, which the sampler asks; Lightning merely looks for these two methods
+    before it warns that a run is not resumable.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing of its own, see above."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Accepts what :meth:`state_dict` returns.
+
+        Raises:
+            ValueError: If the state has entries, which another loader must have written.
+        """
+        if state:
+            raise ValueError(f"the data loader has no state of its own, got {sorted(state)}")

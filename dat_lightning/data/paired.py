@@ -1,0 +1,214 @@
+"""The base of all DataModules: in-distribution images paired with out-of-distribution seeds."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from lightning.pytorch import LightningDataModule
+
+from dat_lightning.core.fingerprint import SizedDataset, shared_images
+from dat_lightning.data.draws import (
+    DrawBatches,
+    DrawStream,
+    EvaluationBatches,
+    PairedDraws,
+    ResumableLoader,
+    ShardedBatches,
+    Transform,
+)
+
+Stream = Literal["gen", "clf", "ood"]
+Split = Literal["train", "val", "test"]
+OODSplit = Literal["train", "held_out"]
+
+
+class PairedDataModule(LightningDataModule):
+    """Training batches of ``x_gen, y_gen, x_clf, y_clf, x_ood`` and ``draw``; evaluation batches of ``x, y, index``.
+
+    The generative data define the epoch; all streams go on endlessly, reshuffled each pass, and one counter, which the
+    checkpoint keeps, says where they are (see :class:`~dat_lightning.data.draws.DrawStream`).
+
+    Override :meth:`in_distribution` and :meth:`out_of_distribution` to supply data, :meth:`transform` to supply
+    augmentations, and :meth:`evaluation_transform` for what evaluation, reference statistics and seeds have in common.
+
+    Args:
+        batch_size: Global batch size in training, shared evenly by all processes.
+        eval_batch_size: Examples per batch and process in evaluation.
+        num_workers: Loader processes per rank; 0 loads in the training process.
+        streams: Which parts a training batch has. Stage 1 needs ``clf`` alone.
+        seed: Seed of data order and augmentation.
+
+    Raises:
+        ValueError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
+            or there are none although ``ood`` is among the streams.
+    """
+
+    def __init__(
+        self,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        streams: Sequence[Stream] = ("gen", "clf", "ood"),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        unknown = [s for s in streams if s not in get_args(Stream)]
+        if unknown or not streams:
+            raise ValueError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.num_workers = num_workers
+        self.streams = tuple(streams)
+        self.seed = seed
+        # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
+        self._start_draw = 0
+        self._start_batch = 0
+
+    # What a subclass supplies.
+
+    @abstractmethod
+    def in_distribution(self, split: Split) -> SizedDataset:
+        """Returns the labelled data set of a split: (image, label) pairs."""
+
+    @abstractmethod
+    def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
+        """Returns unlabelled OOD images for training or, disjoint from them, for generation; ``None`` if there are none."""
+
+    @abstractmethod
+    def transform(self, stream: Stream) -> Transform:
+        """Returns the augmentation of a training stream: weak for ``gen`` and ``ood``, strong for ``clf``."""
+
+    @abstractmethod
+    def evaluation_transform(self) -> Transform:
+        """Returns the deterministic transform of evaluation and of reference statistics."""
+
+    def seed_transform(self) -> Transform:
+        """Returns the transform of held-out OOD seeds; by default that of OOD images in training."""
+        return self.transform("ood")
+
+    # What everybody else uses.
+
+    @property
+    def training_size(self) -> int:
+        """Number of in-distribution training images, which define the epoch."""
+        return len(self.in_distribution("train"))
+
+    @property
+    def num_batches(self) -> int:
+        """Training batches in an epoch; what is left over begins the next one."""
+        return max(1, self.training_size // self.batch_size)
+
+    @property
+    def draws_consumed(self) -> int:
+        """Number of draws that training has used so far, over all ranks."""
+        # A checkpoint's loop counters are restored later than the DataModule, hence the max.
+        return self._start_draw + max(0, self._batches_processed() - self._start_batch) * self.batch_size
+
+    def held_out_seeds(self) -> DrawStream:
+        """Returns the endless stream of OOD seeds for generation: seed i is a pure function of i.
+
+        Raises:
+            ValueError: If the data have no OOD images.
+        """
+        dataset = self._require_ood("held_out")
+        return DrawStream(dataset, self.seed_transform(), self.seed, "held-out seeds")
+
+    def reference_data(self) -> EvaluationBatches:
+        """Returns the training images as evaluation sees them: the reference of the Fréchet distance."""
+        return EvaluationBatches(self.in_distribution("train"), self.evaluation_transform())
+
+    def setup(self, stage: str) -> None:
+        """Checks that OOD data exist where they are needed and are not the training data; starts the draw counter."""
+        if "ood" in self.streams and stage == "fit":
+            overlap = shared_images(self.in_distribution("train"), self._require_ood("train"))
+            if overlap > 0.1:
+                raise ValueError(
+                    f"the out-of-distribution images of {type(self).__name__} are the training images: {overlap:.0%} of"
+                    " those compared are equal. Stage 2 would push up the energy of its own data; use other images."
+                )
+        self._start_draw, self._start_batch = 0, self._batches_processed()
+
+    def train_dataloader(self) -> ResumableLoader:
+        """Returns batches of the chosen streams, this rank's part."""
+        streams = {name: self._stream(name) for name in self.streams}
+        sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
+        return self._loader(PairedDraws(streams), sampler)
+
+    def val_dataloader(self) -> ResumableLoader:
+        """Returns the validation split, this rank's share."""
+        return self._evaluation_loader("val")
+
+    def test_dataloader(self) -> ResumableLoader:
+        """Returns the test split, this rank's share."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> ResumableLoader:
+        """Returns the test split, this rank's share."""
+        return self._evaluation_loader("test")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the position in the data and the settings that give it its meaning."""
+        return {
+            "draws_consumed": self.draws_consumed,
+            "batches_processed": self._batches_processed(),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues where the checkpoint stopped; the batch size may have changed, the seed may not.
+
+        Raises:
+            ValueError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
+        """
+        if state["seed"] != self.seed:
+            raise ValueError(
+                f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"
+                " not continue. Set it back, or start a new run from the weights alone (model.init_from)."
+            )
+        self._start_draw = state["draws_consumed"]
+        self._start_batch = state["batches_processed"]
+
+    # Parts.
+
+    def _stream(self, name: Stream) -> DrawStream:
+        dataset = self._require_ood("train") if name == "ood" else self.in_distribution("train")
+        return DrawStream(dataset, self.transform(name), self.seed, name)
+
+    def _require_ood(self, split: OODSplit) -> SizedDataset:
+        dataset = self.out_of_distribution(split)
+        if dataset is None or len(dataset) == 0:
+            raise ValueError(
+                f"{type(self).__name__} has no out-of-distribution images ({split}): Stage 2 and generation start from"
+                " them. Give the data module an OOD source; Stage 1 alone can do without (data.streams: [clf])."
+            )
+        return dataset
+
+    def _batches_processed(self) -> int:
+        if self.trainer is None:
+            return 0
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+
+    def _rank(self) -> tuple[int, int]:
+        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+
+    def _evaluation_loader(self, split: Split) -> ResumableLoader:
+        dataset = self.in_distribution(split)
+        sampler = ShardedBatches(len(dataset), self.eval_batch_size, *self._rank())
+        return self._loader(EvaluationBatches(dataset, self.evaluation_transform()), sampler)
+
+    def _loader(
+        self, dataset: PairedDraws | EvaluationBatches, sampler: DrawBatches | ShardedBatches
+    ) -> ResumableLoader:
+        return ResumableLoader(
+            dataset,
+            batch_size=None,
+            sampler=sampler,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )

@@ -1,0 +1,7 @@
+"""LightningModules, one per way of training: Stage 1, Stage 2 and what they share."""
+
+from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
+from dat_lightning.modules.robust_classifier import RobustClassifierModule
+
+__all__ = ["DualAdversarialModule", "EnergyModule", "JointLogits", "RobustClassifierModule"]

@@ -1,0 +1,203 @@
+"""The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
+
+from collections.abc import Mapping
+from typing import Any, Literal, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+
+from dat_lightning.checkpoints import load_weights
+from dat_lightning.core.energy import EnergyModel, marginal_energy
+from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
+from dat_lightning.core.objectives import cross_entropy
+from dat_lightning.core.pgd import AttackMode, ascend
+from dat_lightning.core.threat_model import ThreatModel
+
+Batch = Mapping[str, Tensor]
+
+
+class EnergyModule(LightningModule):
+    """Trains an :class:`~dat_lightning.core.EnergyModel`; subclasses say how, by their ``training_step``.
+
+    Override points: :meth:`attack_objective` (what the classification attack climbs), :meth:`adversarial_examples` (how),
+    :meth:`classification_loss` (what is minimised there), :meth:`evaluation_metrics` (what validation and test log).
+
+    Logged: ``{val,test}/{loss, accuracy, robust_accuracy, energy, r1}``; exact over any number of ranks.
+
+    Args:
+        energy_model: The network.
+        optimizer: Makes the optimiser from the parameters.
+        lr_scheduler: Makes the learning rate schedule from the optimiser; ``None`` for a constant rate.
+        lr_interval: Whether the schedule counts steps or epochs.
+        threat_model: The attack in training.
+        eval_threat_model: The attack of ``robust_accuracy``; by default the one in training.
+        attack_mode: Whether the attack in training sees the network in eval mode, or in the mode it trains in, where
+            batch norm uses the batch's statistics; running statistics never change through an attack.
+        init_from: Checkpoint or state dict with initial weights, averaged ones preferred; ignored when a run resumes.
+        memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
+        compile: Whether to compile the network with ``torch.compile``.
+        seed: Seed of random starts.
+
+    Source: DAT (arXiv 2510.13872); Madry et al. 2018 (arXiv 1706.06083).
+    """
+
+    def __init__(
+        self,
+        energy_model: EnergyModel,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["step", "epoch"] = "epoch",
+        threat_model: ThreatModel = ThreatModel(),
+        eval_threat_model: ThreatModel | None = None,
+        attack_mode: AttackMode = "eval",
+        init_from: str | None = None,
+        memory_format: Literal["contiguous", "channels_last"] = "channels_last",
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        self.energy_model = energy_model
+        self.optimizer = optimizer
+        self.lr_scheduler = lr_scheduler
+        self.lr_interval = lr_interval
+        self.threat_model = threat_model
+        self.eval_threat_model = eval_threat_model or threat_model
+        self.attack_mode: AttackMode = attack_mode
+        self.init_from = init_from
+        self.compile_network = compile
+        self.seed = seed
+        self._initialized = init_from is None
+        if memory_format == "channels_last":
+            self.energy_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        names = ("loss", "accuracy", "robust_accuracy", "energy", "r1")
+        self.metrics = nn.ModuleDict(
+            {s: nn.ModuleDict({n: MeanMetric() for n in names}) for s in ("on_val", "on_test")}
+        )
+
+    # One method per equation.
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Returns the logits f(x), (N, K), of images (N, C, H, W) in [0, 1]."""
+        logits: Tensor = self.energy_model(x)
+        return logits
+
+    def attack_objective(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Returns what the attack on the classification climbs, (N,): the cross-entropy."""
+        return cross_entropy(logits, y)
+
+    def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns the images that :attr:`threat_model` reaches from ``x`` (N, C, H, W), detached.
+
+        Args:
+            x: Images in [0, 1].
+            y: True labels, (N,).
+            draws: Global numbers of the examples, (N,), which name the streams of a random start.
+        """
+        return ascend(
+            self.energy_model,
+            x,
+            y,
+            self.attack_objective,
+            self.threat_model,
+            mode=self.attack_mode,
+            draws=draws,
+            seed=self.seed,
+        )
+
+    def classification_loss(self, logits_adv: Tensor, y: Tensor) -> Tensor:
+        """Returns the mean cross-entropy at adversarial examples, a scalar."""
+        return robust_cross_entropy(logits_adv, y)
+
+    def evaluation_metrics(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns the per-example values, each (N,), whose means validation and test log."""
+        x, y = self.part(batch, "x"), self.part(batch, "y")
+        logits = self(x)
+        x_adv = ascend(
+            self.energy_model,
+            x,
+            y,
+            cross_entropy,
+            self.eval_threat_model,
+            draws=batch.get("index"),
+            seed=self.seed,
+        )
+        return {
+            "loss": cross_entropy(logits, y),
+            "accuracy": (logits.argmax(1) == y).float(),
+            "robust_accuracy": (self(x_adv).argmax(1) == y).float(),
+            "energy": marginal_energy(logits),
+            "r1": self.energy_gradient_norm(x),
+        }
+
+    def energy_gradient_norm(self, x: Tensor) -> Tensor:
+        """Returns ‖∇ₓE(x)‖² of each image, (N,), without a graph; works where gradients are off."""
+        with torch.inference_mode(False), torch.enable_grad():
+            # Past __call__ there is no compiled graph, which would not give second derivatives either.
+            return energy_gradient_norm(self.energy_model.forward, x.clone()).detach()
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Loads the initial weights, unless a checkpoint is about to be restored, and compiles if asked to."""
+        if not self._initialized and self.init_from is not None and self.trainer.ckpt_path is None:
+            load_weights(self.energy_model, self.init_from)
+        self._initialized = True
+        if self.compile_network:
+            self.energy_model.compile(dynamic=False)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Returns the optimiser over all parameters that train, and its schedule."""
+        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        if self.lr_scheduler is None:
+            return optimizer
+        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
+        return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the validation metrics."""
+        self._evaluate(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Updates the test metrics."""
+        self._evaluate(batch, "test")
+
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Returns ``index``, ``prediction``, ``confidence`` and ``energy`` of each image, (N,) each."""
+        logits = self(self.part(batch, "x"))
+        confidence, prediction = logits.softmax(1).max(1)
+        index = batch.get("index", torch.arange(len(logits)))
+        return {"index": index, "prediction": prediction, "confidence": confidence, "energy": marginal_energy(logits)}
+
+    # Parts.
+
+    def part(self, batch: Batch, key: str) -> Tensor:
+        """Returns an entry of the batch.
+
+        Raises:
+            ValueError: If there is none; the message says which part of the program supplies it.
+        """
+        if isinstance(batch, Mapping) and key in batch:
+            return batch[key]
+        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+        if key in ("x", "y"):
+            supplier = "an evaluation loader of PairedDataModule gives x and y"
+        else:
+            supplier = f"PairedDataModule gives it when data.streams has {key.removeprefix('x_').removeprefix('y_')!r}"
+        raise ValueError(f"{type(self).__name__} needs {key!r} in its batch, got {found}; {supplier}")
+
+    def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
+        # Keys of a ModuleDict cannot be attributes that it has, such as "train".
+        metrics = cast(nn.ModuleDict, self.metrics[f"on_{stage}"])
+        values = self.evaluation_metrics(batch)
+        for name, value in values.items():
+            if name not in metrics:
+                raise ValueError(
+                    f"evaluation_metrics gave {name!r}, which is not among {sorted(metrics)}; add a metric"
+                )
+            metrics[name].update(value)
+            # torchmetrics reduces over ranks by itself: sync_dist would average averages.
+            self.log(f"{stage}/{name}", cast(MeanMetric, metrics[name]), on_epoch=True, on_step=False, sync_dist=False)

@@ -1,0 +1,181 @@
+"""Stage 2: joint training of a robust classifier and an energy-based generator."""
+
+from typing import Literal, NamedTuple
+
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+
+from dat_lightning.core.curriculum import AUCCurriculum, auc
+from dat_lightning.core.energy import EnergyModel, joint_energy, marginal_energy
+from dat_lightning.core.losses import energy_bce, r1_penalty
+from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.pgd import ascend, ascent
+from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.modules.base import Batch, EnergyModule
+
+
+class JointLogits(NamedTuple):
+    """Logits, (N, K) each, of the three images that enter the loss of one step."""
+
+    gen: Tensor
+    contrast: Tensor
+    adv: Tensor
+
+
+class DualAdversarialModule(EnergyModule):
+    """Minimises energy BCE plus robust cross-entropy: Stage 2 of DAT.
+
+    Batch norm is frozen: running statistics stay as Stage 1 left them, affine parameters train. Both attacks see the
+    network in eval mode. Batches need ``x_gen, y_gen, x_clf, y_clf, x_ood``.
+
+    Override points: :meth:`contrastive_objective` and :meth:`contrastive_samples` (Algorithm 1), :meth:`energy_loss`
+    (Eq. 8), :meth:`regularization` (R1), :meth:`separation` (the curriculum's AUC), and those of :class:`EnergyModule`.
+
+    Logged besides: ``train/{loss, energy_loss, classification_loss, robust_accuracy, energy_real, energy_contrast, auc,
+    contrastive_steps}``, with ``r1_weight`` also ``train/r1_penalty``.
+
+    Args:
+        energy_model: The network.
+        curriculum: The number of contrastive steps T, which it moves.
+        contrastive_step_size: η, the L2 length of one contrastive step.
+        energy_weight: Weight of the energy loss.
+        classification_weight: Weight of the robust cross-entropy.
+        r1_weight: Weight of the R1 penalty on ``x_gen``; 0 leaves it out.
+        merge_forwards: Whether the three loss terms share one forward pass; exact with frozen batch norm, at the price
+            of three batches' activations at a time.
+        optimizer: See :class:`EnergyModule`, as for all that follow.
+        lr_scheduler: The method keeps a constant rate in Stage 2.
+        lr_interval: What the schedule counts.
+        threat_model: The attack on ``x_clf``.
+        eval_threat_model: The attack of ``robust_accuracy``.
+        init_from: Stage 1's checkpoint, or another robust classifier's.
+        memory_format: Layout of convolution weights.
+        compile: Whether to compile the network.
+        seed: Seed of random starts.
+
+    Raises:
+        ValueError: If a weight is negative.
+
+    Source: DAT (arXiv 2510.13872), Algorithm 1 and Eq. 8–10; METHOD §3.
+    """
+
+    def __init__(
+        self,
+        energy_model: EnergyModel,
+        curriculum: AUCCurriculum | None = None,
+        contrastive_step_size: float = 0.1,
+        energy_weight: float = 1.0,
+        classification_weight: float = 1.0,
+        r1_weight: float = 0.0,
+        merge_forwards: bool = True,
+        optimizer: OptimizerCallable = torch.optim.SGD,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        lr_interval: Literal["step", "epoch"] = "epoch",
+        threat_model: ThreatModel = ThreatModel(),
+        eval_threat_model: ThreatModel | None = None,
+        init_from: str | None = None,
+        memory_format: Literal["contiguous", "channels_last"] = "channels_last",
+        compile: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            energy_model=energy_model,
+            optimizer=optimizer,
+            lr_scheduler=lr_scheduler,
+            lr_interval=lr_interval,
+            threat_model=threat_model,
+            eval_threat_model=eval_threat_model,
+            attack_mode="eval",
+            init_from=init_from,
+            memory_format=memory_format,
+            compile=compile,
+            seed=seed,
+        )
+        weights = {"energy": energy_weight, "classification": classification_weight, "r1": r1_weight}
+        for name, weight in weights.items():
+            if not weight >= 0:
+                raise ValueError(f"{name}_weight must be at least 0, got {weight}")
+        self.curriculum = curriculum if curriculum is not None else AUCCurriculum()
+        self.contrastive_chain = ascent(contrastive_step_size, num_steps=0)
+        self.energy_weight = energy_weight
+        self.classification_weight = classification_weight
+        self.r1_weight = r1_weight
+        self.merge_forwards = merge_forwards
+        self.energy_model.freeze_batch_norm()
+
+    # One method per equation.
+
+    def contrastive_objective(self, logits: Tensor, y: Tensor) -> Tensor:
+        """Returns what the contrastive chain climbs, (N,): f(x)[y] = −E(x, y)."""
+        return targeted_logit(logits, y)
+
+    def contrastive_samples(self, x_ood: Tensor, y_gen: Tensor) -> Tensor:
+        """Returns ``x_ood`` after T steps towards the classes ``y_gen``, (N, C, H, W), detached."""
+        # The loop's length has to be known on the host: the one synchronisation of a step, at its start.
+        num_steps = int(self.curriculum.num_steps)
+        return ascend(
+            self.energy_model, x_ood, y_gen, self.contrastive_objective, self.contrastive_chain, num_steps=num_steps
+        )
+
+    def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
+        """Returns the logits of the three loss terms, from one forward pass or three."""
+        if not self.merge_forwards:
+            return JointLogits(self(x_gen), self(x_contrast), self(x_adv))
+        sizes = [len(x_gen), len(x_contrast), len(x_adv)]
+        return JointLogits(*self(torch.cat([x_gen, x_contrast, x_adv])).split(sizes))
+
+    def energy_loss(self, logits: JointLogits) -> Tensor:
+        """Returns the BCE that lowers the energy of real images and raises that of contrastive ones, a scalar."""
+        return energy_bce(marginal_energy(logits.gen), marginal_energy(logits.contrast))
+
+    def regularization(self, x_gen: Tensor) -> Tensor:
+        """Returns ½E‖∇ₓE(x_gen)‖², a scalar."""
+        # forward, not __call__: a compiled graph has no second derivatives.
+        return r1_penalty(self.energy_model.forward, x_gen)
+
+    def separation(self, logits: JointLogits, y_gen: Tensor) -> Tensor:
+        """Returns the AUC that tells f(x_gen)[y] from f(x_contrast)[y], mean over ranks, a scalar."""
+        value = auc(-joint_energy(logits.gen.detach(), y_gen), -joint_energy(logits.contrast.detach(), y_gen))
+        if self._trainer is None:
+            return value
+        mean: Tensor = self.trainer.strategy.reduce(value, reduce_op="mean")  # type: ignore[assignment]
+        return mean
+
+    # Lightning's hooks.
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the weighted loss of one step, and moves the curriculum."""
+        x_gen, y_gen = self.part(batch, "x_gen"), self.part(batch, "y_gen")
+        x_clf, y_clf = self.part(batch, "x_clf"), self.part(batch, "y_clf")
+        # Someone may have called train() on a single layer.
+        self.energy_model.freeze_batch_norm()
+        x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen)
+        x_adv = self.adversarial_examples(x_clf, y_clf, batch.get("draw"))
+        logits = self.joint_logits(x_gen, x_contrast, x_adv)
+        energy_loss = self.energy_loss(logits)
+        classification_loss = self.classification_loss(logits.adv, y_clf)
+        loss = self.energy_weight * energy_loss + self.classification_weight * classification_loss
+        scalars = {"energy_loss": energy_loss, "classification_loss": classification_loss}
+        if self.r1_weight > 0:
+            scalars["r1_penalty"] = self.regularization(x_gen)
+            loss = loss + self.r1_weight * scalars["r1_penalty"]
+        separation = self.separation(logits, y_gen)
+        scalars |= {
+            "loss": loss,
+            "auc": separation,
+            "contrastive_steps": self.curriculum.num_steps.float(),
+            "energy_real": marginal_energy(logits.gen).mean(),
+            "energy_contrast": marginal_energy(logits.contrast).mean(),
+            "robust_accuracy": (logits.adv.argmax(1) == y_clf).float().mean(),
+        }
+        self._log_scalars(scalars, len(x_gen))
+        world_size = 1 if self._trainer is None else self.trainer.world_size
+        self.curriculum.update(separation, len(x_gen) * world_size)
+        return loss
+
+    def _log_scalars(self, scalars: dict[str, Tensor], batch_size: int) -> None:
+        shown = {"loss", "contrastive_steps", "auc"}
+        for name, value in scalars.items():
+            # Rank 0's share of the batch: a curve is not worth a collective in every step.
+            self.log(f"train/{name}", value.detach(), prog_bar=name in shown, sync_dist=False, batch_size=batch_size)
