@@ -9,8 +9,8 @@ from dat_lightning.callbacks import (
     SampleBatch,
     SampleConsumer,
     SampleGrid,
-    SamplingPlan,
     SampleWriter,
+    SamplingPlan,
 )
 from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, ascend, ascend_snapshots, ascent
 from dat_lightning.data import DigitsDataModule, PairedDataModule

@@ -30,7 +30,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"{path} is not a readable checkpoint of tensors and primitives: {reason}") from error
     if not isinstance(contents, Mapping):
-        raise ValueError(f"{path} holds a {type(contents).__name__}; expected a checkpoint or a state dict")
+        raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint or state dict")  # noqa: TRY004
     return contents
 
 

@@ -1,6 +1,6 @@
 """Lightning callbacks: averaged weights, generation and its consumers, and the watch over a run."""
 
-from dat_lightning.callbacks.diagnostics import Diagnostics, TrainingFailure
+from dat_lightning.callbacks.diagnostics import Diagnostics, TrainingFailureError
 from dat_lightning.callbacks.ema import ExponentialMovingAverage
 from dat_lightning.callbacks.frechet import FrechetDistance
 from dat_lightning.callbacks.pgd_sampler import PGDSampler, SampleBatch, SampleConsumer, SamplingPlan
@@ -17,5 +17,5 @@ __all__ = [
     "SampleGrid",
     "SampleWriter",
     "SamplingPlan",
-    "TrainingFailure",
+    "TrainingFailureError",
 ]

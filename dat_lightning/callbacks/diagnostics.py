@@ -4,9 +4,9 @@ import math
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from typing_extensions import override
@@ -17,7 +17,7 @@ from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.pgd import no_trace
 
 
-class TrainingFailure(RuntimeError):
+class TrainingFailureError(RuntimeError):
     """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""
 
 
@@ -45,7 +45,7 @@ class Diagnostics(Callback):
 
     Raises:
         ValueError: If a number is not positive.
-        TrainingFailure: In training, as said above.
+        TrainingFailureError: In training, as said above.
 
     Source: METHOD §5 (failure signatures).
     """
@@ -87,10 +87,10 @@ class Diagnostics(Callback):
     def _check_batch_norm(self, pl_module: LightningModule) -> None:
         training = [m for m in batch_norm_layers(pl_module) if m.training]
         if training:
-            raise TrainingFailure(
-                f"{len(training)} batch norm layers are in train mode in Stage 2. Real, contrastive and adversarial images have"
-                " different statistics, so the energy drifts without bound. Call energy_model.freeze_batch_norm(), as"
-                " DualAdversarialModule does, and do not override train()."
+            raise TrainingFailureError(
+                f"{len(training)} batch norm layers are in train mode in Stage 2. Real, contrastive and adversarial"
+                " images have different statistics, so the energy drifts without bound. Call"
+                " energy_model.freeze_batch_norm(), as DualAdversarialModule does, and do not override train()."
             )
 
     def _check_scalars(self, scalars: dict[str, Tensor], is_joint: bool) -> None:
@@ -102,13 +102,14 @@ class Diagnostics(Callback):
                     if is_joint
                     else "In Stage 1 this is mostly a learning rate that is too large"
                 )
-                raise TrainingFailure(
-                    f"{name} is {value}. {cause}, or NaN pixels in the data; lower it and resume from an earlier checkpoint."
+                raise TrainingFailureError(
+                    f"{name} is {value}. {cause}, or NaN pixels in the data; lower it and resume from an earlier"
+                    " checkpoint."
                 )
             if name.startswith("train/energy_") and "loss" not in name and abs(value) > self.max_energy:
                 self._act(
-                    f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch norm is"
-                    " frozen, lower the learning rate, or set r1_weight to 0.01."
+                    f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
+                    " norm is frozen, lower the learning rate, or set r1_weight to 0.01."
                 )
 
     def _check_gradient(self, pl_module: LightningModule, batch: Any) -> None:
@@ -120,9 +121,9 @@ class Diagnostics(Callback):
         value = float(norm)
         if not value <= self.max_gradient:
             self._act(
-                f"the energy's gradient at real images, E‖∇ₓE‖², has reached {value:.3g}, beyond {self.max_gradient:g}. This"
-                " happens where the classification term sees clean images: keep its attack (threat_model.eps > 0), which"
-                " regularises the gradient, or set r1_weight to 0.01 … 1."
+                f"the energy's gradient at real images, E‖∇ₓE‖², has reached {value:.3g}, beyond {self.max_gradient:g}."
+                " This happens where the classification term sees clean images: keep its attack (threat_model.eps > 0),"
+                " which regularises the gradient, or set r1_weight to 0.01 … 1."
             )
 
     def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:
@@ -132,18 +133,18 @@ class Diagnostics(Callback):
         self._warned_stuck = True
         separation = float(trainer.callback_metrics.get("train/auc", torch.tensor(math.nan)))
         message = (
-            f"the number of contrastive steps T is still 0 after {trainer.global_step} steps: the AUC ({separation:.2f}) does"
-            f" not reach its threshold {curriculum.auc_threshold}, so samples will be poor. Lower auc_threshold or raise"
-            " the learning rate."
+            f"the number of contrastive steps T is still 0 after {trainer.global_step} steps: the AUC"
+            f" ({separation:.2f}) does not reach its threshold {curriculum.auc_threshold}, so samples will be poor."
+            " Lower auc_threshold or raise the learning rate."
         )
         if 0.4 <= separation <= 0.6:
             message += (
-                " OOD seeds cannot be told from training images at all: is the OOD set the training set itself? Use other"
-                " images as OOD data."
+                " OOD seeds cannot be told from training images at all: is the OOD set the training set itself? Use"
+                " other images as OOD data."
             )
         rank_zero_warn(message)
 
     def _act(self, message: str) -> None:
         if self.action == "stop":
-            raise TrainingFailure(message)
+            raise TrainingFailureError(message)
         rank_zero_warn(message)

@@ -14,7 +14,8 @@ class ExponentialMovingAverage(WeightAveraging):
     """Averages parameters and the statistics of norm layers with a decay that warms up.
 
     The first update copies the weights; update n = 1, 2, … is average ← d·average + (1−d)·weights with
-    d = min(``decay``, (1+n)/(10+n)), without warm-up d = ``decay``. Other buffers, such as the curriculum's, are copied.
+    d = min(``decay``, (1+n)/(10+n)), without warm-up d = ``decay``. Other buffers, such as the curriculum's, are
+    copied.
 
     Lightning's callback, on which this one builds, swaps the average in between ``on_validation_epoch_start`` and
     ``…_end``, also before there is one, and keeps it after training. Here the whole of validation sees the average,
@@ -141,7 +142,7 @@ class ExponentialMovingAverage(WeightAveraging):
         average: nn.Module, current: nn.Module
     ) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
         """(average, current) of the tensors to average and of those to copy."""
-        averaged = list(zip(average.parameters(), current.parameters(), strict=True))
+        averaged: list[tuple[Tensor, Tensor]] = list(zip(average.parameters(), current.parameters(), strict=True))
         copied: list[tuple[Tensor, Tensor]] = []
         for target, source in zip(average.modules(), current.modules(), strict=True):
             pairs = list(zip(target.buffers(recurse=False), source.buffers(recurse=False), strict=True))

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -22,12 +22,12 @@ from dat_lightning.core.images import to_uint8_rgb
 class FrechetDistance(SampleConsumer):
     """Logs the Fréchet distance of generated samples; with Inception features this is FID.
 
-    Feature moments are float64 sums, added up over ranks: the memory does not grow with the number of samples, and the
+    Feature moments are float64 sums, added up over ranks: memory does not grow with the number of samples, and the
     figure does not depend on who generated which. Images are rounded to eight bits first, as they would be in files.
 
     Logged: ``{stage}/fid``, the best over the sweep, ``{stage}/fid_steps``, the step count that it belongs to, and
-    ``{stage}/fid_{steps}_steps`` for each. :attr:`scores` keeps the last ones; in predict, where nothing is logged, they
-    are printed.
+    ``{stage}/fid_{steps}_steps`` for each. :attr:`scores` keeps the last ones; in predict, where nothing is logged,
+    they are printed.
 
     Args:
         extractor: Maps uint8 images (N, 3, H, W) to features (N, D), or to a tuple that begins with them, as
@@ -137,7 +137,7 @@ class FrechetDistance(SampleConsumer):
     def _reference_data(self, trainer: Trainer) -> Any:
         data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
         if not callable(data):
-            raise ValueError(
+            raise TypeError(
                 "FrechetDistance needs reference statistics: name a .npz as reference, or use a DataModule with"
                 " reference_data(), as PairedDataModule has it"
             )

@@ -101,7 +101,8 @@ class PGDSampler(Callback):
         precision: Precision of the chain's passes.
 
     Raises:
-        ValueError: If a number is outside its range; on set-up, if the DataModule has no held-out seeds.
+        ValueError: If a number is outside its range.
+        TypeError: On set-up, if the DataModule has no held-out seeds.
 
     Source: DAT (arXiv 2510.13872), §4.3; METHOD §4.
     """
@@ -134,9 +135,9 @@ class PGDSampler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there are seeds to start from."""
         if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
-            raise ValueError(
-                "PGDSampler needs a DataModule with held_out_seeds(), a function from the sample's index to (image, label or"
-                " None), as PairedDataModule has it"
+            raise TypeError(
+                "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"
+                " (image, label or None), as PairedDataModule has it"
             )
 
     @override

@@ -57,11 +57,12 @@ class SampleGrid(SampleConsumer):
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the ranks' tiles together and shows them."""
         plan = self._require_plan()
-        shape = trainer.strategy.broadcast(tuple(self._tiles[plan.num_steps[0]].shape) if self._tiles else None)
+        # Rank zero has the first batch, and so a tile.
+        shape: list[int] = trainer.strategy.broadcast([*self._tiles[plan.num_steps[0]].shape] if self._tiles else [])
         for steps in plan.num_steps:
             tiles = self._tiles.get(steps, torch.zeros(shape, device=pl_module.device))
             # Every tile was filled by one rank and is zero on the others.
-            tiles = trainer.strategy.reduce(tiles, reduce_op="sum")  # type: ignore[assignment]
+            tiles = trainer.strategy.reduce(tiles, reduce_op="sum")
             if trainer.is_global_zero:
                 self._show(trainer, tiles, steps)
         self._tiles = {}

@@ -19,10 +19,11 @@ from dat_lightning.core.images import to_uint8_rgb
 class SampleWriter(SampleConsumer):
     """Writes every generated sample.
 
-    ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which torchvision's ImageFolder and torch-fidelity read.
+    ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which ImageFolder and torch-fidelity read.
     ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
-    (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have to
-    share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is replaced.
+    (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have
+    to share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is
+    replaced.
 
     Args:
         dirpath: Folder of this set.
@@ -79,9 +80,9 @@ class SampleWriter(SampleConsumer):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_png(image.contiguous(), str(path))
         if "npz" in self.formats:
-            shard = {"indices": batch.indices.numpy(), "labels": labels.numpy()}
             pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
-            np.savez(self.dirpath / "shards" / f"{int(batch.indices[0]):06d}.npz", images=pixels, **shard)
+            path = self.dirpath / "shards" / f"{int(batch.indices[0]):06d}.npz"
+            np.savez(path, images=pixels, labels=labels.numpy(), indices=batch.indices.cpu().numpy())
 
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

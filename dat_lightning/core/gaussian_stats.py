@@ -9,7 +9,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Gaussian:
-    """A mean (D,) and a covariance (D, D), both float64, with the number of samples that they came from (0: unknown)."""
+    """A mean (D,) and a covariance (D, D), both float64, and the number of samples behind them (0: unknown)."""
 
     mean: Tensor
     covariance: Tensor

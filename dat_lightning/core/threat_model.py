@@ -1,4 +1,4 @@
-"""What a gradient attack may do to an image: the norm, the ball and the steps, with the projections that enforce them."""
+"""What a gradient attack may do to an image: norm, ball and steps, with the projections that enforce them."""
 
 import math
 from dataclasses import dataclass
@@ -22,14 +22,15 @@ class ThreatModel:
 
     Attributes:
         norm: Geometry of both the ball and the step.
-        eps: Radius of the ball around the clean image, in units of [0, 1] pixels; ``inf`` for no ball, 0 for the clean
-            image itself.
+        eps: Radius of the ball around the clean image, in units of [0, 1] pixels; ``inf`` for no ball, 0 for the
+            clean image itself.
         step_size: Length of one step in the same norm.
         num_steps: Number of steps; 0 leaves the start as it is.
         random_start: Whether the ascent begins at a random point of the ball instead of its centre.
 
     Raises:
-        ValueError: If a number is negative or NaN, the norm is unknown, or an infinite ball is asked for a random start.
+        ValueError: If a number is negative or NaN, the norm is unknown, or a random start is asked for in an infinite
+            ball.
 
     Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2; DAT (arXiv 2510.13872), Algorithm 1.
     """
@@ -56,7 +57,8 @@ class ThreatModel:
 def per_example_norm(x: Tensor) -> Tensor:
     """Returns the L2 norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …)."""
     flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-    return torch.linalg.vector_norm(flat, dim=1).view(-1, *([1] * (x.dim() - 1)))
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1).view(-1, *([1] * (x.dim() - 1)))
+    return norms
 
 
 def steepest_step(gradient: Tensor, norm: Norm) -> Tensor:

@@ -49,7 +49,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
         indices: Places in scikit-learn's order.
     """
 
-    def __init__(self, indices: Sequence[int]) -> None:
+    def __init__(self, indices: Sequence[int] | np.ndarray) -> None:
         images, labels = load_images()
         self._data = TensorDataset(images[torch.as_tensor(indices)], labels[torch.as_tensor(indices)])
 
@@ -146,7 +146,7 @@ class DigitsDataModule(PairedDataModule):
         return Digits(split_indices(self.validation_size)[split])
 
     def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
-        """Returns crops or noise; held-out crops come from other parts of the photographs, held-out noise is other noise."""
+        """Returns crops or noise; held-out crops come from other parts of the photographs, held-out noise is other."""
         size = self.num_ood if split == "train" else self.num_held_out
         if self.ood == "photographs":
             return photograph_crops(size, split)
@@ -157,20 +157,25 @@ class DigitsDataModule(PairedDataModule):
     def transform(self, stream: Stream) -> Transform:
         """Returns shifts for ``gen`` and ``clf``, flips for ``ood``."""
         if stream == "ood":
-            return v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()])
+            return _typed(v2.Compose([v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]))
         shift = self.max_shift_clf if stream == "clf" else self.max_shift_gen
-        return v2.RandomCrop(IMAGE_SIZE, padding=shift) if shift else v2.Identity()
+        return _typed(v2.RandomCrop(IMAGE_SIZE, padding=shift) if shift else v2.Identity())
 
     def evaluation_transform(self) -> Transform:
         """Returns images as they are."""
-        return v2.Identity()
+        return _typed(v2.Identity())
 
     def seed_transform(self) -> Transform:
         """Returns seeds as they are."""
-        return v2.Identity()
+        return _typed(v2.Identity())
 
     def reference_data(self) -> EvaluationBatches:
         """Returns the 1 437 images that are not for testing."""
         splits = split_indices(self.validation_size)
         both = np.sort(np.concatenate([splits["train"], splits["val"]]))
         return EvaluationBatches(Digits(both), self.evaluation_transform())
+
+
+def _typed(transform: Transform) -> Transform:
+    """A torchvision transform, which has no type, as what it is."""
+    return transform

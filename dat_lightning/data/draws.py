@@ -120,7 +120,7 @@ class DrawBatches(DistributedSampler[list[int]]):
         self.num_batches = num_batches
         self.position = position
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         start, share = self.position(), self.batch_size // self.num_replicas
         for batch in range(self.num_batches):
             first = start + batch * self.batch_size + self.rank * share
@@ -171,7 +171,7 @@ class ShardedBatches(DistributedSampler[list[int]]):
         # Never more batches than the smallest share has examples: no rank gets an empty one.
         self.num_batches = min(-(-largest_share // batch_size), smallest_share)
 
-    def __iter__(self) -> Iterator[list[int]]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[list[int]]:
         for batch in range(self.num_batches):
             first, last = (len(self.indices) * k // self.num_batches for k in (batch, batch + 1))
             yield list(self.indices[first:last])

@@ -98,7 +98,7 @@ class PhotographCrops(Dataset[Tensor]):
         scale, top, left, flip, mirror, transpose, contrast = torch.rand(7, generator=generator).tolist()
         side = min(int(16 * 8**scale), height, width)
         y, x = int(top * (height - side + 1)), int(left * (width - side + 1))
-        crop = photograph[:, y : y + side, x : x + side].unsqueeze(0)
+        crop: Tensor = photograph[:, y : y + side, x : x + side].unsqueeze(0)
         size = (self.image_size, self.image_size)
         crop = F.interpolate(crop, size=size, mode="bilinear", antialias=True, align_corners=False)[0]
         crop = crop.flip(-1) if flip < 0.5 else crop
@@ -106,7 +106,8 @@ class PhotographCrops(Dataset[Tensor]):
         crop = crop.transpose(-1, -2) if transpose < 0.5 else crop
         deviation = self.contrast[0] + (self.contrast[1] - self.contrast[0]) * contrast
         # The small constant leaves a patch of plain sky nearly flat instead of blowing up its noise.
-        return ((crop - crop.mean()) / (crop.std() + 0.02) * deviation + self.brightness).clamp(0, 1)
+        crop = (crop - crop.mean()) / (crop.std() + 0.02) * deviation + self.brightness
+        return crop.clamp(0, 1)
 
 
 @lru_cache(maxsize=2)

@@ -76,7 +76,7 @@ class PairedDataModule(LightningDataModule):
 
     @abstractmethod
     def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
-        """Returns unlabelled OOD images for training or, disjoint from them, for generation; ``None`` if there are none."""
+        """Returns OOD images without labels; those of the two splits are disjoint; ``None`` if there are none."""
 
     @abstractmethod
     def transform(self, stream: Stream) -> Transform:
@@ -134,7 +134,7 @@ class PairedDataModule(LightningDataModule):
 
     def train_dataloader(self) -> ResumableLoader:
         """Returns batches of the chosen streams, this rank's part."""
-        streams = {name: self._stream(name) for name in self.streams}
+        streams: dict[str, DrawStream] = {name: self._stream(name) for name in self.streams}
         sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
         return self._loader(PairedDraws(streams), sampler)
 
@@ -191,7 +191,7 @@ class PairedDataModule(LightningDataModule):
     def _batches_processed(self) -> int:
         if self.trainer is None:
             return 0
-        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)
+        return int(self.trainer.fit_loop.epoch_loop.batch_progress.total.processed)  # type: ignore[attr-defined]
 
     def _rank(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)

@@ -82,7 +82,7 @@ def digits_feature_network() -> nn.Sequential:
 
 
 class DigitsFeatures(nn.Module):
-    """Penultimate features, (N, 64), of a small classifier of scikit-learn's digits, whose weights ship with the package.
+    """Penultimate features, (N, 64), of a small classifier of scikit-learn's digits; its weights ship with the package.
 
     ``python -m dat_lightning.metrics.train_digits_features`` trains it on the training split alone; that module's
     docstring and the file's metadata give its accuracy on the test split. It reads the first channel, resized to 16×16.

@@ -1,6 +1,6 @@
 """Trains the small classifier whose features measure digits: ``python -m dat_lightning.metrics.train_digits_features``.
 
-It sees the 1 437 training digits alone, shifted by up to a pixel, for 20 epochs of AdamW from seed 0, and takes seconds.
+It sees the 1 437 training digits alone, shifted by up to a pixel, for 20 epochs of AdamW from seed 0; it takes seconds.
 The accuracy on the 360 test digits goes into the file's metadata; the shipped file's is 0.9889.
 """
 
@@ -27,9 +27,10 @@ def train(epochs: int = 20, batch_size: int = 64) -> torch.nn.Sequential:
         shift = v2.RandomCrop(IMAGE_SIZE, padding=1)
         optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=1e-2)
         for _ in range(epochs):
-            for chosen in torch.randperm(len(y)).split(batch_size):
+            for chosen in torch.split(torch.randperm(len(y)), batch_size):
                 optimizer.zero_grad()
-                F.cross_entropy(network(torch.stack([shift(image) for image in x[chosen]])), y[chosen]).backward()
+                loss = F.cross_entropy(network(torch.stack([shift(image) for image in x[chosen]])), y[chosen])
+                torch.autograd.backward(loss)
                 optimizer.step()
     return network.eval().requires_grad_(False)
 

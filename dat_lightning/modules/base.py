@@ -1,14 +1,13 @@
 """The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
-from torchmetrics import MeanMetric
+from torch import Tensor
 
 from dat_lightning.checkpoints import load_weights
 from dat_lightning.core.energy import EnergyModel, marginal_energy
@@ -23,8 +22,9 @@ Batch = Mapping[str, Tensor]
 class EnergyModule(LightningModule):
     """Trains an :class:`~dat_lightning.core.EnergyModel`; subclasses say how, by their ``training_step``.
 
-    Override points: :meth:`attack_objective` (what the classification attack climbs), :meth:`adversarial_examples` (how),
-    :meth:`classification_loss` (what is minimised there), :meth:`evaluation_metrics` (what validation and test log).
+    Override points: :meth:`attack_objective` (what the classification attack climbs), :meth:`adversarial_examples`
+    (how), :meth:`classification_loss` (what is minimised there), :meth:`evaluation_metrics` (what validation and test
+    log).
 
     Logged: ``{val,test}/{loss, accuracy, robust_accuracy, energy, r1}``; exact over any number of ranks.
 
@@ -72,11 +72,7 @@ class EnergyModule(LightningModule):
         self.seed = seed
         self._initialized = init_from is None
         if memory_format == "channels_last":
-            self.energy_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        names = ("loss", "accuracy", "robust_accuracy", "energy", "r1")
-        self.metrics = nn.ModuleDict(
-            {s: nn.ModuleDict({n: MeanMetric() for n in names}) for s in ("on_val", "on_test")}
-        )
+            self.energy_model.to(memory_format=torch.channels_last)
 
     # One method per equation.
 
@@ -190,14 +186,8 @@ class EnergyModule(LightningModule):
         raise ValueError(f"{type(self).__name__} needs {key!r} in its batch, got {found}; {supplier}")
 
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
-        # Keys of a ModuleDict cannot be attributes that it has, such as "train".
-        metrics = cast(nn.ModuleDict, self.metrics[f"on_{stage}"])
-        values = self.evaluation_metrics(batch)
-        for name, value in values.items():
-            if name not in metrics:
-                raise ValueError(
-                    f"evaluation_metrics gave {name!r}, which is not among {sorted(metrics)}; add a metric"
-                )
-            metrics[name].update(value)
-            # torchmetrics reduces over ranks by itself: sync_dist would average averages.
-            self.log(f"{stage}/{name}", cast(MeanMetric, metrics[name]), on_epoch=True, on_step=False, sync_dist=False)
+        for name, value in self.evaluation_metrics(batch).items():
+            # Lightning weights batches by their size, also over ranks, so the mean is that of one process.
+            self.log(
+                f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(value)
+            )

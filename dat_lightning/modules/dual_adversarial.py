@@ -139,7 +139,7 @@ class DualAdversarialModule(EnergyModule):
         value = auc(-joint_energy(logits.gen.detach(), y_gen), -joint_energy(logits.contrast.detach(), y_gen))
         if self._trainer is None:
             return value
-        mean: Tensor = self.trainer.strategy.reduce(value, reduce_op="mean")  # type: ignore[assignment]
+        mean: Tensor = self.trainer.strategy.reduce(value, reduce_op="mean")
         return mean
 
     # Lightning's hooks.
