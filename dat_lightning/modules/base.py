@@ -1,7 +1,7 @@
 """The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
 
 from collections.abc import Mapping
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch import LightningModule
@@ -138,12 +138,29 @@ class EnergyModule(LightningModule):
     # Lightning's hooks.
 
     def setup(self, stage: str) -> None:
-        """Loads the initial weights, unless a checkpoint is about to be restored, and compiles if asked to."""
-        if not self._initialized and self.init_from is not None and self.trainer.ckpt_path is None:
-            load_weights(self.energy_model, self.init_from)
-        self._initialized = True
+        """Compiles the network if asked to."""
         if self.compile_network:
             self.energy_model.compile(dynamic=False)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed."""
+        self._initialized = True
+
+    def on_fit_start(self) -> None:
+        """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored."""
+        self._load_initial_weights()
+
+    def on_validation_start(self) -> None:
+        """Loads the initial weights."""
+        self._load_initial_weights()
+
+    def on_test_start(self) -> None:
+        """Loads the initial weights."""
+        self._load_initial_weights()
+
+    def on_predict_start(self) -> None:
+        """Loads the initial weights."""
+        self._load_initial_weights()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule."""
@@ -169,6 +186,11 @@ class EnergyModule(LightningModule):
         return {"index": index, "prediction": prediction, "confidence": confidence, "energy": marginal_energy(logits)}
 
     # Parts.
+
+    def _load_initial_weights(self) -> None:
+        if not self._initialized and self.init_from is not None:
+            load_weights(self.energy_model, self.init_from)
+        self._initialized = True
 
     def part(self, batch: Batch, key: str) -> Tensor:
         """Returns an entry of the batch.

@@ -1,5 +1,6 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
+import warnings
 from typing import Literal, NamedTuple
 
 import torch
@@ -143,6 +144,11 @@ class DualAdversarialModule(EnergyModule):
         return mean
 
     # Lightning's hooks.
+
+    def on_fit_start(self) -> None:
+        """Loads the initial weights, and silences Lightning's warning about frozen batch norm, which is the method."""
+        super().on_fit_start()
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the weighted loss of one step, and moves the curriculum."""

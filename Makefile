@@ -1,0 +1,45 @@
+# `make demo` and `make test` need git, make and Python 3.10 or newer; each sets up .venv by itself.
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/digits
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint types bench docs format clean
+
+demo: $(VENV)/.installed-demo  ## train both stages on digits, and write $(OUT)/report.html
+	$(BIN)/python -m dat_lightning.demo --out $(OUT)
+
+test: lint types  ## what CI runs
+	$(BIN)/python -m pytest
+
+test-all: lint types  ## the slow tests as well
+	$(BIN)/python -m pytest -m ''
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.installed-test
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed-test  ## speed against a plain implementation
+	$(BIN)/python -m tests.benchmarks.bench
+
+docs: $(VENV)/.installed-docs  ## the pages, into site/
+	$(BIN)/mkdocs build --strict
+
+# The stamps keep a second run from installing again, until the requirements change.
+$(VENV)/.installed-%: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' \
+	  || { echo "Python 3.10 or newer is needed, $(PYTHON) is older: make PYTHON=/path/to/python3.11 ..."; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (the first time takes a few minutes) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) site runs

@@ -1,0 +1,132 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dat_lightning.core import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
+
+
+def random_logits(num_classes: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = 3 * torch.randn(6, num_classes, generator=generator, dtype=torch.float64)
+    return logits, torch.randint(num_classes, (6,), generator=generator)
+
+
+def mixed_network() -> nn.Sequential:
+    """Every kind of layer whose mode matters, on images (N, 2, 4, 4)."""
+    return nn.Sequential(
+        nn.BatchNorm2d(2),
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.SyncBatchNorm(3),
+        nn.LayerNorm([3, 4, 4]),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.BatchNorm1d(48),
+        nn.Linear(48, 4),
+    )
+
+
+@pytest.mark.parametrize("num_classes", [1, 2, 10])
+def test_energies_equal_their_definitions(num_classes: int) -> None:
+    logits, y = random_logits(num_classes)
+    joint, marginal = joint_energy(logits, y), marginal_energy(logits)
+    for i, (row, label) in enumerate(zip(logits.tolist(), y.tolist(), strict=True)):
+        assert math.isclose(joint[i], -row[label], rel_tol=1e-15)
+        assert math.isclose(marginal[i], -math.log(sum(math.exp(value) for value in row)), rel_tol=1e-13)
+
+
+def test_one_class_gives_one_energy() -> None:
+    logits, y = random_logits(1)
+    torch.testing.assert_close(joint_energy(logits, y), marginal_energy(logits), rtol=1e-15, atol=0)
+
+
+def test_energies_give_the_class_posterior() -> None:
+    logits, y = random_logits(5)
+    exponentials = np.exp(logits.numpy())
+    posterior = exponentials[np.arange(6), y.numpy()] / exponentials.sum(1)
+    np.testing.assert_allclose((marginal_energy(logits) - joint_energy(logits, y)).exp(), posterior, rtol=1e-12)
+
+
+def test_marginal_energy_of_huge_logits_is_finite() -> None:
+    assert marginal_energy(torch.tensor([[1e4, 1e4], [-1e4, -1e4]])).tolist() == pytest.approx(
+        [-1e4 - math.log(2), 1e4 - math.log(2)]
+    )
+
+
+def test_the_model_normalises_each_channel_inside() -> None:
+    model = EnergyModel(nn.Flatten(), mean=[0.1, 0.2], std=[0.5, 4.0]).double()
+    x = torch.rand(3, 2, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = np.concatenate([(x[:, 0, 0] - 0.1) / 0.5, (x[:, 1, 0] - 0.2) / 4], axis=1)
+    np.testing.assert_allclose(model(x).numpy(), expected, rtol=1e-6)  # the buffers started as float32
+
+
+def test_a_model_without_normalisation_passes_raw_pixels() -> None:
+    x = torch.rand(2, 3, 2, 2)
+    assert torch.equal(EnergyModel(nn.Flatten())(x), x.flatten(1))
+
+
+def test_the_model_s_energies_are_those_of_its_logits() -> None:
+    model, y = EnergyModel(mixed_network()).eval(), torch.tensor([3, 0, 1])
+    x = torch.rand(3, 2, 4, 4)
+    logits = model(x)
+    assert torch.equal(model.joint_energy(x, y), -logits[torch.arange(3), y])
+    torch.testing.assert_close(model.marginal_energy(x), -logits.exp().sum(1).log())
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "message"),
+    [
+        ([0.5], None, "go together"),
+        (None, [0.5], "go together"),
+        ([0.5], [0.5, 0.5], "one entry per channel"),
+        ([0.5], [0.0], "std must be positive"),
+    ],
+)
+def test_incomplete_normalisation_is_refused(mean: list[float] | None, std: list[float] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EnergyModel(nn.Identity(), mean, std)
+
+
+def test_batch_norm_layers_are_all_batch_norms_and_nothing_else() -> None:
+    assert [type(m) for m in batch_norm_layers(mixed_network())] == [
+        nn.BatchNorm2d,
+        nn.SyncBatchNorm,
+        nn.BatchNorm1d,
+    ]
+
+
+def test_frozen_batch_norm_stays_in_eval_mode_and_other_layers_follow_train() -> None:
+    model = EnergyModel(mixed_network())
+    parent = nn.Sequential(model)
+    model.freeze_batch_norm()
+    for mode in (True, False, True, True):
+        parent.train(mode)
+        batch_norms = batch_norm_layers(model)
+        assert [m.training for m in batch_norms] == [False, False, False]
+        others = [m for m in model.modules() if m not in batch_norms]
+        assert all(m.training == mode for m in others)
+        assert {nn.LayerNorm, nn.Dropout} <= {type(m) for m in others}
+
+
+def test_without_freezing_all_layers_follow_train() -> None:
+    model = EnergyModel(mixed_network())
+    for mode in (False, True):
+        assert all(m.training == mode for m in model.train(mode).modules())
+
+
+def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_affine_parameters() -> None:
+    torch.manual_seed(0)
+    # Without SyncBatchNorm, which refuses CPU tensors in train mode.
+    model = EnergyModel(nn.Sequential(nn.BatchNorm2d(2), nn.LayerNorm([2, 4, 4]), nn.Flatten(), nn.Linear(32, 3)))
+    model.freeze_batch_norm()
+    model.train()
+    before = {name: value.clone() for name, value in model.named_buffers()}
+    energy = model.marginal_energy(torch.rand(8, 2, 4, 4)).square().sum()
+    parameters = dict(model.named_parameters())
+    gradients = torch.autograd.grad(energy, list(parameters.values()))
+    for name, value in model.named_buffers():
+        assert torch.equal(value, before[name]), name
+    for name, gradient in zip(parameters, gradients, strict=True):
+        assert gradient.abs().max() > 0, name

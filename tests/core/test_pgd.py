@@ -1,0 +1,468 @@
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from dat_lightning.core import (
+    AttackMode,
+    Norm,
+    Objective,
+    ThreatModel,
+    ascend,
+    ascend_snapshots,
+    ascent,
+    cross_entropy,
+    distance_to_uniform,
+    input_gradient,
+    negative_marginal_energy,
+    targeted_logit,
+)
+
+MODES: tuple[AttackMode, ...] = ("eval", "train")
+NORMS: tuple[Norm, ...] = ("L2", "Linf")
+PIXELS, HIDDEN, CLASSES = 12, 7, 4
+
+
+class TanhNetwork(nn.Module):
+    """f(x) = tanh(x A + a) B + b, in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(PIXELS, HIDDEN), nn.Linear(HIDDEN, CLASSES)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, generator=generator)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.outer(torch.tanh(self.inner(x.flatten(1))))
+        return logits
+
+
+class BatchNormNetwork(nn.Module):
+    """Every kind of layer whose mode matters, on images (N, 3, 2, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(3)
+        self.conv = nn.Conv2d(3, 5, 2)
+        self.norm2 = nn.BatchNorm2d(5)
+        self.dropout = nn.Dropout(0.5)
+        self.norm3 = nn.LayerNorm(5)
+        self.fc = nn.Linear(5, CLASSES)
+        self.untracked = nn.BatchNorm1d(CLASSES, track_running_stats=False)
+        generator = torch.Generator().manual_seed(0)
+        for tensor in self.state_dict().values():
+            if tensor.is_floating_point():
+                tensor.uniform_(0.5, 1.5, generator=generator)
+        nn.init.normal_(self.conv.weight, generator=generator)
+        nn.init.normal_(self.fc.weight, generator=generator)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.norm2(self.conv(self.norm1(x))))
+        logits: Tensor = self.untracked(self.fc(self.norm3(self.dropout(h.flatten(1)))))
+        return logits
+
+
+def images(count: int = 5, seed: int = 1, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    """Images (N, 3, 2, 2) in [0, 1], some pixels at the border of the box, and labels."""
+    generator = torch.Generator().manual_seed(seed)
+    x = (1.2 * torch.rand(count, 3, 2, 2, generator=generator, dtype=torch.float64) - 0.1).clamp(0, 1)
+    return x.to(dtype), torch.randint(CLASSES, (count,), generator=generator)
+
+
+# The same ascent once more, in numpy, one image at a time, with derivatives by hand.
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    exponentials = np.exp(logits)
+    return np.asarray(exponentials / exponentials.sum())
+
+
+def logit_derivative(objective: Objective, logits: np.ndarray, label: int) -> np.ndarray:
+    one_hot = np.eye(CLASSES)[label]
+    derivatives: dict[Objective, np.ndarray] = {
+        cross_entropy: softmax(logits) - one_hot,
+        targeted_logit: one_hot,
+        negative_marginal_energy: softmax(logits),
+        distance_to_uniform: softmax(logits) - 1 / CLASSES,
+    }
+    return derivatives[objective]
+
+
+def plain_gradient(network: TanhNetwork, x: np.ndarray, label: int, objective: Objective) -> np.ndarray:
+    a_weight, a_bias = network.inner.weight.detach().numpy(), network.inner.bias.detach().numpy()
+    b_weight, b_bias = network.outer.weight.detach().numpy(), network.outer.bias.detach().numpy()
+    h = np.tanh(a_weight @ x + a_bias)
+    at_logits = logit_derivative(objective, b_weight @ h + b_bias, label)
+    return np.asarray(a_weight.T @ ((1 - h**2) * (b_weight.T @ at_logits)))
+
+
+def plain_ascent(
+    network: TanhNetwork, start: np.ndarray, label: int, objective: Objective, threat: ThreatModel
+) -> np.ndarray:
+    center, x = start.reshape(-1), start.reshape(-1).copy()
+    for _ in range(threat.num_steps):
+        gradient = plain_gradient(network, x, label, objective)
+        if threat.norm == "L2":
+            x = x + threat.step_size * gradient / (math.sqrt(sum(gradient**2)) + 1e-10)
+            length = math.sqrt(sum((x - center) ** 2))
+            if length > threat.eps:
+                x = center + (x - center) * threat.eps / length
+        else:
+            x = x + threat.step_size * np.sign(gradient)
+            x = np.minimum(np.maximum(x, center - threat.eps), center + threat.eps)
+        x = np.minimum(np.maximum(x, 0), 1)
+    return np.asarray(x.reshape(start.shape))
+
+
+@pytest.mark.parametrize("objective", [cross_entropy, targeted_logit, negative_marginal_energy, distance_to_uniform])
+def test_input_gradient_is_each_image_s_own(objective: Objective) -> None:
+    network, (x, y) = TanhNetwork(), images()
+    gradient = input_gradient(network, x, y, objective).flatten(1).numpy()
+    for row, image, label in zip(gradient, x.flatten(1).numpy(), y.tolist(), strict=True):
+        np.testing.assert_allclose(row, plain_gradient(network, image, label, objective), rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("objective", [cross_entropy, targeted_logit, negative_marginal_energy, distance_to_uniform])
+@pytest.mark.parametrize("num_steps", [1, 12])
+@pytest.mark.parametrize(
+    ("norm", "eps", "step_size"),
+    [("L2", 0.3, 0.1), ("L2", math.inf, 0.2), ("L2", 0.0, 0.1), ("Linf", 0.1, 0.03), ("Linf", math.inf, 0.1)],
+)
+def test_the_ascent_equals_a_plain_loop(
+    norm: Norm, eps: float, step_size: float, num_steps: int, objective: Objective
+) -> None:
+    network, (x, y) = TanhNetwork(), images()
+    threat = ThreatModel(norm, eps, step_size, num_steps)
+    result = ascend(network, x, y, objective, threat)
+    for reached, start, label in zip(result.numpy(), x.numpy(), y.tolist(), strict=True):
+        np.testing.assert_allclose(reached, plain_ascent(network, start, label, objective, threat), atol=1e-11)
+
+
+def test_contrastive_ascent_is_unbounded_l2_without_random_start() -> None:
+    assert ascent(0.1, 7) == ThreatModel("L2", math.inf, 0.1, 7, random_start=False)
+
+
+def test_an_image_where_the_gradient_vanishes_stays() -> None:
+    x, y = images()
+    result = ascend(lambda z: (z * 0).flatten(1)[:, :CLASSES], x, y, cross_entropy, ascent(0.5, 3))
+    assert torch.equal(result, x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("start", [False, True])
+def test_snapshots_equal_separate_runs_bit_by_bit(norm: Norm, start: bool) -> None:
+    network, (x, y) = TanhNetwork(), images()
+    threat = ThreatModel(norm, 0.3, 0.05, 10, random_start=start)
+    states = ascend_snapshots(network, x, y, cross_entropy, threat, [7, 0, 3, 3])
+    assert sorted(states) == [0, 3, 7]
+    for steps, state in states.items():
+        assert torch.equal(state, ascend(network, x, y, cross_entropy, threat, num_steps=steps))
+    assert torch.equal(states[0], x) != start
+
+
+def test_the_chain_is_walked_once_for_all_snapshots() -> None:
+    network, (x, y), calls = TanhNetwork(), images(), [0]
+
+    def counting(z: Tensor) -> Tensor:
+        calls[0] += 1
+        return network(z)  # type: ignore[no-any-return]
+
+    ascend_snapshots(counting, x, y, cross_entropy, ThreatModel(), [0, 2, 5])
+    assert calls == [5]
+
+
+@pytest.mark.parametrize("snapshots", [[], [3, -1]])
+def test_snapshots_that_cannot_be_are_refused(snapshots: list[int]) -> None:
+    x, y = images()
+    with pytest.raises(ValueError, match="snapshots must be"):
+        ascend_snapshots(TanhNetwork(), x, y, cross_entropy, ThreatModel(), snapshots)
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_the_result_is_new_and_detached_and_the_images_are_not_changed(num_steps: int) -> None:
+    x, y = images()
+    x.requires_grad_(True)
+    before, labels = x.detach().clone(), y.clone()
+    result = ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(num_steps=num_steps))
+    assert not result.requires_grad
+    result.fill_(7)
+    assert torch.equal(x, before)
+    assert torch.equal(y, labels)
+    assert x.grad is None
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
+    norm=st.sampled_from(NORMS),
+    eps=st.one_of(st.just(0.0), st.just(math.inf), st.floats(1e-3, 5)),
+    step_size=st.floats(0, 3),
+    num_steps=st.integers(0, 4),
+    start=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_an_ascent_stays_in_the_ball_and_the_box(
+    shape: tuple[int, ...], norm: Norm, eps: float, step_size: float, num_steps: int, start: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = (1.4 * torch.rand(shape, generator=generator, dtype=torch.float64) - 0.2).clamp(0, 1)
+    weight = torch.randn(x[0].numel(), 3, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, shape[:1], generator=generator)
+    threat = ThreatModel(norm, eps, step_size, num_steps, random_start=start and math.isfinite(eps))
+    result = ascend(lambda z: torch.tanh(z.flatten(1) @ weight), x, y, cross_entropy, threat, seed=seed)
+    assert result.shape == x.shape
+    assert 0 <= result.min() <= result.max() <= 1
+    delta = (result - x).flatten(1).numpy()
+    length = np.linalg.norm(delta, ord=2 if norm == "L2" else np.inf, axis=1)
+    assert (length <= eps * (1 + 1e-12) + 1e-12).all()
+    # Without a ball, the length of the way bounds the distance.
+    assert (length <= num_steps * step_size + (eps if threat.random_start else 0) + 1e-9).all()
+
+
+# No trace on the module.
+
+
+def prepared_network() -> BatchNormNetwork:
+    """A network in a state that no single train() or requires_grad_() call would restore."""
+    network = BatchNormNetwork().train()
+    network.norm2.eval()
+    network.norm3.eval()
+    network.conv.weight.requires_grad_(False)
+    network.fc.weight.grad = torch.full_like(network.fc.weight, 3.0)
+    return network
+
+
+def trace(network: nn.Module) -> dict[str, Any]:
+    state: dict[str, Any] = {f"state {k}": v.clone() for k, v in network.state_dict().items()}
+    for name, parameter in network.named_parameters():
+        state[f"requires_grad {name}"] = parameter.requires_grad
+        state[f"grad {name}"] = None if parameter.grad is None else parameter.grad.clone()
+    for name, module in network.named_modules():
+        state[f"training {name}"] = module.training
+        state[f"tracking {name}"] = getattr(module, "track_running_stats", None)
+    return state
+
+
+def assert_no_trace(network: nn.Module, before: dict[str, Any]) -> None:
+    after = trace(network)
+    assert after.keys() == before.keys()
+    for key, value in after.items():
+        same = torch.equal(value, before[key]) if isinstance(value, Tensor) else value == before[key]
+        assert same, key
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_attack_leaves_no_trace(mode: AttackMode) -> None:
+    network, (x, y) = prepared_network(), images(dtype=torch.float32)
+    before = trace(network)
+    result = ascend(network, x, y, cross_entropy, ThreatModel(), mode=mode)
+    assert_no_trace(network, before)
+    assert not torch.equal(result, x)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_an_attack_that_is_interrupted_leaves_no_trace(mode: AttackMode, error: type[BaseException]) -> None:
+    class Breaking(BatchNormNetwork):
+        calls = 0
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls += 1
+            logits = super().forward(x)
+            if self.calls == 3:
+                raise error("in the third step")
+            return logits
+
+    network, (x, y) = Breaking().train(), images(dtype=torch.float32)
+    network.norm1.eval()
+    before = trace(network)
+    with pytest.raises(error, match="in the third step"):
+        ascend(network, x, y, cross_entropy, ThreatModel(), mode=mode)
+    assert_no_trace(network, before)
+    assert torch.is_grad_enabled()
+
+
+def test_during_an_attack_parameters_need_no_gradient() -> None:
+    network, (x, y), seen = prepared_network(), images(dtype=torch.float32), list[bool]()
+    hook = network.fc.register_forward_hook(lambda m, i, o: seen.append(any(p.requires_grad for p in m.parameters())))
+    ascend(network, x, y, cross_entropy, ThreatModel(num_steps=2))
+    hook.remove()
+    assert seen == [False, False]
+
+
+def test_eval_mode_attacks_the_network_that_is_evaluated() -> None:
+    network, (x, y) = prepared_network(), images(dtype=torch.float32)
+    result = ascend(network, x, y, cross_entropy, ThreatModel(), mode="eval")
+    assert torch.equal(result, ascend(network.eval(), x, y, cross_entropy, ThreatModel(), mode="train"))
+
+
+def test_eval_mode_does_not_call_a_train_method_that_has_effects() -> None:
+    class Loud(BatchNormNetwork):
+        calls = 0
+
+        def train(self, mode: bool = True) -> "Loud":
+            self.calls += 1
+            return super().train(mode)
+
+    network, (x, y) = Loud(), images(dtype=torch.float32)
+    ascend(network, x, y, cross_entropy, ThreatModel(num_steps=1))
+    assert network.calls == 0
+
+
+def test_in_eval_mode_images_do_not_influence_each_other() -> None:
+    network, (x, y) = TanhNetwork(), images()
+    together = ascend(network, x, y, cross_entropy, ThreatModel())
+    for i in range(len(x)):
+        alone = ascend(network, x[i : i + 1], y[i : i + 1], cross_entropy, ThreatModel())
+        torch.testing.assert_close(alone[0], together[i], rtol=0, atol=1e-14)
+
+
+def manual_logits(network: BatchNormNetwork, x: Tensor) -> Tensor:
+    """Train mode by hand, without dropout: norm1 by the statistics of the batch, norm2 by its running ones."""
+    mean, var = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), keepdim=True, unbiased=False)
+    one, two = network.norm1, network.norm2
+    h = (x - mean) / (var + one.eps).sqrt() * one.weight.view(1, -1, 1, 1) + one.bias.view(1, -1, 1, 1)
+    h = F.conv2d(h, network.conv.weight, network.conv.bias).flatten(1)
+    assert two.running_mean is not None
+    assert two.running_var is not None
+    h = torch.tanh((h - two.running_mean) / (two.running_var + two.eps).sqrt() * two.weight + two.bias)
+    logits: Tensor = network.fc(network.norm3(h))
+    centered = logits - logits.mean(0)
+    last = network.untracked
+    return centered / (logits.var(0, unbiased=False) + last.eps).sqrt() * last.weight + last.bias
+
+
+def test_train_mode_uses_batch_statistics_where_the_layer_is_in_train_mode() -> None:
+    network, (x, y) = BatchNormNetwork().double().train(), images()
+    network.norm2.eval()
+    network.dropout.eval()
+    expected = x
+    for _ in range(3):
+        z = expected.clone().requires_grad_(True)
+        loss = -torch.log_softmax(manual_logits(network, z), 1)[torch.arange(5), y].sum()
+        (gradient,) = torch.autograd.grad(loss, z)
+        lengths = gradient.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
+        expected = (expected + 0.05 * gradient / lengths).clamp(0, 1)
+    result = ascend(network, x, y, cross_entropy, ascent(0.05, 3), mode="train")
+    torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
+    evaluated = ascend(network, x, y, cross_entropy, ascent(0.05, 3), mode="eval")
+    assert (evaluated - expected).abs().max() > 1e-3
+
+
+# The surroundings.
+
+
+@pytest.mark.parametrize("surroundings", [torch.no_grad, torch.inference_mode, nullcontext])
+def test_an_attack_is_the_same_where_gradients_are_off(
+    surroundings: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    network, (x, y) = prepared_network(), images(dtype=torch.float32)
+    threat = ThreatModel(random_start=True)
+    expected, before = ascend(network, x, y, cross_entropy, threat), trace(network)
+    with surroundings():
+        grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        x_inside, y_inside, draws = x.clone(), y.clone(), torch.arange(len(x))
+        assert x_inside.is_inference() == inference
+        result = ascend(network, x_inside, y_inside, cross_entropy, threat, draws=draws)
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == (grad, inference)
+        assert torch.equal(result, expected)
+    assert not result.is_inference()  # so that a loss may be computed at it
+    assert_no_trace(network, before)
+
+
+def test_a_network_trains_after_an_attack_in_inference_mode() -> None:
+    network, (x, y) = BatchNormNetwork(), images(dtype=torch.float32)
+    with torch.inference_mode():
+        ascend(network, x.clone(), y.clone(), cross_entropy, ThreatModel(), mode="train")
+    gradients = torch.autograd.grad(F.cross_entropy(network(x), y), list(network.parameters()))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "expected"),
+    [
+        (None, None, torch.float32),
+        (None, torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, None, torch.bfloat16),
+        (torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_autocast_dtype_sets_the_precision_of_the_passes(
+    outer: torch.dtype | None, inner: torch.dtype | None, expected: torch.dtype
+) -> None:
+    layer, (x, y), seen = nn.Linear(PIXELS, CLASSES), images(dtype=torch.float32), set[torch.dtype]()
+
+    def logits(z: Tensor) -> Tensor:
+        result: Tensor = layer(z.flatten(1))
+        seen.add(result.dtype)
+        return result
+
+    with torch.autocast("cpu", dtype=outer, enabled=outer is not None):
+        result = ascend(logits, x, y, cross_entropy, ThreatModel(), autocast_dtype=inner)
+    assert seen == {expected}
+    assert result.dtype == torch.float32
+
+
+# The random start.
+
+
+@pytest.fixture(params=NORMS)
+def started(request: pytest.FixtureRequest) -> Callable[..., Tensor]:
+    """Returns the random start alone, of images with room on all sides."""
+    threat = ThreatModel(request.param, eps=0.3, num_steps=0, random_start=True)
+
+    network = TanhNetwork()
+
+    def start(count: int = 6, **arguments: Any) -> Tensor:
+        x = torch.full((count, 3, 2, 2), 0.5, dtype=torch.float64)
+        return ascend(network, x, torch.zeros(count).long(), cross_entropy, threat, **arguments)
+
+    return start
+
+
+def test_each_image_s_start_depends_on_its_draw_alone(started: Callable[..., Tensor]) -> None:
+    by_place = started()
+    assert torch.equal(started(3, draws=torch.tensor([5, 0, 2])), by_place[[5, 0, 2]])
+    assert len({tuple(row) for row in by_place.flatten(1).tolist()}) == 6
+    assert not (started(seed=1) == by_place).flatten(1).all(1).any()
+
+
+def test_a_start_neither_reads_nor_moves_the_global_generator(started: Callable[..., Tensor]) -> None:
+    torch.manual_seed(0)
+    before, first = torch.get_rng_state(), started()
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert torch.equal(started(), first)
+
+
+def test_starts_are_uniform_in_the_ball() -> None:
+    count, eps = 3000, 0.3
+    x = torch.full((count, 1, 1, 2), 0.5, dtype=torch.float64)
+    for norm in NORMS:
+        threat = ThreatModel(norm, eps, num_steps=0, random_start=True)
+        start = ascend(lambda z: z.flatten(1), x, torch.zeros(count).long(), cross_entropy, threat)
+        delta = (start - x).view(count, 2).numpy() / eps
+        order = 2 if norm == "L2" else np.inf
+        # Area of the disc, or of the square, of half the radius; standard error 0.008.
+        assert abs((np.linalg.norm(delta, ord=order, axis=1) < 0.5).mean() - 0.25) < 0.03
+        assert np.linalg.norm(delta, ord=order, axis=1).max() <= 1 + 1e-9
+        # All four quadrants alike.
+        assert np.abs(np.sign(delta).mean(0)).max() < 0.06
+        assert abs(np.sign(delta).prod(1).mean()) < 0.06
+
+
+def test_the_ball_is_around_the_image_not_around_the_start() -> None:
+    x, y = images()
+    threat = ThreatModel("L2", eps=0.2, step_size=0.2, num_steps=5, random_start=True)
+    result = ascend(TanhNetwork(), x, y, cross_entropy, threat)
+    assert (result - x).flatten(1).norm(dim=1).max() <= 0.2 + 1e-12

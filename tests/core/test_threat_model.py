@@ -1,0 +1,139 @@
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dat_lightning.core import Norm, ThreatModel, project, random_start, steepest_step
+
+NORMS: tuple[Norm, ...] = ("L2", "Linf")
+radii = st.one_of(st.just(0.0), st.just(float("inf")), st.floats(1e-6, 10))
+
+
+@st.composite
+def centers_and_points(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Images in [0, 1], some of them at the border of the box, and points that may lie far outside of it."""
+    shape = draw(st.lists(st.integers(1, 4), min_size=2, max_size=4))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+    center = (torch.rand(shape, generator=generator, dtype=torch.float64) * 1.4 - 0.2).clamp(0, 1)
+    far = draw(st.sampled_from([0.0, 1e-3, 1.0, 100.0]))
+    return center, center + far * torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def distances(x: Tensor, center: Tensor, norm: Norm) -> np.ndarray:
+    delta = np.abs((x - center).numpy().reshape(len(x), -1))
+    return np.asarray(np.sqrt((delta**2).sum(1)) if norm == "L2" else delta.max(1))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"norm": "L1"}, "norm .* 'L1'"),
+        ({"eps": -0.1}, "eps .* -0.1"),
+        ({"eps": float("nan")}, "eps .* nan"),
+        ({"step_size": -1.0}, "step_size .* -1"),
+        ({"step_size": float("inf")}, "step_size .* inf"),
+        ({"step_size": float("nan")}, "step_size .* nan"),
+        ({"num_steps": -1}, "num_steps .* -1"),
+        ({"eps": float("inf"), "random_start": True}, "random_start needs a finite eps"),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ThreatModel(**arguments)
+
+
+def test_the_default_is_the_attack_on_cifar() -> None:
+    assert ThreatModel() == ThreatModel(norm="L2", eps=0.5, step_size=0.1, num_steps=10, random_start=False)
+
+
+def test_l2_step_is_the_gradient_over_its_norm_plus_1e_10() -> None:
+    # Lengths 0, 1e-10 and 5: the smallest ones feel the constant that keeps the division finite.
+    gradient = torch.tensor([[[0.0, 0.0]], [[1e-10, 0.0]], [[3.0, -4.0]]], dtype=torch.float64)
+    expected = [[[0.0, 0.0]], [[1e-10 / (1e-10 + 1e-10), 0.0]], [[3 / (5 + 1e-10), -4 / (5 + 1e-10)]]]
+    np.testing.assert_allclose(steepest_step(gradient, "L2").numpy(), expected, rtol=1e-14, atol=0)
+
+
+def test_linf_step_is_the_sign_and_rests_where_the_gradient_vanishes() -> None:
+    gradient = torch.tensor([[[1e-30, -7.0], [0.0, 2.0]]])
+    assert steepest_step(gradient, "Linf").tolist() == [[[1, -1], [0, 1]]]
+
+
+def test_l2_projection_scales_each_example_on_its_own() -> None:
+    center = torch.full((3, 1, 1, 2), 0.5, dtype=torch.float64)
+    delta = torch.tensor([[0.3, 0.4], [0.03, 0.04], [-0.3, 0.0]], dtype=torch.float64).view(3, 1, 1, 2)
+    expected = [[0.5 + 0.06, 0.5 + 0.08], [0.53, 0.54], [0.4, 0.5]]  # 0.1/0.5 of the first, the second is inside
+    projected = project(center + delta, center, "L2", 0.1).view(3, 2)
+    np.testing.assert_allclose(projected.numpy(), expected, rtol=1e-14)
+
+
+def test_linf_projection_clips_each_pixel_to_the_ball_and_the_box() -> None:
+    center = torch.tensor([[0.05, 0.5, 0.95]], dtype=torch.float64)
+    x = torch.tensor([[-1.0, 0.55, 2.0]], dtype=torch.float64)
+    np.testing.assert_allclose(project(x, center, "Linf", 0.1).numpy(), [[0.0, 0.55, 1.0]], rtol=1e-15)
+
+
+@given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=radii)
+def test_a_projection_is_in_the_ball_and_the_box_and_stays_where_it_is(
+    data: tuple[Tensor, Tensor], norm: Norm, eps: float
+) -> None:
+    center, x = data
+    projected = project(x, center, norm, eps)
+    assert projected.shape == x.shape
+    assert 0 <= projected.min() <= projected.max() <= 1
+    assert (distances(projected, center, norm) <= eps * (1 + 1e-12) + 1e-12).all()
+    torch.testing.assert_close(project(projected, center, norm, eps), projected, rtol=0, atol=1e-12)
+    if eps == 0:
+        assert torch.equal(projected, center)
+
+
+@given(data=centers_and_points(), norm=st.sampled_from(NORMS))
+def test_without_a_ball_only_the_box_holds(data: tuple[Tensor, Tensor], norm: Norm) -> None:
+    center, x = data
+    assert torch.equal(project(x, center, norm, float("inf")), x.clamp(0, 1))
+
+
+@given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=st.floats(1e-6, 10))
+def test_a_point_inside_does_not_move(data: tuple[Tensor, Tensor], norm: Norm, eps: float) -> None:
+    center, x = data
+    inside = project(x, center, norm, 0.9 * eps)
+    torch.testing.assert_close(project(inside, center, norm, eps), inside, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 5])
+def test_l2_random_start_is_uniform_in_volume(dimensions: int) -> None:
+    generator = torch.Generator().manual_seed(dimensions)
+    count, eps = 20_000, 0.4
+    noise = torch.randn(count, 1, 1, dimensions, generator=generator)
+    radius = torch.rand(count, generator=generator)
+    delta = (random_start(torch.full_like(noise, 0.5), "L2", eps, noise, radius) - 0.5).view(count, dimensions).numpy()
+    length = np.linalg.norm(delta, axis=1)
+    assert length.max() <= eps + 1e-6
+    # A ball of radius r holds (r/eps)^d of the volume; the standard error is at most 0.0036.
+    for share in (0.25, 0.5, 0.75):
+        assert abs((length < eps * share ** (1 / dimensions)).mean() - share) < 0.015
+    # No direction is preferred: the mean vanishes and each coordinate has variance eps²/(d+2).
+    assert np.abs(delta.mean(0)).max() < 0.015
+    np.testing.assert_allclose(delta.var(0), eps**2 / (dimensions + 2), rtol=0.05)
+
+
+def test_linf_random_start_is_uniform_in_each_pixel() -> None:
+    noise = torch.rand(5000, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    start = random_start(torch.full_like(noise, 0.5), "Linf", 0.3, noise, torch.zeros(5000))
+    np.testing.assert_allclose(start.numpy(), 0.2 + 0.6 * noise.numpy(), rtol=1e-12)
+
+
+@given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=st.floats(0, 10), seed=st.integers(0, 2**32))
+def test_a_random_start_is_in_the_ball_and_the_box(
+    data: tuple[Tensor, Tensor], norm: Norm, eps: float, seed: int
+) -> None:
+    center, _ = data
+    generator = torch.Generator().manual_seed(seed)
+    noise = (torch.randn if norm == "L2" else torch.rand)(center.shape, generator=generator, dtype=torch.float64)
+    radius = torch.rand(len(center), generator=generator, dtype=torch.float64)
+    start = random_start(center, norm, eps, noise, radius)
+    assert 0 <= start.min() <= start.max() <= 1
+    assert (distances(start, center, norm) <= eps * (1 + 1e-12) + 1e-12).all()

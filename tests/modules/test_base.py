@@ -1,0 +1,109 @@
+"""Evaluation, prediction, initial weights and optimisers."""
+
+import math
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import StepLR
+
+from dat_lightning import ThreatModel, ascend
+from dat_lightning.core import cross_entropy
+from tests import tiny
+
+
+def test_validation_logs_the_figures_of_a_plain_loop(tmp_path: Path) -> None:
+    """Uneven batches; every figure against a loop over single images."""
+    module = tiny.stage1(eval_threat_model=ThreatModel(eps=0.7, step_size=0.3, num_steps=3))
+    data = tiny.digits(eval_batch_size=7)
+    trainer = tiny.trainer(tmp_path, limit_val_batches=1.0)
+    (logged,) = trainer.validate(module, datamodule=data, verbose=False)
+    sums = dict.fromkeys(("loss", "accuracy", "robust_accuracy", "energy", "r1"), 0.0)
+    module.eval()
+    validation = data.in_distribution("val")
+    for image, label in (validation[k] for k in range(len(validation))):
+        x, y = image.unsqueeze(0), torch.tensor([label])
+        logits = module(x)[0].detach()
+        sums["loss"] -= float(logits.log_softmax(0)[label])
+        sums["accuracy"] += float(logits.argmax() == label)
+        x_adv = ascend(module, x, y, cross_entropy, ThreatModel(eps=0.7, step_size=0.3, num_steps=3))
+        sums["robust_accuracy"] += float(module(x_adv)[0].argmax() == label)
+        sums["energy"] -= math.log(sum(math.exp(float(f)) for f in logits))
+        x = x.requires_grad_()
+        (gradient,) = torch.autograd.grad(module(x).logsumexp(1).sum(), x)
+        sums["r1"] += float(gradient.square().sum())
+    assert len(validation) == 20
+    for name, total in sums.items():
+        assert logged[f"val/{name}"] == pytest.approx(total / 20, rel=1e-4), name
+
+
+def test_evaluation_works_in_inference_mode(tmp_path: Path) -> None:
+    """The Trainer's default: no hook of another project's Trainer has to know that attacks need gradients."""
+    figures = []
+    for inference_mode in (True, False):
+        trainer = tiny.trainer(tmp_path, limit_val_batches=1.0, inference_mode=inference_mode)
+        figures.append(trainer.validate(tiny.stage2(), datamodule=tiny.digits(), verbose=False))
+    assert figures[0] == figures[1]
+
+
+def test_predictions(tmp_path: Path) -> None:
+    module = tiny.stage1()
+    data = tiny.digits(eval_batch_size=100)
+    batches = tiny.trainer(tmp_path).predict(module, datamodule=data)
+    assert batches is not None
+    index = torch.cat([b["index"] for b in batches])  # type: ignore[call-overload]
+    assert index.tolist() == list(range(360))
+    test = data.in_distribution("test")
+    x = torch.stack([test[k][0] for k in range(360)])
+    with torch.no_grad():
+        logits = module.eval()(x)
+    prediction = torch.cat([b["prediction"] for b in batches])  # type: ignore[call-overload]
+    assert torch.equal(prediction, logits.argmax(1))
+    energy = torch.cat([b["energy"] for b in batches])  # type: ignore[call-overload]
+    torch.testing.assert_close(energy, -logits.logsumexp(1))
+    confidence = torch.cat([b["confidence"] for b in batches])  # type: ignore[call-overload]
+    torch.testing.assert_close(confidence, logits.softmax(1).amax(1))
+
+
+def test_initial_weights_come_from_a_file_once(tmp_path: Path) -> None:
+    source = tiny.energy_model(seed=3)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    module = tiny.stage2(init_from=str(tmp_path / "weights.pt"))
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
+    trainer.validate(module, datamodule=tiny.digits(), verbose=False)
+    torch.testing.assert_close(module.energy_model.state_dict(), source.state_dict())
+    trainer.fit(module, datamodule=tiny.digits())
+    trained = {name: value.clone() for name, value in module.energy_model.state_dict().items()}
+    assert not torch.equal(trained["backbone.fc.weight"], source.state_dict()["backbone.fc.weight"])
+    # A later run with the same module goes on from what it has learnt.
+    trainer.test(module, datamodule=tiny.digits(), verbose=False)
+    torch.testing.assert_close(module.energy_model.state_dict(), trained, rtol=0, atol=0)
+
+
+def test_missing_initial_weights_are_named(tmp_path: Path) -> None:
+    module = tiny.stage2(init_from=str(tmp_path / "nowhere.ckpt"))
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.ckpt"):
+        tiny.trainer(tmp_path).fit(module, datamodule=tiny.digits())
+
+
+def test_a_resumed_run_does_not_need_its_initial_weights(tmp_path: Path) -> None:
+    torch.save(tiny.energy_model().state_dict(), tmp_path / "weights.pt")
+    module = tiny.stage1(init_from=str(tmp_path / "weights.pt"))
+    trainer = tiny.trainer(tmp_path, limit_train_batches=2)
+    trainer.fit(module, datamodule=tiny.digits())
+    trainer.save_checkpoint(tmp_path / "run.ckpt")
+    (tmp_path / "weights.pt").unlink()
+    resumed = tiny.stage1(init_from=str(tmp_path / "weights.pt"))
+    trainer = tiny.trainer(tmp_path, max_epochs=1)
+    trainer.validate(resumed, datamodule=tiny.digits(), ckpt_path=str(tmp_path / "run.ckpt"), verbose=False)
+    torch.testing.assert_close(resumed.state_dict(), module.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("interval", "rate"), [("step", 0.05 * 0.5**6), ("epoch", 0.05 * 0.5)])
+def test_schedules_count_what_they_are_told(interval: str, rate: float, tmp_path: Path) -> None:
+    schedule = partial(StepLR, step_size=1, gamma=0.5)
+    module = tiny.stage1(lr_scheduler=schedule, lr_interval=interval)
+    trainer = tiny.trainer(tmp_path)
+    trainer.fit(module, datamodule=tiny.digits(streams=["clf"]))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
