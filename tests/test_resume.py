@@ -63,10 +63,14 @@ def test_other_data_order_is_noticed(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path)
     module = tiny.stage1()
     trainer.fit(module, datamodule=tiny.digits(seed=1))
-    assert not torch.equal(a["current_model_state"]["energy_model.backbone.fc.weight"], module.energy_model.backbone.fc.weight)
+    assert not torch.equal(
+        a["current_model_state"]["energy_model.backbone.fc.weight"], module.energy_model.backbone.fc.weight
+    )
 
 
 def test_another_seed_cannot_continue(tmp_path: Path) -> None:
     fit(tiny.stage1(), tmp_path / "a", max_steps=2)
     with pytest.raises(ValueError, match=r"data\.seed is 7, but the checkpoint was trained with 0"):
-        tiny.trainer(tmp_path).fit(tiny.stage1(), datamodule=tiny.digits(seed=7), ckpt_path=str(tmp_path / "a/last.ckpt"))
+        tiny.trainer(tmp_path).fit(
+            tiny.stage1(), datamodule=tiny.digits(seed=7), ckpt_path=str(tmp_path / "a/last.ckpt")
+        )

@@ -96,16 +96,7 @@ class Diagnostics(Callback):
     def _check_scalars(self, scalars: dict[str, Tensor], is_joint: bool) -> None:
         watched = {n: float(v) for n, v in scalars.items() if n.startswith("train/") and ("loss" in n or "energy" in n)}
         for name, value in watched.items():
-            if not math.isfinite(value):
-                cause = (
-                    "In Stage 2 this is mostly a learning rate or contrastive step that is too large"
-                    if is_joint
-                    else "In Stage 1 this is mostly a learning rate that is too large"
-                )
-                raise TrainingFailureError(
-                    f"{name} is {value}. {cause}, or NaN pixels in the data; lower it and resume from an earlier"
-                    " checkpoint."
-                )
+            self._check_finite(name, value, is_joint)
             if name.startswith("train/energy_") and "loss" not in name and abs(value) > self.max_energy:
                 self._act(
                     f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
@@ -119,7 +110,8 @@ class Diagnostics(Callback):
             norm = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
         pl_module.log("train/r1", norm, sync_dist=False)
         value = float(norm)
-        if not value <= self.max_gradient:
+        self._check_finite("E‖∇ₓE‖²", value, is_joint=True)
+        if value > self.max_gradient:
             self._act(
                 f"the energy's gradient at real images, E‖∇ₓE‖², has reached {value:.3g}, beyond {self.max_gradient:g}."
                 " This happens where the classification term sees clean images: keep its attack (threat_model.eps > 0),"
@@ -143,6 +135,14 @@ class Diagnostics(Callback):
                 " other images as OOD data."
             )
         rank_zero_warn(message)
+
+    def _check_finite(self, name: str, value: float, is_joint: bool) -> None:
+        if not math.isfinite(value):
+            step = " or contrastive step" if is_joint else ""
+            raise TrainingFailureError(
+                f"{name} is {value} in Stage {1 + is_joint}. Mostly the cause is a rate{step} that is too large,"
+                " or NaN pixels in the data; mend it and resume from an earlier checkpoint."
+            )
 
     def _act(self, message: str) -> None:
         if self.action == "stop":

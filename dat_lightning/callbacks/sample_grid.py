@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from torch import Tensor
-from torchvision.io import write_png
 from torchvision.utils import make_grid
 from typing_extensions import override
 
@@ -77,7 +77,7 @@ class SampleGrid(SampleConsumer):
             folder = Path(self.dirpath)
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / f"{stage}_step{trainer.global_step:07d}_{steps}_steps.png"
-            write_png(to_uint8_rgb(picture.unsqueeze(0))[0].contiguous(), str(path))
+            Image.fromarray(to_uint8_rgb(picture.unsqueeze(0))[0].permute(1, 2, 0).numpy()).save(path)
 
     def _tile(self, steps: int, images: Tensor) -> Tensor:
         if steps not in self._tiles:

@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 from lightning.pytorch import LightningModule, Trainer
 from numpy.lib.format import open_memmap
-from torchvision.io import write_png
+from PIL import Image
 from typing_extensions import override
 
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
@@ -72,15 +72,14 @@ class SampleWriter(SampleConsumer):
         if self._plan is None:
             return
         steps = self._plan.num_steps[-1] if self.num_steps is None else self.num_steps
-        images = to_uint8_rgb(batch.images[steps]).cpu().contiguous()
+        pixels = to_uint8_rgb(batch.images[steps]).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         labels = batch.labels.cpu()
         if "png" in self.formats:
-            for index, label, image in zip(batch.indices.tolist(), labels.tolist(), images, strict=True):
+            for index, label, image in zip(batch.indices.tolist(), labels.tolist(), pixels, strict=True):
                 path = self.dirpath / "png" / f"{label:04d}" / f"{index:06d}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_png(image.contiguous(), str(path))
+                Image.fromarray(image).save(path)
         if "npz" in self.formats:
-            pixels = images.permute(0, 2, 3, 1).contiguous().numpy()
             path = self.dirpath / "shards" / f"{int(batch.indices[0]):06d}.npz"
             np.savez(path, images=pixels, labels=labels.numpy(), indices=batch.indices.cpu().numpy())
 

@@ -171,4 +171,6 @@ def test_curriculum_state_is_copied_not_averaged(tmp_path: Path) -> None:
     trainer = tiny.trainer(tmp_path, [recorder, ExponentialMovingAverage()])
     trainer.fit(module, datamodule=tiny.digits())
     for name in ("num_steps", "values", "count"):
-        assert torch.equal(module.state_dict()[f"curriculum.{name}"].double(), recorder.weights[-1][f"curriculum.{name}"])
+        assert torch.equal(
+            module.state_dict()[f"curriculum.{name}"].double(), recorder.weights[-1][f"curriculum.{name}"]
+        )

@@ -19,6 +19,7 @@ def history(curriculum: AUCCurriculum, values: list[float], batch_size: int) -> 
     return steps
 
 
+@settings(deadline=None)
 @given(
     positive=st.lists(st.integers(-3, 3), min_size=1, max_size=12),
     negative=st.lists(st.integers(-3, 3), min_size=1, max_size=12),
@@ -67,7 +68,7 @@ def test_another_batch_size_starts_the_window_anew() -> None:
     assert history(curriculum, [0.0, 1.0, 1.0], 2) == [0, 0, 1]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     updates=st.lists(st.tuples(st.integers(0, 8), st.sampled_from([1, 2, 3, 8])), max_size=40),
     threshold=st.integers(0, 8),

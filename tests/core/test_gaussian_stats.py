@@ -40,7 +40,7 @@ def test_moments_equal_numpy_s_in_float64(dtype: torch.dtype) -> None:
     np.testing.assert_allclose(gaussian.covariance, np.cov(exact, rowvar=False), rtol=1e-11)
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(cuts=st.lists(st.integers(0, 40), max_size=5), seed=st.integers(0, 100))
 def test_any_split_merges_to_the_whole(cuts: list[int], seed: int) -> None:
     features = random_features(40, 3, seed)

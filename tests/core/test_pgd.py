@@ -201,7 +201,7 @@ def test_the_result_is_new_and_detached_and_the_images_are_not_changed(num_steps
     assert x.grad is None
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     shape=st.tuples(st.integers(1, 4), st.integers(1, 3), st.integers(1, 4), st.integers(1, 4)),
     norm=st.sampled_from(NORMS),

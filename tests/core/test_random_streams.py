@@ -20,6 +20,7 @@ def test_a_seed_never_changes() -> None:
     assert stream_seed(0, "noise", 7) == int(digest, 16) // 2
 
 
+@settings(deadline=None)
 @given(parts=st.lists(st.one_of(st.integers(), st.text(max_size=5)), min_size=1, max_size=4))
 def test_a_seed_fits_torch_s_generator(parts: list[int | str]) -> None:
     seed = stream_seed(*parts)
@@ -69,7 +70,7 @@ def test_a_permutation_of_any_small_size_is_a_bijection() -> None:
         assert sorted(permutation[i] for i in range(size)) == list(range(size))
 
 
-@settings(max_examples=15)
+@settings(max_examples=15, deadline=None)
 @given(size=st.integers(130, 4200), seed=st.integers(0, 10**6))
 def test_a_permutation_of_any_size_and_seed_is_a_bijection(size: int, seed: int) -> None:
     permutation = RandomPermutation(size, seed)

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -76,6 +76,7 @@ def test_linf_projection_clips_each_pixel_to_the_ball_and_the_box() -> None:
     np.testing.assert_allclose(project(x, center, "Linf", 0.1).numpy(), [[0.0, 0.55, 1.0]], rtol=1e-15)
 
 
+@settings(deadline=None)
 @given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=radii)
 def test_a_projection_is_in_the_ball_and_the_box_and_stays_where_it_is(
     data: tuple[Tensor, Tensor], norm: Norm, eps: float
@@ -90,12 +91,14 @@ def test_a_projection_is_in_the_ball_and_the_box_and_stays_where_it_is(
         assert torch.equal(projected, center)
 
 
+@settings(deadline=None)
 @given(data=centers_and_points(), norm=st.sampled_from(NORMS))
 def test_without_a_ball_only_the_box_holds(data: tuple[Tensor, Tensor], norm: Norm) -> None:
     center, x = data
     assert torch.equal(project(x, center, norm, float("inf")), x.clamp(0, 1))
 
 
+@settings(deadline=None)
 @given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=st.floats(1e-6, 10))
 def test_a_point_inside_does_not_move(data: tuple[Tensor, Tensor], norm: Norm, eps: float) -> None:
     center, x = data
@@ -126,6 +129,7 @@ def test_linf_random_start_is_uniform_in_each_pixel() -> None:
     np.testing.assert_allclose(start.numpy(), 0.2 + 0.6 * noise.numpy(), rtol=1e-12)
 
 
+@settings(deadline=None)
 @given(data=centers_and_points(), norm=st.sampled_from(NORMS), eps=st.floats(0, 10), seed=st.integers(0, 2**32))
 def test_a_random_start_is_in_the_ball_and_the_box(
     data: tuple[Tensor, Tensor], norm: Norm, eps: float, seed: int

@@ -11,7 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_lightning import DualAdversarialModule, EnergyModel, EnergyModule, RobustClassifierModule, ThreatModel
+from dat_lightning import (
+    AUCCurriculum,
+    DualAdversarialModule,
+    EnergyModel,
+    EnergyModule,
+    RobustClassifierModule,
+    ThreatModel,
+)
 from tests import tiny
 
 BATCH_KEYS = ("x_gen", "y_gen", "x_clf", "y_clf", "x_ood")
@@ -197,7 +204,12 @@ def test_training_improves_both_terms(tmp_path: Path) -> None:
     loss = float(silent(tiny.stage1(threat_model=weak)).training_step(make_batch(), 0).detach())
     trainer.fit(first, datamodule=data)
     assert float(trainer.callback_metrics["train/loss"]) < 0.8 * loss
-    second = tiny.stage2(energy_model=first.energy_model, threat_model=weak)
+    second = tiny.stage2(
+        energy_model=first.energy_model,
+        threat_model=weak,
+        curriculum=AUCCurriculum(max_steps=0),
+        optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+    )
     trainer = tiny.trainer(tmp_path, max_epochs=2, limit_train_batches=22)
     trainer.fit(second, datamodule=data)
     scalars = trainer.callback_metrics

@@ -1,0 +1,121 @@
+"""Judges generated digits: how real they look, how varied they are, and whether they show the digit asked for."""
+
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from torch import Tensor
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from dat_lightning.core import FeatureMoments, Gaussian, frechet_distance, to_uint8_rgb
+from dat_lightning.data.digits import DigitsDataModule, load_images, split_indices
+from dat_lightning.metrics import DigitsFeatures
+
+_BATCH_SIZE = 250
+# The side of scikit-learn's own images, which ours are enlarged from.
+_ORIGINAL_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Figures of one set of samples.
+
+    Attributes:
+        fid: Fréchet distance to the training digits; 0 is best.
+        precision: Share of the samples that lie among real digits.
+        recall: Share of the real digits that lie among the samples.
+        label_agreement: Share of the samples that an independent classifier reads as the class asked for.
+        diversity: Mean distance between samples of a class, relative to real digits; 1 is as varied as these.
+    """
+
+    fid: float
+    precision: float
+    recall: float
+    label_agreement: float
+    diversity: float
+
+    def as_dict(self) -> dict[str, float]:
+        """Returns the figures by name."""
+        return asdict(self)
+
+
+class Judge:
+    """Knows the 1 437 training digits, and compares samples with them.
+
+    The Fréchet distance is that of :class:`~dat_lightning.callbacks.FrechetDistance`: features of
+    :class:`~dat_lightning.metrics.DigitsFeatures` on pixels rounded to eight bits. Precision and recall are
+    torch-fidelity's, with 3 neighbours in the same features. The independent classifier is a support vector machine on
+    scikit-learn's original 8×8 images; it has no part in training, and reads samples averaged down to 8×8.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500); Kynkäänniemi et al. 2019 (arXiv 1904.06991).
+    """
+
+    def __init__(self) -> None:
+        reference = DigitsDataModule().reference_data()
+        batch = reference[range(len(reference.dataset))]
+        self.extractor = DigitsFeatures()
+        self.real_images = to_uint8_rgb(batch["x"])
+        self.real_labels = batch["y"]
+        self.real_features = self.features(self.real_images)
+        self.real_moments = _gaussian(self.real_features)
+        self.real_spread = spread(self.real_images, self.real_labels)
+        digits = load_digits()
+        train = split_indices(0)["train"]
+        self.classifier = SVC(C=10, gamma="scale").fit(digits.data[train] / 16, digits.target[train])
+
+    def features(self, images: Tensor) -> Tensor:
+        """Returns the features (N, D) of uint8 images (N, 3, H, W)."""
+        with torch.no_grad():
+            return torch.cat([self.extractor(part) for part in images.split(_BATCH_SIZE)])
+
+    def read(self, images: Tensor) -> Tensor:
+        """Returns the digits (N,) that the independent classifier reads in uint8 images (N, 3, H, W)."""
+        grey = F.adaptive_avg_pool2d(images[:, :1].float() / 255, _ORIGINAL_SIZE)
+        return torch.from_numpy(self.classifier.predict(grey.flatten(1).double().numpy())).long()
+
+    def label_agreement(self, images: Tensor, labels: Tensor) -> float:
+        """Returns the share of uint8 images (N, 3, H, W) that are read as their labels (N,)."""
+        return float((self.read(images) == labels).double().mean())
+
+    def score(self, images: Tensor, labels: Tensor) -> Quality:
+        """Returns all figures of uint8 images (N, 3, H, W) with their labels (N,)."""
+        features = self.features(images)
+        manifolds = prc_features_to_metric(features, self.real_features, verbose=False)
+        return Quality(
+            fid=frechet_distance(self.real_moments, _gaussian(features)),
+            precision=float(manifolds["precision"]),
+            recall=float(manifolds["recall"]),
+            label_agreement=self.label_agreement(images, labels),
+            diversity=spread(images, labels) / self.real_spread,
+        )
+
+
+def test_digits() -> tuple[Tensor, Tensor]:
+    """Returns the 360 test digits, images (N, 1, 16, 16) in [0, 1] and labels (N,)."""
+    images, labels = load_images()
+    test = torch.as_tensor(split_indices(0)["test"])
+    return images[test], labels[test]
+
+
+def spread(images: Tensor, labels: Tensor) -> float:
+    """Returns the mean L2 distance between two different images of a class, mean over the classes.
+
+    Args:
+        images: uint8, shape (N, C, H, W).
+        labels: Shape (N,); a class with a single image is left out.
+    """
+    distances = []
+    for label in labels.unique():
+        members = (images[labels == label].double() / 255).flatten(1)
+        if len(members) > 1:
+            distances.append(torch.pdist(members).mean())
+    return float(torch.stack(distances).mean()) if distances else 0.0
+
+
+def _gaussian(features: Tensor) -> Gaussian:
+    moments = FeatureMoments(features.shape[1])
+    for part in features.split(_BATCH_SIZE):
+        moments.update(part)
+    return moments.gaussian()

@@ -1,0 +1,364 @@
+"""Generation and its consumers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+from dat_lightning import (
+    DigitsFeatures,
+    FrechetDistance,
+    PGDSampler,
+    SampleBatch,
+    SampleConsumer,
+    SampleGrid,
+    SampleWriter,
+    SamplingPlan,
+    ascend,
+    ascent,
+)
+from dat_lightning.callbacks.frechet import read_statistics, reference_key, write_statistics
+from dat_lightning.core import Gaussian, targeted_logit
+from dat_lightning.data.draws import EvaluationBatches
+from tests import tiny
+
+
+class Collector(SampleConsumer):
+    """Keeps everything that a sampler hands out."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.batches: list[SampleBatch] = []
+        self.plans: list[SamplingPlan] = []
+
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        self.calls.append("start")
+        self.plans.append(plan)
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        self.calls.append("batch")
+        self.batches.append(batch)
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append("end")
+
+    def images(self, steps: int) -> Tensor:
+        return torch.cat([b.images[steps] for b in self.batches])
+
+
+def read_image(path: Path) -> Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+
+
+def sampler(**kwargs: Any) -> PGDSampler:
+    return PGDSampler(**{"num_samples": 25, "num_steps": [1, 3], "step_size": 0.5, "batch_size": 10, **kwargs})
+
+
+def test(path: Path, *callbacks: Callback, module: LightningModule | None = None, **kwargs: Any) -> Trainer:
+    trainer = tiny.trainer(path, callbacks, limit_test_batches=1, **kwargs)
+    trainer.test(module or tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+    return trainer
+
+
+test.__test__ = False  # type: ignore[attr-defined]
+
+
+def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
+    """Class i mod K, the i-th held-out seed, and the ascent of a separate call for each step count."""
+    collector, module = Collector(), tiny.stage1().eval()
+    test(tmp_path, collector, sampler(), module=module)
+    assert collector.calls == ["start", "batch", "batch", "batch", "end"]
+    assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5)]
+    seeds = tiny.digits().held_out_seeds()
+    x = torch.stack([seeds(i)[0] for i in range(25)])
+    y = torch.arange(25) % 10
+    assert torch.equal(torch.cat([b.indices for b in collector.batches]), torch.arange(25))
+    assert torch.equal(torch.cat([b.labels for b in collector.batches]), y)
+    assert torch.equal(torch.cat([b.seeds for b in collector.batches]), x)
+    for steps in (1, 3):
+        expected = ascend(module, x, y, targeted_logit, ascent(0.5, steps))
+        torch.testing.assert_close(collector.images(steps), expected, rtol=0, atol=1e-5)
+
+
+def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    collectors = [Collector(), Collector()]
+    for collector, size in zip(collectors, (25, 4), strict=True):
+        torch.manual_seed(size)  # nor on the global generator
+        test(tmp_path, collector, sampler(batch_size=size))
+    torch.testing.assert_close(collectors[0].images(3), collectors[1].images(3), rtol=0, atol=1e-3)
+
+
+def test_images_are_generated_once_for_many_consumers(tmp_path: Path) -> None:
+    first, second = Collector(), Collector()
+    test(tmp_path, first, sampler(), second)
+    assert len(first.batches) == 3
+    assert all(a is b for a, b in zip(first.batches, second.batches, strict=True))
+
+
+def test_sampling_leaves_no_trace(tmp_path: Path) -> None:
+    module = tiny.stage1()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    test(tmp_path, Collector(), sampler(), module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_sampling_during_fit(tmp_path: Path) -> None:
+    collector = Collector()
+    callbacks = [collector, sampler(every_n_epochs=2)]
+    trainer = tiny.trainer(
+        tmp_path, callbacks, max_epochs=4, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=1
+    )
+    trainer.fit(tiny.stage1(), datamodule=tiny.digits())
+    assert [plan.stage for plan in collector.plans] == ["val", "val"]
+
+
+def test_stages_can_be_left_out(tmp_path: Path) -> None:
+    collector = Collector()
+    test(tmp_path, collector, sampler(stages=["predict"]))
+    assert collector.calls == []
+    tiny.trainer(tmp_path, [collector, sampler(stages=["predict"])]).predict(tiny.stage1(), datamodule=tiny.digits())
+    assert collector.plans[0].stage == "predict"
+
+
+class ForeignModule(LightningModule):
+    """A module of another project, which knows nothing of this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(256, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test/mean", self(batch["x"]).mean())
+
+
+def test_any_module_can_be_sampled_in_inference_mode(tmp_path: Path) -> None:
+    collector = Collector()
+    test(tmp_path, collector, sampler(), module=ForeignModule(), inference_mode=True)
+    assert collector.plans[0].num_classes == 4
+    logits = [ForeignModule.forward(m, collector.images(s)) for m in [ForeignModule()] for s in (1, 3)]
+    assert logits[0].shape == (25, 4)
+    assert not torch.equal(collector.images(1), collector.images(3))
+
+
+def test_a_consumer_needs_a_sampler(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Collector consumes samples: add a PGDSampler to trainer.callbacks"):
+        test(tmp_path, Collector())
+
+
+def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has no out-of-distribution images \\(held_out\\)"):
+        tiny.trainer(tmp_path, [sampler(), Collector()], limit_test_batches=1).test(
+            tiny.stage1(), datamodule=tiny.digits(ood="none", streams=["clf"]), verbose=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"num_steps": []}, r"num_steps must be step counts of at least 0, got \[\]"),
+        ({"num_steps": [3, -1]}, r"num_steps must be step counts of at least 0, got \[3, -1\]"),
+        ({"step_size": -0.1}, "step_size must be a finite length of at least 0, got -0.1"),
+    ],
+)
+def test_wrong_numbers(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler(**kwargs)
+
+
+# The Fréchet distance.
+
+
+def test_fid_equals_torch_fidelity(tmp_path: Path) -> None:
+    """Features of all samples at once through torch-fidelity's functions, against moments of batches."""
+    collector = Collector()
+    extractor = DigitsFeatures()
+    fid = FrechetDistance(extractor, batch_size=100)
+    trainer = test(tmp_path, collector, sampler(num_samples=150), fid)
+    data = tiny.digits().reference_data()
+    assert len(data.dataset) == 1437
+    real = data[range(1437)]["x"]
+
+    def statistics(images: Tensor) -> dict[str, np.ndarray]:
+        pixels = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
+        found: dict[str, np.ndarray] = fid_features_to_statistics(extractor(pixels).double())
+        return found
+
+    scores = {}
+    for steps in (1, 3):
+        metric = fid_statistics_to_metric(statistics(collector.images(steps)), statistics(real), verbose=False)
+        scores[steps] = metric["frechet_inception_distance"]
+        assert fid.scores[steps] == pytest.approx(scores[steps], rel=1e-6)
+        assert float(trainer.callback_metrics[f"test/fid_{steps}_steps"]) == pytest.approx(scores[steps], rel=1e-5)
+    best = min(scores, key=lambda s: scores[s])
+    assert float(trainer.callback_metrics["test/fid"]) == pytest.approx(scores[best], rel=1e-5)
+    assert float(trainer.callback_metrics["test/fid_steps"]) == best
+
+
+class Constant(nn.Module):
+    """Features that do not depend on much, and a tuple around them as torch-fidelity has it."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.float().mean((2, 3))[:, :2] * self.get_buffer("scale"),)
+
+
+def test_reference_from_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2, np.float32), sigma=np.eye(2, dtype=np.float32))
+    fid = FrechetDistance(Constant(0.0), reference=str(tmp_path / "reference.npz"))
+    test(tmp_path, sampler(), fid)
+    assert fid.scores == {1: pytest.approx(2.0), 3: pytest.approx(2.0)}  # all features 0: tr Σ remains
+
+
+def test_reference_is_cached_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    extract = FrechetDistance.features
+
+    def counting(self: FrechetDistance, images: Tensor) -> Tensor:
+        passes.append(len(images))
+        return extract(self, images)
+
+    monkeypatch.setattr(FrechetDistance, "features", counting)
+    cache = tmp_path / "cache"
+
+    def run(extractor: nn.Module) -> dict[int, float]:
+        passes.clear()
+        fid = FrechetDistance(extractor, cache_dir=str(cache), batch_size=500)
+        test(tmp_path, sampler(), fid)
+        return fid.scores
+
+    first = run(Constant())
+    assert sum(passes) == 1437 + 2 * 25
+    assert run(Constant()) == first
+    assert sum(passes) == 2 * 25
+    run(Constant(2.0))
+    assert sum(passes) == 1437 + 2 * 25
+    assert len(list(cache.glob("*.npz"))) == 2
+    for path in cache.glob("*.npz"):
+        path.write_bytes(b"not a zip file")
+    with pytest.warns(UserWarning, match="not a readable .npz.*computing the statistics anew"):
+        assert run(Constant()) == first
+
+
+def test_the_key_changes_with_data_transform_and_extractor() -> None:
+    images = torch.rand(5, 1, 4, 4)
+
+    class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return self.images[index], 0
+
+    def key(images: Tensor, transform: nn.Module, extractor: nn.Module) -> str:
+        return reference_key(EvaluationBatches(Images(images), transform), extractor)
+
+    changed = images.clone()
+    changed[2, 0, 1, 1] += 0.001
+    keys = [
+        key(images, nn.Identity(), Constant()),
+        key(images.clone(), nn.Identity(), Constant()),
+        key(changed, nn.Identity(), Constant()),
+        key(images, nn.ReLU(), Constant()),
+        key(images, nn.Identity(), Constant(2.0)),
+        key(images[:4], nn.Identity(), Constant()),
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys[1:])) == 5
+
+
+def test_statistics_files(tmp_path: Path) -> None:
+    gaussian = Gaussian(torch.arange(3.0).double(), torch.eye(3).double(), 10)
+    write_statistics(tmp_path / "deep" / "a.npz", gaussian)
+    read = read_statistics(tmp_path / "deep" / "a.npz")
+    assert torch.equal(read.mean, gaussian.mean)
+    assert torch.equal(read.covariance, gaussian.covariance)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
+    with pytest.raises(FileNotFoundError, match="no statistics file at"):
+        FrechetDistance(Constant(), reference=str(tmp_path / "nowhere.npz"))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(2))
+    with pytest.raises(ValueError, match=r"other\.npz has no entry .*; expected mu and sigma"):
+        read_statistics(tmp_path / "other.npz")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(2), sigma=np.eye(3))
+    with pytest.raises(ValueError, match=r"mu \(2,\) and sigma \(3, 3\)"):
+        read_statistics(tmp_path / "odd.npz")
+
+
+# Files and pictures.
+
+
+def test_written_samples_are_the_generated_ones(tmp_path: Path) -> None:
+    collector, writer = Collector(), SampleWriter(str(tmp_path / "out"), num_steps=3, stages=["test"])
+    test(tmp_path, collector, sampler(), writer)
+    pixels = (collector.images(3) * 255).round().to(torch.uint8)
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert set(file) == {"arr_0", "arr_1"}
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (25, 16, 16, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [i % 10 for i in range(25)]
+    assert np.array_equal(images, pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    png = read_image(tmp_path / "out" / "png" / "0004" / "000014.png")
+    assert torch.equal(png, pixels[14].expand(3, -1, -1))
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 25
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["png", "samples.npz"]
+
+
+def test_a_second_set_replaces_the_first(tmp_path: Path) -> None:
+    for count in (25, 12):
+        writer = SampleWriter(str(tmp_path / "out"), stages=["test"])
+        test(tmp_path, sampler(num_samples=count), writer)
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 12
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert len(file["arr_0"]) == 12
+
+
+def test_a_writer_takes_only_snapshots_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_steps=2 is not among the sampler's snapshots \[1, 3\]"):
+        test(tmp_path, sampler(), SampleWriter(str(tmp_path), num_steps=2, stages=["test"]))
+    with pytest.raises(ValueError, match="formats must be 'png', 'npz' or both"):
+        SampleWriter(formats=["jpg"])  # type: ignore[list-item]
+
+
+def test_grids_have_a_column_per_class(tmp_path: Path) -> None:
+    collector, grid = Collector(), SampleGrid(num_rows=2, dirpath=str(tmp_path / "grids"))
+    logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
+    test(tmp_path, collector, sampler(), grid, logger=logger)
+    picture = read_image(tmp_path / "grids" / "test_step0000000_3_steps.png")
+    assert picture.shape == (3, 2 * 17 + 1, 10 * 17 + 1)
+    pixels = (collector.images(3) * 255).round().to(torch.uint8)
+    for index in (0, 7, 13):
+        row, column = divmod(index, 10)
+        tile = picture[:, row * 17 + 1 : row * 17 + 17, column * 17 + 1 : column * 17 + 17]
+        assert torch.equal(tile[0], pixels[index, 0])
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert set(events.Tags()["images"]) == {"test/samples/1_steps", "test/samples/3_steps"}
+
+
+def test_shipped_features_are_deterministic() -> None:
+    weights = load_file(DigitsFeatures.WEIGHTS)
+    extractor = DigitsFeatures()
+    assert all(torch.equal(weights[name], value) for name, value in extractor.network.state_dict().items())
+    assert not any(p.requires_grad for p in extractor.parameters())
