@@ -26,9 +26,13 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         contents = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path} is not a readable checkpoint of tensors and primitives: {reason}") from error
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is not a readable checkpoint: it is of another kind, or holds Python objects besides tensors and"
+            " primitives, which are not loaded because that could run code"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint or state dict")  # noqa: TRY004
     return contents

@@ -1,10 +1,11 @@
 """The command line: a LightningCLI whose errors are one sentence and whose explicit configuration always wins."""
 
 import os
+import re
 import sys
 import traceback
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,7 +19,10 @@ DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
 
 
 class DATArgumentParser(LightningArgumentParser):
-    """Reports a wrong argument in a sentence, without the pages of usage before it."""
+    """Reports a wrong argument in a sentence, without the pages of usage before it, and completes no abbreviations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -85,26 +89,42 @@ def main(args: ArgsType = None) -> None:
             args=args,
         )
     except Exception as error:
-        if os.environ.get(DEBUG_VARIABLE) or not is_deliberate(error):
+        cause = deliberate_cause(error)
+        if os.environ.get(DEBUG_VARIABLE) or cause is None:
             raise
-        sys.stderr.write(f"dat-lightning: error: {one_sentence(str(error))}\n")
+        sys.stderr.write(f"dat-lightning: error: {one_sentence(str(cause))}\n")
         sys.exit(1)
 
 
-def is_deliberate(error: BaseException) -> bool:
-    """Returns whether an error is about the user's input: raised on purpose by this package or by Lightning.
+def deliberate_cause(error: BaseException) -> BaseException | None:
+    """Returns the error about the user's input that is behind an error: one that this package or Lightning raised.
 
-    What a library raises from inside is a bug or a surprise, and keeps its traceback.
+    What a library raises from inside is a bug or a surprise; it gives ``None`` and keeps its traceback.
     """
-    if isinstance(error, MisconfigurationException | FileNotFoundError):
-        return True
-    frames = traceback.extract_tb(error.__traceback__)
     package = Path(__file__).resolve().parent
-    raised_here = bool(frames) and package in Path(frames[-1].filename).resolve().parents
-    return raised_here and isinstance(error, ValueError | TypeError | OSError | RuntimeError)
+    current: BaseException | None = error
+    while current is not None:
+        frames = traceback.extract_tb(current.__traceback__)
+        raised_here = bool(frames) and package in Path(frames[-1].filename).resolve().parents
+        if isinstance(current, MisconfigurationException | FileNotFoundError):
+            return current
+        if raised_here and isinstance(current, ValueError | TypeError | OSError | RuntimeError):
+            return current
+        current = current.__cause__ or current.__context__
+    return None
+
+
+# What a parser of nested types says besides the point.
+_NOISE = re.compile(
+    r"^(Subtypes:.*|Errors:|Expected a <class 'NoneType'>|Given value type:.*|Given value: (NestedArg|Namespace).*)$"
+)
 
 
 def one_sentence(message: str) -> str:
     """Returns what matters of a parser's nested message, on one line."""
-    lines = [line.strip(" -") for line in message.strip().splitlines() if line.strip(" -")]
-    return " ".join(lines)
+    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
+    text = " ".join(line for line in lines if line and not _NOISE.match(line))
+    text = text.replace("Does not validate against any of the Union subtypes ", "")
+    text = re.sub(r"Parser key \"([^\"]+)\":", r"\1:", text)
+    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    return re.sub(r"<class '([^']+)'>|typing\.(?=Literal)", lambda match: match[1] or "", text)

@@ -140,7 +140,7 @@ class Diagnostics(Callback):
         if not math.isfinite(value):
             step = " or contrastive step" if is_joint else ""
             raise TrainingFailureError(
-                f"{name} is {value} in Stage {1 + is_joint}. Mostly the cause is a rate{step} that is too large,"
+                f"{name} is {value} in Stage {1 + is_joint}. Mostly the cause is a learning rate{step} too large,"
                 " or NaN pixels in the data; mend it and resume from an earlier checkpoint."
             )
 

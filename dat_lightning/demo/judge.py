@@ -92,7 +92,7 @@ class Judge:
         )
 
 
-def test_digits() -> tuple[Tensor, Tensor]:
+def test_split() -> tuple[Tensor, Tensor]:
     """Returns the 360 test digits, images (N, 1, 16, 16) in [0, 1] and labels (N,)."""
     images, labels = load_images()
     test = torch.as_tensor(split_indices(0)["test"])

@@ -105,17 +105,21 @@ def sampler(config: Mapping[str, Any]) -> PGDSampler:
     return PGDSampler(**found[0])
 
 
-def train(config: Mapping[str, Any], out: Path, stage: Stage) -> None:
+def write_config(config: Mapping[str, Any], out: Path, stage: Stage) -> Path:
+    """Writes a stage's configuration below ``out``, and returns where."""
+    path = out / stage / "config-input.yaml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    return path
+
+
+def train(config: Path, out: Path, stage: Stage) -> None:
     """Trains a stage as ``dat-lightning fit`` does; Stage 2 starts from Stage 1's checkpoint.
 
     Raises:
         SystemExit: If the command line refuses the configuration; it has said why.
     """
-    folder = out / stage
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "config-input.yaml"
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-    arguments = ["fit", "--config", str(path)]
+    arguments = ["fit", "--config", str(config)]
     if stage == "stage2":
         arguments += ["--model.init_from", str(checkpoint_path(out, "stage1"))]
     cli.main(arguments)

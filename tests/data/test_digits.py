@@ -30,7 +30,7 @@ def test_images_are_scikit_learn_s_digits_enlarged_to_16_pixels() -> None:
     images, labels = load_images()
     assert images.shape == (1797, 1, 16, 16)
     assert images.dtype == torch.float32
-    assert (images.min(), images.max()) == (0, 1)
+    assert [images.min().item(), images.max().item()] == [0, 1]
     digits = load_digits()
     assert labels.tolist() == digits.target.tolist()
     # Bilinear doubling: the four pixels around a corner of the grid of 8×8 average to its four neighbours' mean.
@@ -126,12 +126,17 @@ def test_seeds_in_training_are_flipped_crops_and_held_out_seeds_are_as_they_are(
 
 def test_training_and_held_out_seeds_come_from_disjoint_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     # One region black, the other a ramp: a crop tells which of them it saw.
-    regions = {
+    regions: dict[OODSplit, list[Tensor]] = {
         "train": [torch.zeros(1, 200, 300)] * 2,
         "held_out": [torch.linspace(0, 1, 200).view(1, 200, 1).expand(1, 200, 140)] * 2,
     }
     asked = list[str]()
-    monkeypatch.setattr(ood, "_photographs", lambda part: asked.append(part) or regions[part])
+
+    def photographs(part: OODSplit) -> list[Tensor]:
+        asked.append(part)
+        return regions[part]
+
+    monkeypatch.setattr(ood, "_photographs", photographs)
     photograph_crops.cache_clear()
     try:
         data = small(num_ood=23, num_held_out=21)

@@ -1,0 +1,100 @@
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dat_lightning import SmallResNet
+from dat_lightning.backbones.small import Activation, PreActivationBlock
+
+
+def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
+    assert layer.running_mean is not None
+    assert layer.running_var is not None
+    scale = layer.weight / (layer.running_var + layer.eps).sqrt()
+    shift = layer.bias - layer.running_mean * scale
+    return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    for tensor in module.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.uniform_(0.1, 1, generator=generator)
+    return module.double().eval()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "shape", "logits"),
+    [
+        ({}, (2, 1, 16, 16), (2, 10)),
+        ({"num_classes": 1, "in_channels": 3, "widths": (8,)}, (3, 3, 5, 7), (3, 1)),
+        ({"widths": [4, 4, 8, 8], "activation": "relu"}, (2, 1, 8, 8), (2, 10)),
+    ],
+)
+def test_the_output_has_a_logit_per_class(
+    arguments: dict[str, Any], shape: tuple[int, ...], logits: tuple[int, ...]
+) -> None:
+    assert SmallResNet(**arguments)(torch.rand(shape)).shape == logits
+
+
+@pytest.mark.parametrize(("in_channels", "out_channels", "pool"), [(2, 2, False), (2, 2, True), (2, 3, True)])
+def test_a_block_equals_its_equation(in_channels: int, out_channels: int, pool: bool) -> None:
+    block = randomized(PreActivationBlock(in_channels, out_channels, pool, "silu"))
+    assert isinstance(block, PreActivationBlock)
+    x = torch.rand(2, in_channels, 4, 4, dtype=torch.float64)
+
+    def halve(z: Tensor) -> Tensor:
+        quarters = (z[..., a::2, b::2] for a in (0, 1) for b in (0, 1))
+        return sum(quarters, torch.zeros(())) / 4 if pool else z
+
+    def silu(z: Tensor) -> Tensor:
+        return z / (1 + torch.exp(-z))
+
+    h = silu(batch_norm(block.bn1, x))
+    same = in_channels == out_channels
+    shortcut = halve(x) if same else F.conv2d(halve(h), block.state_dict()["shortcut.weight"])
+    h = silu(batch_norm(block.bn2, F.conv2d(halve(h), block.conv1.weight, padding=1)))
+    torch.testing.assert_close(block(x), shortcut + F.conv2d(h, block.conv2.weight, padding=1), rtol=1e-12, atol=0)
+
+
+def test_blocks_after_the_first_halve_the_resolution() -> None:
+    network = SmallResNet(widths=(4, 8, 8))
+    h = network.stem(torch.rand(1, 1, 16, 16))
+    shapes = [h.shape[1:]]
+    for block in network.blocks:
+        h = block(h)
+        shapes.append(h.shape[1:])
+    assert shapes == [(4, 16, 16), (4, 16, 16), (8, 8, 8), (8, 4, 4)]
+
+
+def test_the_head_averages_over_all_places() -> None:
+    network = randomized(SmallResNet(widths=(4,)))
+    assert isinstance(network, SmallResNet)
+    x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
+    h = batch_norm(network.norm, network.blocks(network.stem(x)))
+    pooled = (h / (1 + torch.exp(-h))).sum((2, 3)) / 16
+    expected = pooled @ network.fc.weight.T + network.fc.bias
+    torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("activation", "layer"), [("relu", nn.ReLU), ("silu", nn.SiLU), ("gelu", nn.GELU)])
+def test_all_nonlinearities_are_the_one_asked_for(activation: Activation, layer: type[nn.Module]) -> None:
+    kinds = {type(m) for m in SmallResNet(activation=activation).modules()} & {nn.ReLU, nn.SiLU, nn.GELU}
+    assert kinds == {layer}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_classes": 0}, "num_classes=0"),
+        ({"in_channels": 0}, "in_channels=0"),
+        ({"widths": (8, 0)}, r"widths=\[8, 0\]"),
+        ({"widths": ()}, r"widths=\[\]"),
+        ({"activation": "tanh"}, "activation .* 'tanh'"),
+    ],
+)
+def test_values_outside_their_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SmallResNet(**arguments)

@@ -1,0 +1,68 @@
+"""What a process of a test run does: fit Stage 2, then test with sampling; ``python -m tests.ddp.run 2 folder``."""
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from dat_lightning import (
+    AUCCurriculum,
+    DigitsFeatures,
+    FrechetDistance,
+    PGDSampler,
+    SampleBatch,
+    SampleConsumer,
+    SampleGrid,
+    SampleWriter,
+    ThreatModel,
+)
+from tests import tiny
+
+NUM_SAMPLES, BATCH_SIZE = 55, 10
+
+
+class RankWriter(SampleConsumer):
+    """Keeps this rank's samples in a file of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.batches: list[SampleBatch] = []
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        self.batches.append(batch)
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        samples = {int(i): b.images[2][k] for b in self.batches for k, i in enumerate(b.indices)}
+        torch.save(samples, self.folder / f"samples-{trainer.global_rank}.pt")
+
+
+def main(devices: int, folder: Path) -> None:
+    """Runs on this process's share and writes what rank zero knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    fid = FrechetDistance(DigitsFeatures(), cache_dir=str(folder / "cache"))
+    sampler = PGDSampler(num_samples=NUM_SAMPLES, num_steps=[1, 2], step_size=0.5, batch_size=BATCH_SIZE)
+    writer = SampleWriter(str(folder / "written"), stages=["test"])
+    grid = SampleGrid(num_rows=3, dirpath=str(folder / "grids"))
+    strategy = "ddp" if devices > 1 else "auto"
+    callbacks = [RankWriter(folder), sampler, fid, writer, grid]
+    trainer = tiny.trainer(folder, callbacks, devices=devices, strategy=strategy)
+    random_start = ThreatModel(eps=1.0, step_size=0.5, num_steps=2, random_start=True)
+    module = tiny.stage2(
+        curriculum=AUCCurriculum(max_steps=4, auc_threshold=0.0, window_samples=64),
+        optimizer=partial(torch.optim.SGD, lr=0.01, momentum=0.9),
+        threat_model=random_start,
+    )
+    # 360 test images in batches of 60 and 61 examples: the ranks' shares are 180, not a multiple of either.
+    data = tiny.digits(eval_batch_size=61)
+    trainer.fit(module, datamodule=data)
+    (figures,) = trainer.test(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        torch.save(module.state_dict(), folder / "state.pt")
+        (folder / "figures.json").write_text(json.dumps(dict(figures)))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,184 @@
+"""The command line: shipped configs run, what they print reads back, and mistakes cost one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dat_lightning import DualAdversarialModule, RobustClassifierModule
+from dat_lightning.cli import main, one_sentence
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "trainer" not in p.parts)
+STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"stage{n}.yaml") for n in (1, 2))
+TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
+
+# LightningCLI notes that it was called with arguments, which is the point here.
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """Runs the program, which has to fail, and returns the one line that says why."""
+    with pytest.raises(SystemExit) as stop:
+        main(list(args))
+    assert stop.value.code in (1, 2)
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    (line,) = [line for line in said.splitlines() if line.startswith("dat-lightning: error: ")]
+    assert len(line) < 400
+    return line.removeprefix("dat-lightning: error: ")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_every_config_trains(config: Path, tmp_path: Path) -> None:
+    """Two batches as shipped; weights move, and the averaged ones are in the checkpoint."""
+    short = [
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.limit_train_batches",
+        "2",
+        "--trainer.enable_progress_bar",
+        "false",
+    ]
+    main(["fit", "--config", str(config), *short])
+    (path,) = tmp_path.rglob("last.ckpt")
+    saved = torch.load(path, weights_only=True)
+    assert saved["global_step"] == 2
+    raw, averaged = saved["current_model_state"], saved["state_dict"]
+    assert any(not torch.equal(raw[name], averaged[name]) for name in raw)
+    assert (path.parents[1]).name == config.stem
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_printed_configs_read_back(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def printed(path: Path) -> Any:
+        with pytest.raises(SystemExit) as stop:
+            main(["fit", "--config", str(path), "--print_config"])
+        assert stop.value.code == 0
+        return capsys.readouterr().out
+
+    first = printed(config)
+    (tmp_path / "printed.yaml").write_text(first)
+    assert printed(tmp_path / "printed.yaml") == first
+    shipped, full = yaml.safe_load(config.read_text()), yaml.safe_load(first)
+    assert full["model"]["init_args"]["threat_model"]["eps"] == shipped["model"]["init_args"]["threat_model"]["eps"]
+    assert full["seed_everything"] == shipped["seed_everything"]
+
+
+def test_the_whole_way(tmp_path: Path) -> None:
+    """Both stages, then validate, test and predict, as the README has it."""
+    main(["fit", "--config", STAGE1, "--config", TINY])
+    first = tmp_path / "runs" / "checkpoints" / "last.ckpt"
+    first = first.rename(tmp_path / "stage1.ckpt")
+    main(["fit", "--config", STAGE2, "--config", TINY, "--model.init_from", str(first)])
+    last = str(tmp_path / "runs" / "checkpoints" / "last.ckpt")
+    for command in ("validate", "test", "predict"):
+        main([command, "--config", STAGE2, "--config", TINY, "--ckpt_path", last])
+    assert len(list((tmp_path / "runs" / "samples" / "png").rglob("*.png"))) == 20
+    with np.load(tmp_path / "runs" / "samples" / "samples.npz") as file:
+        assert file["arr_0"].shape == (20, 16, 16, 3)
+        assert file["arr_1"].tolist() == [i % 10 for i in range(20)]
+    module = DualAdversarialModule.load_from_checkpoint(last)
+    assert module.contrastive_chain.step_size == 0.4
+    saved = torch.load(last, weights_only=True)["state_dict"]
+    torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
+    norm = "energy_model.backbone.norm.running_mean"
+    assert torch.equal(saved[norm], torch.load(first, weights_only=True)["state_dict"][norm])
+
+
+def test_what_tensorboard_shows(tmp_path: Path) -> None:
+    main(["fit", "--config", STAGE2, "--config", TINY, "--trainer.log_every_n_steps", "1"])
+    (folder,) = (tmp_path / "runs" / "digits" / "stage2" / "logs").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    names = set(events.Tags()["scalars"])
+    train = ("loss", "energy_loss", "classification_loss", "robust_accuracy", "energy_real", "energy_contrast")
+    assert names >= {f"train/{n}" for n in (*train, "auc", "contrastive_steps")}
+    assert names >= {f"val/{n}" for n in ("loss", "accuracy", "robust_accuracy", "energy", "r1", "fid", "fid_steps")}
+    assert set(events.Tags()["images"]) == {"val/samples/1_steps", "val/samples/2_steps"}
+    hyperparameters = yaml.safe_load((folder / "hparams.yaml").read_text())
+    assert hyperparameters["threat_model"]["eps"] == 1.0
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["contrastive_step_size"] == 0.4
+
+
+def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    main(["fit", "--config", STAGE1, "--config", TINY])
+    seen: list[float] = []
+    original = RobustClassifierModule.evaluation_metrics
+
+    def spy(self: RobustClassifierModule, batch: Any) -> Any:
+        seen.append(self.eval_threat_model.eps)
+        return original(self, batch)
+
+    monkeypatch.setattr(RobustClassifierModule, "evaluation_metrics", spy)
+    checkpoint = str(tmp_path / "runs" / "checkpoints" / "last.ckpt")
+    args = ["--config", STAGE1, "--config", TINY, "--ckpt_path", checkpoint]
+    main(["test", *args, "--model.eval_threat_model.eps", "0.125"])
+    assert set(seen) == {0.125}
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--model.contrastive_step_sizes", "1"], "Option 'contrastive_step_sizes' is not accepted"),
+        (["--trainer.max_epoch", "1"], "max_epoch"),
+        (["--model.contrastive_step_size", "wide"], "contrastive_step_size: Expected a float. Got value: wide"),
+        (["--model.threat_model.norm", "L7"], "threat_model.norm: Expected a Literal['L2', 'Linf']. Got value: L7"),
+        (["--model.threat_model.eps=-1"], "eps must be a radius of at least 0 (or inf), got -1.0"),
+        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--data.class_path", "dat_lightning.Digit"], "module 'dat_lightning' has no attribute 'Digit'"),
+        (["--config", "nowhere.yaml"], "File does not exist: 'nowhere.yaml'"),
+        (["--model.init_from", "nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),
+        (["--ckpt_path", "nowhere.ckpt"], "Checkpoint file not found: nowhere.ckpt"),
+        (["--data.ood", "none"], "DigitsDataModule has no out-of-distribution images (train)"),
+    ],
+)
+def test_mistakes_cost_one_sentence(args: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refusal(capsys, "fit", "--config", STAGE2, "--config", TINY, *args)
+    # An absolute path may stand where a relative one was given.
+    assert said in line.replace(f"{Path.cwd()}/", "")
+
+
+def test_a_foreign_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "notes.ckpt").write_text("not a checkpoint")
+    line = refusal(capsys, "fit", "--config", STAGE2, "--config", TINY, "--model.init_from", "notes.ckpt")
+    assert line.startswith("notes.ckpt is not a readable checkpoint")
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(RobustClassifierModule, "training_step", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(["fit", "--config", STAGE1, "--config", TINY])
+
+
+def test_nested_messages_become_one_sentence() -> None:
+    message = """Parser key "model": Does not validate against any of the Union subtypes
+Subtypes: [<class 'a.B'>, <class 'NoneType'>]
+Errors:
+  - Problem with given class_path 'a.B':
+      - Parser key "eps": Expected a <class 'float'>. Got value: x
+  - Expected a <class 'NoneType'>
+Given value type: <class 'jsonargparse._util.NestedArg'>
+Given value: NestedArg(key='eps', val='x')"""
+    assert one_sentence(message) == "model: a.B: eps: Expected a float. Got value: x"
+
+
+def test_python_m_is_the_same_program() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "dat_lightning", "fti"], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert run.returncode == 2
+    assert run.stderr.startswith("dat-lightning: error: argument subcommand: invalid choice: 'fti'")
