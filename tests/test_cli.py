@@ -90,7 +90,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
         assert file["arr_0"].shape == (20, 16, 16, 3)
         assert file["arr_1"].tolist() == [i % 10 for i in range(20)]
     module = DualAdversarialModule.load_from_checkpoint(last)
-    assert module.contrastive_chain.step_size == 0.4
+    assert module.contrastive_chain.step_size == 0.5
     saved = torch.load(last, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
     norm = "energy_model.backbone.norm.running_mean"
@@ -108,7 +108,7 @@ def test_what_tensorboard_shows(tmp_path: Path) -> None:
     assert set(events.Tags()["images"]) == {"val/samples/1_steps", "val/samples/2_steps"}
     hyperparameters = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert hyperparameters["threat_model"]["eps"] == 1.0
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["contrastive_step_size"] == 0.4
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["contrastive_step_size"] == 0.5
 
 
 def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

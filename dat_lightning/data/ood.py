@@ -1,5 +1,6 @@
 """Out-of-distribution images: the seeds of contrastive samples and of generation."""
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from dat_lightning.core.random_streams import stream_generator
 
@@ -55,8 +57,9 @@ class PhotographCrops(Dataset[Tensor]):
         size: Number of crops.
         part: The left four fifths of each photograph, or the right fifth.
         image_size: Height and width of a crop after resizing.
-        contrast: Range of a crop's standard deviation.
+        contrast: Range of a crop's standard deviation, before the blur.
         brightness: Mean of every crop before clipping to [0, 1].
+        blur: Standard deviation of a Gaussian blur, in pixels of the resized crop; 0 for none.
         seed: Seed of the crops.
 
     Raises:
@@ -68,8 +71,9 @@ class PhotographCrops(Dataset[Tensor]):
         size: int = 4000,
         part: Literal["train", "held_out"] = "train",
         image_size: int = 16,
-        contrast: tuple[float, float] = (0.1, 0.2),
+        contrast: tuple[float, float] = (0.07, 0.175),
         brightness: float = 0.3,
+        blur: float = 0.8,
         seed: int = 0,
     ) -> None:
         if size < 1 or image_size < 1:
@@ -78,11 +82,14 @@ class PhotographCrops(Dataset[Tensor]):
             raise ValueError(f"contrast must be a range of positive numbers, got {contrast}")
         if not 0 <= brightness <= 1:
             raise ValueError(f"brightness must lie in [0, 1], got {brightness}")
+        if not blur >= 0:
+            raise ValueError(f"blur must be at least 0, got {blur}")
         self.size = size
         self.part = part
         self.image_size = image_size
         self.contrast = contrast
         self.brightness = brightness
+        self.blur = blur
         self.seed = seed
 
     def __len__(self) -> int:
@@ -107,7 +114,15 @@ class PhotographCrops(Dataset[Tensor]):
         deviation = self.contrast[0] + (self.contrast[1] - self.contrast[0]) * contrast
         # The small constant leaves a patch of plain sky nearly flat instead of blowing up its noise.
         crop = (crop - crop.mean()) / (crop.std() + 0.02) * deviation + self.brightness
-        return crop.clamp(0, 1)
+        return _blurred(crop.clamp(0, 1), self.blur)
+
+
+def _blurred(image: Tensor, sigma: float) -> Tensor:
+    """The image (C, H, W), blurred."""
+    if sigma == 0:
+        return image
+    blurred: Tensor = gaussian_blur(image, kernel_size=[2 * math.ceil(3 * sigma) + 1] * 2, sigma=[sigma, sigma])
+    return blurred
 
 
 @lru_cache(maxsize=2)

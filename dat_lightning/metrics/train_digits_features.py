@@ -30,7 +30,7 @@ def train(epochs: int = 20, batch_size: int = 64) -> torch.nn.Sequential:
             for chosen in torch.split(torch.randperm(len(y)), batch_size):
                 optimizer.zero_grad()
                 loss = F.cross_entropy(network(torch.stack([shift(image) for image in x[chosen]])), y[chosen])
-                torch.autograd.backward(loss)
+                loss.backward()
                 optimizer.step()
     return network.eval().requires_grad_(False)
 

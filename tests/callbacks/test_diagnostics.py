@@ -60,9 +60,9 @@ def test_nan(tmp_path: Path) -> None:
         TrainingFailureError, match=r"is (nan|-?inf) in Stage 2\..*contrastive step.*earlier checkpoint"
     ):
         fit(tmp_path, module)
-    module = tiny.stage1(optimizer=partial(torch.optim.SGD, lr=1e30))
+    first = tiny.stage1(optimizer=partial(torch.optim.SGD, lr=1e30))
     with pytest.raises(TrainingFailureError, match=r"train/loss is (nan|inf) in Stage 1"):
-        fit(tmp_path, module)
+        fit(tmp_path, first)
 
 
 @pytest.mark.parametrize(
@@ -100,8 +100,8 @@ def test_t_stuck_at_zero(tmp_path: Path) -> None:
     stuck = partial(AUCCurriculum, max_steps=5, auc_threshold=1.0, window_samples=32)
     with pytest.warns(UserWarning, match="T is still 0 after 3 steps: the AUC .* does not reach its threshold 1.0"):
         fit(tmp_path, tiny.stage2(curriculum=stuck()), patience=3)
+    module = tiny.stage2(curriculum=stuck(), optimizer=partial(torch.optim.SGD, lr=1e-6))
     with pytest.warns(UserWarning, match="cannot be told from training images at all: is the OOD set the training set"):
-        module = tiny.stage2(curriculum=stuck(), optimizer=partial(torch.optim.SGD, lr=1e-6))
         fit(tmp_path, module, HiddenSameData(batch_size=256), patience=3)
 
 

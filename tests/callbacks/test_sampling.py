@@ -63,19 +63,16 @@ def sampler(**kwargs: Any) -> PGDSampler:
     return PGDSampler(**{"num_samples": 25, "num_steps": [1, 3], "step_size": 0.5, "batch_size": 10, **kwargs})
 
 
-def test(path: Path, *callbacks: Callback, module: LightningModule | None = None, **kwargs: Any) -> Trainer:
+def run(path: Path, *callbacks: Callback, module: LightningModule | None = None, **kwargs: Any) -> Trainer:
     trainer = tiny.trainer(path, callbacks, limit_test_batches=1, **kwargs)
     trainer.test(module or tiny.stage1(), datamodule=tiny.digits(), verbose=False)
     return trainer
 
 
-test.__test__ = False  # type: ignore[attr-defined]
-
-
 def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
     """Class i mod K, the i-th held-out seed, and the ascent of a separate call for each step count."""
     collector, module = Collector(), tiny.stage1().eval()
-    test(tmp_path, collector, sampler(), module=module)
+    run(tmp_path, collector, sampler(), module=module)
     assert collector.calls == ["start", "batch", "batch", "batch", "end"]
     assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5)]
     seeds = tiny.digits().held_out_seeds()
@@ -93,13 +90,13 @@ def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
     collectors = [Collector(), Collector()]
     for collector, size in zip(collectors, (25, 4), strict=True):
         torch.manual_seed(size)  # nor on the global generator
-        test(tmp_path, collector, sampler(batch_size=size))
+        run(tmp_path, collector, sampler(batch_size=size))
     torch.testing.assert_close(collectors[0].images(3), collectors[1].images(3), rtol=0, atol=1e-3)
 
 
 def test_images_are_generated_once_for_many_consumers(tmp_path: Path) -> None:
     first, second = Collector(), Collector()
-    test(tmp_path, first, sampler(), second)
+    run(tmp_path, first, sampler(), second)
     assert len(first.batches) == 3
     assert all(a is b for a, b in zip(first.batches, second.batches, strict=True))
 
@@ -107,7 +104,7 @@ def test_images_are_generated_once_for_many_consumers(tmp_path: Path) -> None:
 def test_sampling_leaves_no_trace(tmp_path: Path) -> None:
     module = tiny.stage1()
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    test(tmp_path, Collector(), sampler(), module=module)
+    run(tmp_path, Collector(), sampler(), module=module)
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in module.parameters())
 
@@ -124,7 +121,7 @@ def test_sampling_during_fit(tmp_path: Path) -> None:
 
 def test_stages_can_be_left_out(tmp_path: Path) -> None:
     collector = Collector()
-    test(tmp_path, collector, sampler(stages=["predict"]))
+    run(tmp_path, collector, sampler(stages=["predict"]))
     assert collector.calls == []
     tiny.trainer(tmp_path, [collector, sampler(stages=["predict"])]).predict(tiny.stage1(), datamodule=tiny.digits())
     assert collector.plans[0].stage == "predict"
@@ -147,7 +144,7 @@ class ForeignModule(LightningModule):
 
 def test_any_module_can_be_sampled_in_inference_mode(tmp_path: Path) -> None:
     collector = Collector()
-    test(tmp_path, collector, sampler(), module=ForeignModule(), inference_mode=True)
+    run(tmp_path, collector, sampler(), module=ForeignModule(), inference_mode=True)
     assert collector.plans[0].num_classes == 4
     logits = [ForeignModule.forward(m, collector.images(s)) for m in [ForeignModule()] for s in (1, 3)]
     assert logits[0].shape == (25, 4)
@@ -155,12 +152,12 @@ def test_any_module_can_be_sampled_in_inference_mode(tmp_path: Path) -> None:
 
 
 def test_a_consumer_needs_a_sampler(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Collector consumes samples: add a PGDSampler to trainer.callbacks"):
-        test(tmp_path, Collector())
+    with pytest.raises(ValueError, match=r"Collector consumes samples: add a PGDSampler to trainer.callbacks"):
+        run(tmp_path, Collector())
 
 
 def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="has no out-of-distribution images \\(held_out\\)"):
+    with pytest.raises(ValueError, match=r"has no out-of-distribution images \(held_out\)"):
         tiny.trainer(tmp_path, [sampler(), Collector()], limit_test_batches=1).test(
             tiny.stage1(), datamodule=tiny.digits(ood="none", streams=["clf"]), verbose=False
         )
@@ -189,7 +186,7 @@ def test_fid_equals_torch_fidelity(tmp_path: Path) -> None:
     collector = Collector()
     extractor = DigitsFeatures()
     fid = FrechetDistance(extractor, batch_size=100)
-    trainer = test(tmp_path, collector, sampler(num_samples=150), fid)
+    trainer = run(tmp_path, collector, sampler(num_samples=150), fid)
     data = tiny.digits().reference_data()
     assert len(data.dataset) == 1437
     real = data[range(1437)]["x"]
@@ -224,7 +221,7 @@ class Constant(nn.Module):
 def test_reference_from_a_file(tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", mu=np.zeros(2, np.float32), sigma=np.eye(2, dtype=np.float32))
     fid = FrechetDistance(Constant(0.0), reference=str(tmp_path / "reference.npz"))
-    test(tmp_path, sampler(), fid)
+    run(tmp_path, sampler(), fid)
     assert fid.scores == {1: pytest.approx(2.0), 3: pytest.approx(2.0)}  # all features 0: tr Σ remains
 
 
@@ -239,23 +236,23 @@ def test_reference_is_cached_until_something_changes(tmp_path: Path, monkeypatch
     monkeypatch.setattr(FrechetDistance, "features", counting)
     cache = tmp_path / "cache"
 
-    def run(extractor: nn.Module) -> dict[int, float]:
+    def scores_of(extractor: nn.Module) -> dict[int, float]:
         passes.clear()
         fid = FrechetDistance(extractor, cache_dir=str(cache), batch_size=500)
-        test(tmp_path, sampler(), fid)
+        run(tmp_path, sampler(), fid)
         return fid.scores
 
-    first = run(Constant())
+    first = scores_of(Constant())
     assert sum(passes) == 1437 + 2 * 25
-    assert run(Constant()) == first
+    assert scores_of(Constant()) == first
     assert sum(passes) == 2 * 25
-    run(Constant(2.0))
+    scores_of(Constant(2.0))
     assert sum(passes) == 1437 + 2 * 25
     assert len(list(cache.glob("*.npz"))) == 2
     for path in cache.glob("*.npz"):
         path.write_bytes(b"not a zip file")
     with pytest.warns(UserWarning, match="not a readable .npz.*computing the statistics anew"):
-        assert run(Constant()) == first
+        assert scores_of(Constant()) == first
 
 
 def test_the_key_changes_with_data_transform_and_extractor() -> None:
@@ -310,7 +307,7 @@ def test_statistics_files(tmp_path: Path) -> None:
 
 def test_written_samples_are_the_generated_ones(tmp_path: Path) -> None:
     collector, writer = Collector(), SampleWriter(str(tmp_path / "out"), num_steps=3, stages=["test"])
-    test(tmp_path, collector, sampler(), writer)
+    run(tmp_path, collector, sampler(), writer)
     pixels = (collector.images(3) * 255).round().to(torch.uint8)
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert set(file) == {"arr_0", "arr_1"}
@@ -329,7 +326,7 @@ def test_written_samples_are_the_generated_ones(tmp_path: Path) -> None:
 def test_a_second_set_replaces_the_first(tmp_path: Path) -> None:
     for count in (25, 12):
         writer = SampleWriter(str(tmp_path / "out"), stages=["test"])
-        test(tmp_path, sampler(num_samples=count), writer)
+        run(tmp_path, sampler(num_samples=count), writer)
     assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 12
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert len(file["arr_0"]) == 12
@@ -337,7 +334,7 @@ def test_a_second_set_replaces_the_first(tmp_path: Path) -> None:
 
 def test_a_writer_takes_only_snapshots_that_exist(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"num_steps=2 is not among the sampler's snapshots \[1, 3\]"):
-        test(tmp_path, sampler(), SampleWriter(str(tmp_path), num_steps=2, stages=["test"]))
+        run(tmp_path, sampler(), SampleWriter(str(tmp_path), num_steps=2, stages=["test"]))
     with pytest.raises(ValueError, match="formats must be 'png', 'npz' or both"):
         SampleWriter(formats=["jpg"])  # type: ignore[list-item]
 
@@ -345,7 +342,7 @@ def test_a_writer_takes_only_snapshots_that_exist(tmp_path: Path) -> None:
 def test_grids_have_a_column_per_class(tmp_path: Path) -> None:
     collector, grid = Collector(), SampleGrid(num_rows=2, dirpath=str(tmp_path / "grids"))
     logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
-    test(tmp_path, collector, sampler(), grid, logger=logger)
+    run(tmp_path, collector, sampler(), grid, logger=logger)
     picture = read_image(tmp_path / "grids" / "test_step0000000_3_steps.png")
     assert picture.shape == (3, 2 * 17 + 1, 10 * 17 + 1)
     pixels = (collector.images(3) * 255).round().to(torch.uint8)

@@ -37,6 +37,12 @@ def silent(module: EnergyModule) -> EnergyModule:
     return module
 
 
+def step(module: EnergyModule, batch: dict[str, Tensor]) -> Tensor:
+    loss = module.training_step(batch, 0)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
 def steps_of(module: DualAdversarialModule, num_steps: int) -> None:
     module.curriculum.num_steps.fill_(num_steps)
 
@@ -69,7 +75,6 @@ def test_stage2_loss_is_the_one_of_the_method() -> None:
         scale = torch.stack([min(torch.tensor(1.0).double(), 1.0 / d.norm()) for d in delta]).view(-1, 1, 1, 1)
         x_adv = (batch["x_clf"] + delta * scale).clamp(0, 1)
     net.zero_grad()
-    bce = 0.0
     real, contrast = net(batch["x_gen"]).exp().sum(1).log(), net(x_contrast).exp().sum(1).log()
     bce = (-torch.sigmoid(real).log().sum() - torch.sigmoid(-contrast).log().sum()) / 16
     p = net(x_adv).softmax(1)
@@ -97,7 +102,7 @@ def test_merging_the_forwards_changes_nothing() -> None:
 def test_weights_scale_their_terms(name: str) -> None:
     def loss(**kwargs: float) -> float:
         module = silent(tiny.stage2(**kwargs))
-        return float(module.training_step(make_batch(), 0).detach())
+        return float(step(module, make_batch()).detach())
 
     both, without = loss(), loss(**{f"{name}_weight": 0.0})
     assert loss(**{f"{name}_weight": 3.0}) == pytest.approx(without + 3 * (both - without), rel=1e-5)
@@ -173,10 +178,9 @@ def test_batch_norm_stays_frozen_whoever_calls_train() -> None:
         assert not any(m.training for m in norms)
     assert module.energy_model.backbone.get_submodule("blocks").training
     norms[0].train()  # behind the module's back
-    before = norms[0].running_mean.clone() if norms[0].running_mean is not None else None
+    before = norms[0].get_buffer("running_mean").clone()
     module.training_step(make_batch(), 0)
-    assert before is not None and norms[0].running_mean is not None
-    assert torch.equal(norms[0].running_mean, before)
+    assert torch.equal(norms[0].get_buffer("running_mean"), before)
     assert not norms[0].training
 
 
@@ -201,7 +205,7 @@ def test_training_improves_both_terms(tmp_path: Path) -> None:
     first = tiny.stage1(threat_model=weak, optimizer=partial(torch.optim.SGD, lr=0.2, momentum=0.9))
     data = tiny.digits(batch_size=64)
     trainer = tiny.trainer(tmp_path, max_epochs=4, limit_train_batches=22)
-    loss = float(silent(tiny.stage1(threat_model=weak)).training_step(make_batch(), 0).detach())
+    loss = float(step(silent(tiny.stage1(threat_model=weak)), make_batch()).detach())
     trainer.fit(first, datamodule=data)
     assert float(trainer.callback_metrics["train/loss"]) < 0.8 * loss
     second = tiny.stage2(
