@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named(kind: str, tmp_path: Path) -> None:
     path, model = tmp_path / "broken.ckpt", small_model()
     before = copy.deepcopy(model)
     corrupt(path, kind)
-    with pytest.raises(ValueError, match=f"{path} is not a readable checkpoint of tensors and primitives: ."):
+    with pytest.raises(ValueError, match=f"{path} is not a readable checkpoint: it is (damaged|of another kind)"):
         load_weights(model, path)
     assert_same_weights(model, before)
 
@@ -107,7 +107,7 @@ def test_a_hostile_file_is_refused_and_never_executed(writer: str, tmp_path: Pat
     else:
         torch.save(contents, path, _use_new_zipfile_serialization=writer == "torch")
     for load in (read_checkpoint, lambda p: load_weights(small_model(), p)):
-        with pytest.raises(ValueError, match=f"{path} is not a readable checkpoint"):
+        with pytest.raises(ValueError, match=f"{path} is not a readable checkpoint: .* that could run code"):
             load(path)
         assert not effect.exists()
 

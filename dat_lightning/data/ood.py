@@ -121,7 +121,9 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
     """The image (C, H, W), blurred."""
     if sigma == 0:
         return image
-    blurred: Tensor = gaussian_blur(image, kernel_size=[2 * math.ceil(3 * sigma) + 1] * 2, sigma=[sigma, sigma])
+    # Borders are reflected, which needs a radius below the size.
+    radius = min(math.ceil(3 * sigma), min(image.shape[-2:]) - 1)
+    blurred: Tensor = gaussian_blur(image, kernel_size=[2 * radius + 1] * 2, sigma=[sigma, sigma])
     return blurred
 
 

@@ -55,6 +55,22 @@ def test_crops_have_the_size_asked_for(image_size: int) -> None:
     assert PhotographCrops(4, image_size=image_size)[0].shape == (1, image_size, image_size)
 
 
+@pytest.mark.parametrize("blur", [0.5, 0.8])
+def test_the_blur_is_gaussian_with_reflected_borders(blur: float) -> None:
+    sharp, blurred = PhotographCrops(6, blur=0)[5][0].numpy(), PhotographCrops(6, blur=blur)[5][0].numpy()
+    radius = int(np.ceil(3 * blur))
+    places = np.arange(-radius, radius + 1)
+    weights = np.exp(-(places**2) / (2 * blur**2))
+    padded = np.pad(sharp, radius, mode="reflect")
+    expected = np.zeros_like(sharp)
+    for i in range(16):
+        for j in range(16):
+            window = padded[i : i + 2 * radius + 1, j : j + 2 * radius + 1]
+            expected[i, j] = (window * np.outer(weights, weights)).sum() / weights.sum() ** 2
+    np.testing.assert_allclose(blurred, expected, atol=1e-6)
+    assert abs(sharp - blurred).max() > 0.01
+
+
 def test_the_parts_of_the_photographs_are_disjoint_and_together_the_whole() -> None:
     for photograph, train, held_out in zip(
         load_sample_images().images, ood._photographs("train"), ood._photographs("held_out"), strict=True
@@ -118,6 +134,8 @@ def test_indices_outside_are_refused() -> None:
         ({"contrast": (0.2, 0.1)}, "contrast"),
         ({"contrast": (0.0, 0.1)}, "contrast"),
         ({"brightness": 1.1}, "brightness .* 1.1"),
+        ({"blur": -0.5}, "blur .* -0.5"),
+        ({"blur": float("nan")}, "blur .* nan"),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

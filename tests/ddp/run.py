@@ -1,4 +1,4 @@
-"""What a process of a test run does: fit Stage 2, then test with sampling; ``python -m tests.ddp.run 2 folder``."""
+"""What a process of a test run does: test, fit Stage 2, and test again; ``python -m tests.ddp.run 2 folder``."""
 
 import json
 import sys
@@ -37,6 +37,7 @@ class RankWriter(SampleConsumer):
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         samples = {int(i): b.images[2][k] for b in self.batches for k, i in enumerate(b.indices)}
         torch.save(samples, self.folder / f"samples-{trainer.global_rank}.pt")
+        self.batches = []
 
 
 def main(devices: int, folder: Path) -> None:
@@ -47,7 +48,9 @@ def main(devices: int, folder: Path) -> None:
     writer = SampleWriter(str(folder / "written"), stages=["test"])
     grid = SampleGrid(num_rows=3, dirpath=str(folder / "grids"))
     strategy = "ddp" if devices > 1 else "auto"
-    callbacks = [RankWriter(folder), sampler, fid, writer, grid]
+    keeper = RankWriter(folder / "before")
+    keeper.folder.mkdir(exist_ok=True)
+    callbacks = [keeper, sampler, fid, writer, grid]
     trainer = tiny.trainer(folder, callbacks, devices=devices, strategy=strategy)
     random_start = ThreatModel(eps=1.0, step_size=0.5, num_steps=2, random_start=True)
     module = tiny.stage2(
@@ -57,11 +60,14 @@ def main(devices: int, folder: Path) -> None:
     )
     # 360 test images in batches of 60 and 61 examples: the ranks' shares are 180, not a multiple of either.
     data = tiny.digits(eval_batch_size=61)
+    (before,) = trainer.test(module, datamodule=data, verbose=False)
+    keeper.folder = folder / "after"
+    keeper.folder.mkdir(exist_ok=True)
     trainer.fit(module, datamodule=data)
-    (figures,) = trainer.test(module, datamodule=data, verbose=False)
+    (after,) = trainer.test(module, datamodule=data, verbose=False)
     if trainer.is_global_zero:
         torch.save(module.state_dict(), folder / "state.pt")
-        (folder / "figures.json").write_text(json.dumps(dict(figures)))
+        (folder / "figures.json").write_text(json.dumps({"before": before, "after": after}))
 
 
 if __name__ == "__main__":
