@@ -30,7 +30,7 @@ bench: $(VENV)/.installed-test  ## speed against a plain implementation
 	$(BIN)/python -m tests.benchmarks.bench
 
 docs: $(VENV)/.installed-docs  ## the pages, into site/
-	$(BIN)/mkdocs build --strict
+	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
 
 # The stamps keep a second run from installing again, until the requirements change.
 $(VENV)/.installed-%: pyproject.toml

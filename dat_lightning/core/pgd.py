@@ -105,7 +105,6 @@ def ascend_snapshots(
     """
     if not snapshots or min(snapshots) < 0:
         raise ValueError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
-    wanted = frozenset(snapshots)
     states: dict[int, Tensor] = {}
     with ExitStack() as stack:
         # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
@@ -119,14 +118,10 @@ def ascend_snapshots(
                 torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
             )
         center, y = x.detach().clone(), y.clone()
-        current = _start(center, threat_model, draws, seed) if threat_model.random_start else center
-        for step in range(max(wanted) + 1):
-            if step in wanted:
-                states[step] = current
-            if step < max(wanted):
-                direction = steepest_step(input_gradient(logits, current, y, objective), threat_model.norm)
-                moved = current + threat_model.step_size * direction
-                current = project(moved, center, threat_model.norm, threat_model.eps).detach()
+        start = _start(center, threat_model, draws, seed) if threat_model.random_start else center
+        for step, state in enumerate(_chain(logits, start, center, y, objective, threat_model, max(snapshots))):
+            if step in snapshots:
+                states[step] = state
     return states
 
 
@@ -186,3 +181,21 @@ def _start(center: Tensor, threat_model: ThreatModel, draws: Tensor | None, seed
     noise = draw(seed, "random start", indices, shape).to(center)
     radius = uniform_noise(seed, "random start radius", indices, ()).to(center)
     return random_start(center, threat_model.norm, threat_model.eps, noise, radius)
+
+
+def _chain(
+    logits: Logits,
+    start: Tensor,
+    center: Tensor,
+    y: Tensor,
+    objective: Objective,
+    threat_model: ThreatModel,
+    steps: int,
+) -> Iterator[Tensor]:
+    """The states of the walk, its start first."""
+    x = start
+    yield x
+    for _ in range(steps):
+        direction = steepest_step(input_gradient(logits, x, y, objective), threat_model.norm)
+        x = project(x + threat_model.step_size * direction, center, threat_model.norm, threat_model.eps)
+        yield x

@@ -8,11 +8,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dat_lightning.cli import deliberate_cause
 from dat_lightning.core import AUCCurriculum, to_uint8_rgb
 from dat_lightning.data import DigitsDataModule
 from dat_lightning.demo import training
 from dat_lightning.demo.evaluation import ATTACK, evaluate
-from dat_lightning.demo.judge import Judge, test_split
+from dat_lightning.demo.judge import Judge, digits_for_testing
 from dat_lightning.demo.pictures import write_comparison
 from dat_lightning.demo.plots import NAMES
 from dat_lightning.demo.report import write_report
@@ -50,8 +51,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
     try:
         run(options.out, options.configs, train=not options.skip_training, quick=options.quick)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"dat_lightning.demo: error: {error}")
+    except Exception as error:
+        cause = deliberate_cause(error)
+        if cause is None:
+            raise
+        sys.exit(f"dat_lightning.demo: error: {cause}")
 
 
 def run(out: Path, configs: Path, *, train: bool = True, quick: bool = False) -> Outcome:
@@ -115,8 +119,10 @@ def judge_both(
         raise ValueError(f"PGDSampler.num_samples is {sizes[0]} in Stage 1 and {sizes[1]} in Stage 2: make them equal")
     modules = {stage: training.load(out, stage) for stage in STAGES}
     seeds = DigitsDataModule().held_out_seeds()
-    x, y = test_split()
-    real_images = to_uint8_rgb(x)
+    x, y = digits_for_testing()
+    real_images, real_labels = to_uint8_rgb(x), y
+    if quick:
+        x, y = x[::4], y[::4]
     evaluations = {
         stage: evaluate(
             modules[stage].energy_model, samplers[stage], seeds, x, y, judge, NAMES[stage].partition(":")[0]
@@ -130,7 +136,7 @@ def judge_both(
         evaluations=evaluations,
         histories=histories,
         real_images=real_images,
-        real=judge.score(real_images, y),
+        real=judge.score(real_images, real_labels),
         contrastive_steps=int(curriculum.num_steps),
         auc_threshold=curriculum.auc_threshold,
         seconds={**durations, "evaluation": time.perf_counter() - start},

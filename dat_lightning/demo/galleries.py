@@ -1,6 +1,6 @@
 """The report's galleries of single images, as HTML: chains from seed to sample, and counterfactuals."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
@@ -37,7 +37,8 @@ def sample_panel(evaluation: Evaluation, stage: Stage) -> str:
 def chain_panel(evaluation: Evaluation, judge: Judge) -> str:
     """Returns a few samples along their chains: a row per sample, a column per number of steps."""
     samples = evaluation.samples
-    columns = {0: to_uint8_rgb(samples.seeds), **samples.images}
+    shown = shown_steps(list(samples.images), evaluation.best_steps)
+    columns = {0: to_uint8_rgb(samples.seeds), **{n: samples.images[n] for n in shown}}
     # Sample i has class i mod 10, so these are of the wanted class, and not all from the first row of the grid.
     rows = [11 * label for label in CHAIN_CLASSES if 11 * label < len(samples.labels)]
     readings = {n: judge.read(images[rows]) for n, images in columns.items()}
@@ -48,6 +49,14 @@ def chain_panel(evaluation: Evaluation, judge: Judge) -> str:
         cells.append(f"<span>{label}</span>")
         cells += [_tile(images[row], read=int(readings[n][place]) == label) for n, images in columns.items()]
     return _tiles(cells, len(columns))
+
+
+def shown_steps(steps: Sequence[int], best: int, count: int = 8) -> list[int]:
+    """Returns those step counts that fit into a picture: all, or ``count`` spread over them, and the best."""
+    if len(steps) <= count + 1:
+        return sorted(steps)
+    places = {round(place * (len(steps) - 1) / (count - 1)) for place in range(count)}
+    return sorted({sorted(steps)[place] for place in places} | {best})
 
 
 def counterfactual_panel(counterfactuals: Counterfactuals) -> str:

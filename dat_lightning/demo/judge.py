@@ -68,7 +68,7 @@ class Judge:
     def features(self, images: Tensor) -> Tensor:
         """Returns the features (N, D) of uint8 images (N, 3, H, W)."""
         with torch.no_grad():
-            return torch.cat([self.extractor(part) for part in images.split(_BATCH_SIZE)])
+            return torch.cat([self.extractor(part) for part in torch.split(images, _BATCH_SIZE)])
 
     def read(self, images: Tensor) -> Tensor:
         """Returns the digits (N,) that the independent classifier reads in uint8 images (N, 3, H, W)."""
@@ -92,7 +92,7 @@ class Judge:
         )
 
 
-def test_split() -> tuple[Tensor, Tensor]:
+def digits_for_testing() -> tuple[Tensor, Tensor]:
     """Returns the 360 test digits, images (N, 1, 16, 16) in [0, 1] and labels (N,)."""
     images, labels = load_images()
     test = torch.as_tensor(split_indices(0)["test"])
@@ -107,7 +107,7 @@ def spread(images: Tensor, labels: Tensor) -> float:
         labels: Shape (N,); a class with a single image is left out.
     """
     distances = []
-    for label in labels.unique():
+    for label in range(int(labels.max()) + 1):
         members = (images[labels == label].double() / 255).flatten(1)
         if len(members) > 1:
             distances.append(torch.pdist(members).mean())
@@ -116,6 +116,6 @@ def spread(images: Tensor, labels: Tensor) -> float:
 
 def _gaussian(features: Tensor) -> Gaussian:
     moments = FeatureMoments(features.shape[1])
-    for part in features.split(_BATCH_SIZE):
+    for part in torch.split(features, _BATCH_SIZE):
         moments.update(part)
     return moments.gaussian()

@@ -1,12 +1,13 @@
 """Images as they go into the report: grids of samples, PNG data URIs, and the picture of both stages."""
 
 import base64
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+from PIL import Image
 from torch import Tensor
-from torchvision.io import encode_png
 from torchvision.utils import make_grid
 
 from dat_lightning.demo.evaluation import Evaluation
@@ -21,8 +22,10 @@ _SCALE = 4
 def png_uri(image: Tensor) -> str:
     """Returns a data URI of a uint8 image (3, H, W), stored as grey if its channels are equal."""
     grey = bool((image == image[:1]).all())
-    data = encode_png(image[:1].contiguous() if grey else image.contiguous())
-    return "data:image/png;base64," + base64.b64encode(data.numpy().tobytes()).decode()
+    pixels = image[0] if grey else image.permute(1, 2, 0)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.contiguous().numpy()).save(buffer, format="png")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def sample_grid(evaluation: Evaluation, num_classes: int = 10) -> Tensor:

@@ -5,11 +5,12 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("agg")
-import matplotlib.pyplot as plt
 import numpy as np
+
+try:
+    import matplotlib.pyplot as plt
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError("the demo draws with matplotlib: pip install 'dat-lightning[demo]'") from error
 
 from dat_lightning.demo.evaluation import ATTACK, ATTACK_STEPS, Evaluation
 from dat_lightning.demo.judge import Quality
@@ -33,6 +34,7 @@ STYLE: Any = {
     "axes.titlepad": 10,
     "axes.titlesize": 10.5,
     "axes.titleweight": "bold",
+    "figure.constrained_layout.hspace": 0.08,
     "figure.facecolor": "white",
     "font.family": "sans-serif",
     "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
@@ -135,6 +137,7 @@ def history_figure(histories: Mapping[Stage, History], auc_threshold: float) -> 
     auc.axhline(auc_threshold, color=REAL_COLOR, lw=1, ls=(0, (4, 3)))
     _line(steps, second.get("train/contrastive_steps"), color=blue, offset=begin, window=1)
     loss.set(title="Training loss")
+    loss.margins(y=0.3)
     robust.set(title="Robust accuracy, training batches")
     validation.set(title="Validation: clean (solid), robust (dashed)")
     energy.set(title="Energy in Stage 2")

@@ -40,7 +40,8 @@ figcaption { max-width: 92ch; margin-top: 12px; color: var(--muted); font-size: 
 .tile { border-bottom: 3px solid transparent; }
 .tile.read { border-bottom-color: #4ade80; }
 .tile.original img { outline: 2px solid #f59e0b; outline-offset: -1px; }
-.mark { display: inline-block; width: 20px; height: 3px; margin: 0 4px 4px 0; vertical-align: middle; background: #4ade80; }
+.mark { display: inline-block; width: 20px; height: 3px; margin: 0 4px 4px 0; vertical-align: middle;
+  background: #4ade80; }
 .mark.frame { width: 12px; height: 12px; margin-bottom: 2px; background: none; border: 2px solid #f59e0b; }
 .wide { overflow-x: auto; }
 table { width: 100%; margin-top: 24px; border-collapse: collapse; font-size: 15px; font-variant-numeric: tabular-nums; }

@@ -1,5 +1,6 @@
 """Trains the two stages through the command line, and reads what training leaves: checkpoints and curves."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,13 @@ STAGES: tuple[Stage, ...] = ("stage1", "stage2")
 
 # Where the shipped configurations write.
 _PREFIX = "runs/digits"
+# About our calling the command line from a program, a repeated run, and names that Lightning's dependencies changed.
+_EXPECTED_WARNINGS = (
+    "LightningCLI's args parameter",
+    "Checkpoint directory .* exists and is not empty",
+    r".*`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"\s*By default only one JsonargparseDeprecationWarning",
+)
 _QUICK_EPOCHS = 2
 _QUICK_STEPS = (5, 10, 20)
 _QUICK_SAMPLES = 100
@@ -70,15 +78,15 @@ def read_config(configs: Path, stage: Stage, out: Path, *, quick: bool = False) 
     path = configs / f"{stage}.yaml"
     if not path.is_file():
         raise FileNotFoundError(
-            f"no configuration at {path}: run from the root of the repository, or name the folder that has it as --configs"
+            f"no configuration at {path}: run from the repository's root, or name the folder that has it as --configs"
         )
     try:
-        config = yaml.safe_load(path.read_text())
+        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no mapping of settings")
-    config = _relocated(config, out.as_posix())
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} is no mapping of settings")  # noqa: TRY004 - the file's contents, not an argument
+    config: dict[str, Any] = _relocated(loaded, out.as_posix())
     for callback in callbacks(config, "ModelCheckpoint"):
         # A second run into the same folder would write last-v1.ckpt and leave the old last.ckpt in place.
         callback["enable_version_counter"] = False
@@ -109,7 +117,7 @@ def write_config(config: Mapping[str, Any], out: Path, stage: Stage) -> Path:
     """Writes a stage's configuration below ``out``, and returns where."""
     path = out / stage / "config-input.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+    path.write_text(yaml.safe_dump(dict(config), sort_keys=False), encoding="utf-8")
     return path
 
 
@@ -122,7 +130,10 @@ def train(config: Path, out: Path, stage: Stage) -> None:
     arguments = ["fit", "--config", str(config)]
     if stage == "stage2":
         arguments += ["--model.init_from", str(checkpoint_path(out, "stage1"))]
-    cli.main(arguments)
+    with warnings.catch_warnings():
+        for message in _EXPECTED_WARNINGS:
+            warnings.filterwarnings("ignore", message)
+        cli.main(arguments)
 
 
 def load(out: Path, stage: Stage) -> EnergyModule:
@@ -136,7 +147,9 @@ def load(out: Path, stage: Stage) -> EnergyModule:
         raise FileNotFoundError(f"no checkpoint at {path}: train first, without --skip-training")
     module_class = RobustClassifierModule if stage == "stage1" else DualAdversarialModule
     # The state dict of a checkpoint is the average; the weights that training goes on from have an entry of their own.
-    module: EnergyModule = module_class.load_from_checkpoint(path, map_location=torch.device("cpu"))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", _EXPECTED_WARNINGS[-1])
+        module: EnergyModule = module_class.load_from_checkpoint(path, map_location=torch.device("cpu"))
     return module.eval().requires_grad_(False)
 
 
@@ -181,3 +194,5 @@ def _shorten(config: dict[str, Any]) -> None:
     for callback in callbacks(config, "PGDSampler"):
         callback["num_samples"] = _QUICK_SAMPLES
         callback["num_steps"] = list(_QUICK_STEPS)
+    for callback in callbacks(config, "SampleWriter"):
+        callback["num_steps"] = _QUICK_STEPS[-1]

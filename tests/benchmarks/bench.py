@@ -1,8 +1,8 @@
 """Times a Stage-2 step and a generation chain against the plain implementation: ``python -m tests.benchmarks.bench``.
 
-Every contender starts from the same weights and sees the same batches. They take turns within a round, in an order that
-is reversed from round to round, so that whatever else the machine does falls on all of them alike. Compiling happens
-before, and is reported by itself. Before anything is timed, the first steps are compared.
+All contenders start from the same weights and see the same batches. Before anything is timed, their first steps are
+compared. Then they take turns, in an order that is reversed from round to round, so that whatever else the machine does
+falls on all of them alike. Compiling happens in the first step, which is reported by itself.
 """
 
 import argparse
@@ -14,7 +14,9 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any, Literal, TypeVar
 
 import lightning
 import torch
@@ -23,21 +25,32 @@ from torch import Tensor, nn
 from dat_lightning import __version__
 from dat_lightning.core import EnergyModel, ascend, ascent, targeted_logit
 
-from .cases import MEAN, STD, PackageDAT, calibrated_backbone, largest_difference, random_batch
+from .cases import MEAN, STD, Agreement, PackageDAT, calibrated_backbone, compare, random_batch
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
 
 TOLERANCE = 1e-5
 _NUM_BATCHES = 4
 _GENERATION_STEP_SIZE = 0.2
 
+Result = TypeVar("Result")
+
+Call = Callable[[int], object]
+"""Does once what is timed; the argument is the number of the round."""
+
 
 @dataclass(frozen=True)
 class Setting:
-    """What is timed, and how."""
+    """What is timed, and how.
+
+    Attributes:
+        activation: A smooth one lets the attacks agree in float32, whatever the order of summation; "relu" does not.
+        plain_gradient: Whether the plain attacks' backward passes compute what they need, or the parameters' gradients
+            as well, as those of ``loss.backward()`` do.
+    """
 
     depth: int = 16
     widen_factor: int = 2
-    activation: str = "relu"
+    activation: Literal["relu", "silu"] = "silu"
     size: int = 32
     batch_size: int = 32
     contrastive_steps: int = 10
@@ -48,19 +61,23 @@ class Setting:
     rounds: int = 7
     compile: bool = True
 
+    def backbone(self) -> nn.Module:
+        """Returns the network with which all contenders start."""
+        return calibrated_backbone(self.depth, self.widen_factor, self.size, self.activation)
 
-@dataclass(frozen=True)
-class Agreement:
-    """Largest differences between the plain implementation's first step and another's."""
+    def plain(self, backbone: nn.Module, dtype: torch.dtype = torch.float32) -> PlainDAT:
+        """Returns the plain contender."""
+        return PlainDAT(
+            PlainClassifier(copy.deepcopy(backbone), MEAN, STD).to(dtype),
+            initial_steps=self.contrastive_steps,
+            max_steps=self.contrastive_steps,
+            attack_steps=self.attack_steps,
+            gradient=self.plain_gradient,
+        )
 
-    energy_loss: float
-    classification_loss: float
-    parameters: float
-    average: float
-
-    def largest(self) -> float:
-        """Returns the largest of them."""
-        return max(asdict(self).values())
+    def package(self, backbone: nn.Module, dtype: torch.dtype = torch.float32, **arguments: Any) -> PackageDAT:
+        """Returns the package's contender, eager."""
+        return PackageDAT(backbone, self.contrastive_steps, self.attack_steps, dtype, **arguments)
 
 
 @dataclass
@@ -68,82 +85,22 @@ class Timing:
     """Seconds of one contender, one value per round.
 
     Attributes:
+        first: Elapsed time of the first, untimed call, in which compiling happens.
         wall: Elapsed time.
         cpu: Processor time of all threads, which other programs on the machine disturb less.
-        first: Elapsed time of the first, untimed call, in which compiling happens.
     """
 
+    first: float = 0.0
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
-    first: float = 0.0
 
 
-def make_backbone(setting: Setting) -> nn.Module:
-    """Returns the network with which all contenders start."""
-    return calibrated_backbone(setting.depth, setting.widen_factor, setting.size, setting.activation)
+class DisagreementError(Exception):
+    """The implementations differ, so their times would mean nothing."""
 
 
-def make_plain(backbone: nn.Module, setting: Setting) -> PlainDAT:
-    """Returns the plain contender."""
-    model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD)
-    steps = setting.contrastive_steps
-    return PlainDAT(
-        model, initial_steps=steps, max_steps=steps, attack_steps=setting.attack_steps, gradient=setting.plain_gradient
-    )
-
-
-def make_package(backbone: nn.Module, setting: Setting, *, compiled: bool = False) -> PackageDAT:
-    """Returns the package's contender."""
-    package = PackageDAT(backbone, setting.contrastive_steps, setting.attack_steps)
-    if compiled:
-        package.compile()
-    return package
-
-
-def compare(plain: PlainDAT, package: PackageDAT, batch: dict[str, Tensor]) -> Agreement:
-    """Takes one step with each and returns how they differ."""
-    expected, found = plain.step(batch), package.step(batch)
-    return Agreement(
-        energy_loss=(expected.energy_loss - found.energy_loss).abs().item(),
-        classification_loss=(expected.classification_loss - found.classification_loss).abs().item(),
-        parameters=largest_difference(plain.model, package.module.energy_model),
-        average=largest_difference(plain.average, package.averaged_energy_model()),
-    )
-
-
-def agreements(backbone: nn.Module, setting: Setting) -> dict[str, Agreement]:
-    """Returns how the package's first step differs from the plain one, in three ways of computing it.
-
-    With the plain implementation's memory layout the two agree in float32, and with the package's own in float64. With
-    the package's own in float32 sums run in another order, and an activation with a kink turns rounding into different
-    attacks: that difference belongs to the network, and is reported without a limit unless the activation is smooth.
-    """
-    batch = random_batch(setting.batch_size, setting.size, seed=0)
-    found: dict[str, Agreement] = {}
-    contiguous = make_package(backbone, setting)
-    contiguous.module.energy_model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    found["float32, contiguous"] = compare(make_plain(backbone, setting), contiguous, batch)
-    double = copy.deepcopy(backbone).double()
-    plain, package = make_plain(double, setting), make_package(double, setting)
-    plain.model.double()
-    plain.average.double()
-    package.double()
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    found["float64, as timed"] = compare(plain, package, wide)
-    found["float32, as timed"] = compare(make_plain(backbone, setting), make_package(backbone, setting), batch)
-    return found
-
-
-def interleave(
-    contenders: dict[str, Callable[[int], object]], rounds: int, tell: Callable[[str], object]
-) -> dict[str, Timing]:
-    """Returns the times of calls that take turns, after one untimed call of each."""
-    timings = {name: Timing() for name in contenders}
-    for name, call in contenders.items():
-        start = time.perf_counter()
-        call(0)
-        timings[name].first = time.perf_counter() - start
-        tell(f"  {name}: first call {timings[name].first:.1f} s\n")
+def take_turns(contenders: dict[str, Call], timings: dict[str, Timing], rounds: int) -> None:
+    """Adds the times of ``rounds`` calls of each contender."""
     order = list(contenders)
     for number in range(rounds):
         for name in order if number % 2 == 0 else reversed(order):
@@ -151,58 +108,97 @@ def interleave(
             contenders[name](number)
             timings[name].wall.append(time.perf_counter() - wall)
             timings[name].cpu.append(time.process_time() - cpu)
+
+
+def reference_agreement(backbone: nn.Module, setting: Setting) -> dict[str, Agreement]:
+    """Returns how the package's first step differs from the plain one where no rounding error comes between them.
+
+    That is float32 with the plain implementation's memory layout, and float64 with the package's. In float32 with the
+    package's own layout sums run in another order, and a kinked activation turns rounding into another attack.
+    """
+    batch = random_batch(setting.batch_size, setting.size, seed=0)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    cases: dict[str, tuple[torch.dtype, dict[str, Tensor], dict[str, Any]]] = {
+        "float32, contiguous": (torch.float32, batch, {"memory_format": "contiguous"}),
+        "float64": (torch.float64, wide, {}),
+    }
+    found = {}
+    for name, (dtype, images, arguments) in cases.items():
+        plain, package = setting.plain(backbone, dtype), setting.package(backbone, dtype, **arguments)
+        found[name] = compare(plain, package, plain.step(images), package.step(images))
+    return found
+
+
+def time_steps(backbone: nn.Module, setting: Setting) -> tuple[dict[str, Timing], dict[str, Agreement], dict[str, int]]:
+    """Returns the times of Stage-2 steps, how first steps differ, and how many graphs were compiled when.
+
+    Raises:
+        DisagreementError: If a difference is above :data:`TOLERANCE`.
+    """
+    batches = [random_batch(setting.batch_size, setting.size, seed) for seed in range(_NUM_BATCHES)]
+    plain, packages = setting.plain(backbone), {"package": setting.package(backbone)}
+    if setting.compile:
+        packages["package, compiled"] = setting.package(backbone)
+        packages["package, compiled"].compile()
+    before = compiled_graphs()
+    expected, start = timed(partial(plain.step, batches[0]))
+    timings, agreement = {"plain": Timing(start)}, reference_agreement(backbone, setting)
+    for name, package in packages.items():
+        found, start = timed(partial(package.step, batches[0]))
+        timings[name] = Timing(start)
+        agreement[f"float32, {name}"] = compare(plain, package, expected, found)
+    for name, difference in agreement.items():
+        kinks = setting.activation == "relu" and name in {f"float32, {p}" for p in packages}
+        if not difference.largest() <= TOLERANCE and not kinks:
+            raise DisagreementError(f"{name}: {difference}, allowed {TOLERANCE:g}")
+    after = compiled_graphs()
+    runs: dict[str, PlainDAT | PackageDAT] = {"plain": plain, **packages}
+
+    def caller(run: PlainDAT | PackageDAT) -> Call:
+        return lambda number: run.step(batches[number % _NUM_BATCHES])
+
+    take_turns({name: caller(run) for name, run in runs.items()}, timings, setting.rounds)
+    return timings, agreement, {"in the first step": after - before, "in the rounds": compiled_graphs() - after}
+
+
+def time_generation(backbone: nn.Module, setting: Setting) -> dict[str, Timing]:
+    """Returns the times of generation chains.
+
+    Raises:
+        DisagreementError: If the generated images differ by more than :data:`TOLERANCE` and the activation is smooth.
+    """
+    x, y = random_batch(setting.batch_size, setting.size, seed=0)["x_ood"], torch.arange(setting.batch_size) % 10
+    model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).eval()
+    chain = ascent(_GENERATION_STEP_SIZE, setting.generation_steps)
+    plain = partial(generate, model, x, y, chain.step_size, chain.num_steps, setting.plain_gradient)
+    contenders: dict[str, Callable[[], Tensor]] = {"plain": plain}
+    for name in ["package", *(["package, compiled"] if setting.compile else [])]:
+        energy_model = EnergyModel(copy.deepcopy(backbone), MEAN, STD).eval()
+        energy_model.to(memory_format=torch.channels_last)
+        if name == "package, compiled":
+            energy_model.compile(dynamic=False)
+        contenders[name] = partial(ascend, energy_model, x, y, targeted_logit, chain)
+    timings: dict[str, Timing] = {}
+    images: dict[str, Tensor] = {}
+    for name, call in contenders.items():
+        images[name], start = timed(call)
+        timings[name] = Timing(start)
+        difference = (images[name] - images["plain"]).abs().max().item()
+        if difference > TOLERANCE and setting.activation != "relu":
+            raise DisagreementError(f"{name}: generated images differ by {difference:.1e}, allowed {TOLERANCE:g}")
+
+    def caller(call: Callable[[], Tensor]) -> Call:
+        return lambda number: call()
+
+    take_turns({name: caller(call) for name, call in contenders.items()}, timings, setting.rounds)
     return timings
 
 
-def time_steps(
-    backbone: nn.Module, setting: Setting, tell: Callable[[str], object]
-) -> tuple[dict[str, Timing], dict[str, int]]:
-    """Returns the times of Stage-2 steps, and how many graphs were compiled before and during the rounds."""
-    batches = [random_batch(setting.batch_size, setting.size, seed) for seed in range(_NUM_BATCHES)]
-    runs: dict[str, PlainDAT | PackageDAT] = {
-        "plain": make_plain(backbone, setting),
-        "package": make_package(backbone, setting),
-    }
-    if setting.compile:
-        runs["package, compiled"] = make_package(backbone, setting, compiled=True)
-    graphs: dict[str, int] = {}
-
-    def caller(run: PlainDAT | PackageDAT) -> Callable[[int], object]:
-        return lambda number: run.step(batches[number % _NUM_BATCHES])
-
-    def count(line: str) -> None:
-        graphs["in the first step"] = _compiled_graphs()
-        tell(line)
-
-    before = _compiled_graphs()
-    timings = interleave({name: caller(run) for name, run in runs.items()}, setting.rounds, count)
-    graphs["in the first step"] -= before
-    graphs["in the rounds"] = _compiled_graphs() - before - graphs["in the first step"]
-    return timings, graphs
-
-
-def time_generation(backbone: nn.Module, setting: Setting, tell: Callable[[str], object]) -> dict[str, Timing]:
-    """Returns the times of generation chains."""
-    x = random_batch(setting.batch_size, setting.size, seed=0)["x_ood"]
-    y = torch.arange(setting.batch_size) % 10
-    steps = setting.generation_steps
-    model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).eval()
-
-    def package(*, compiled: bool) -> Callable[[int], object]:
-        energy_model = EnergyModel(copy.deepcopy(backbone), MEAN, STD).eval()
-        energy_model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if compiled:
-            energy_model.compile(dynamic=False)
-        chain = ascent(_GENERATION_STEP_SIZE, steps)
-        return lambda _: ascend(energy_model, x, y, targeted_logit, chain)
-
-    contenders: dict[str, Callable[[int], object]] = {
-        "plain": lambda _: generate(model, x, y, _GENERATION_STEP_SIZE, steps, setting.plain_gradient),
-        "package": package(compiled=False),
-    }
-    if setting.compile:
-        contenders["package, compiled"] = package(compiled=True)
-    return interleave(contenders, setting.rounds, tell)
+def timed(call: Callable[[], Result]) -> tuple[Result, float]:
+    """Returns what the call returns, and its elapsed time."""
+    start = time.perf_counter()
+    result = call()
+    return result, time.perf_counter() - start
 
 
 def summarise(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
@@ -212,9 +208,10 @@ def summarise(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
         name: {
             "median": statistics.median(timing.wall),
             "ratio of medians": statistics.median(plain.wall) / statistics.median(timing.wall),
-            "median ratio": statistics.median(p / t for p, t in zip(plain.wall, timing.wall, strict=True)),
+            "median of ratios": statistics.median(p / t for p, t in zip(plain.wall, timing.wall, strict=True)),
             "cpu median": statistics.median(timing.cpu),
             "cpu ratio": statistics.median(plain.cpu) / statistics.median(timing.cpu),
+            "first call": timing.first,
         }
         for name, timing in timings.items()
     }
@@ -222,83 +219,78 @@ def summarise(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
 
 def table(title: str, timings: dict[str, Timing]) -> str:
     """Returns the summary as text."""
-    columns = ("median", "ratio of medians", "median ratio", "cpu median", "cpu ratio")
-    lines = [f"{title}\n", f"  {'':18}" + "".join(f"{column:>18}" for column in columns) + f"{'first call':>18}\n"]
-    for name, row in summarise(timings).items():
-        cells = (f"{row[c]:.3f} s" if c.endswith("median") else f"{row[c]:.3f}x" for c in columns)
-        lines.append(f"  {name:18}" + "".join(f"{c:>18}" for c in cells) + f"{timings[name].first:>16.1f} s\n")
+    rows = summarise(timings)
+    lines = [f"{title:28}" + "".join(f"{column:>18}" for column in rows["plain"]) + "\n"]
+    for name, row in rows.items():
+        cells = (f"{value:.3f}{'x' if 'ratio' in column else 's'}" for column, value in row.items())
+        lines.append(f"  {name:26}" + "".join(f"{cell:>18}" for cell in cells) + "\n")
     return "".join(lines)
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the benchmark; returns 1 if the implementations disagree."""
-    setting, out = _parse(arguments)
-    tell = sys.stdout.write
-    torch.set_num_threads(setting.threads)
-    where = {
-        "device": f"cpu, {platform.processor() or platform.machine()}, capability {torch.backends.cpu.get_cpu_capability()}",
+def compiled_graphs() -> int:
+    """Returns how many graphs ``torch.compile`` has made in this process."""
+    import torch._dynamo.utils  # a slow import
+
+    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+
+
+def machine() -> dict[str, str | int]:
+    """Returns the device, the number of threads and the versions."""
+    return {
+        "device": f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "lightning": lightning.__version__,
         "dat_lightning": __version__,
     }
-    tell("".join(f"{name}: {value}\n" for name, value in (asdict(setting) | where).items()))
-    backbone = make_backbone(setting)
-    found = agreements(backbone, setting)
-    agree = True
-    tell(f"Differences of the first step from the plain implementation (limit {TOLERANCE:g})\n")
-    for name, difference in found.items():
-        limited = name != "float32, as timed" or setting.activation != "relu"
-        agree &= difference.largest() <= TOLERANCE or not limited
-        values = ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items())
-        tell(f"  {name}: {values}{'' if limited else '  (no limit: kinks)'}\n")
-    if not agree:
-        tell("The implementations disagree: their times would mean nothing.\n")
-        return 1
-    tell("First calls\n")
-    steps, graphs = time_steps(backbone, setting, tell)
-    chains = time_generation(backbone, setting, tell)
-    tell(table("One Stage-2 step", steps))
-    tell(f"  graphs compiled: {graphs}\n")
-    tell(table(f"One generation chain of {setting.generation_steps} steps", chains))
-    if out is not None:
-        result = {
-            "setting": asdict(setting),
-            "where": where,
-            "agreement": {name: asdict(difference) for name, difference in found.items()},
-            "graphs": graphs,
-            "step": {"summary": summarise(steps), "seconds": {k: asdict(v) for k, v in steps.items()}},
-            "generation": {"summary": summarise(chains), "seconds": {k: asdict(v) for k, v in chains.items()}},
-        }
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    return 0
 
 
-def _parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
+def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
+    """Returns the setting and the file for the numbers."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
-    default = Setting()
-    for name, value in asdict(default).items():
+    choices = {"activation": ("relu", "silu"), "plain_gradient": ("input", "all")}
+    for name, value in asdict(Setting()).items():
         flag = f"--{name.replace('_', '-')}"
-        if name == "compile":
+        if isinstance(value, bool):
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
-        elif name in _CHOICES:
-            parser.add_argument(flag, choices=_CHOICES[name], default=value)
         else:
-            parser.add_argument(flag, type=int, default=value)
+            parser.add_argument(flag, type=type(value), choices=choices.get(name), default=value)
     parser.add_argument("--json", type=Path, help="file for the numbers")
     values = vars(parser.parse_args(arguments))
     out: Path | None = values.pop("json")
     return Setting(**values), out
 
 
-_CHOICES = {"activation": ("relu", "silu"), "plain_gradient": ("input", "all")}
-
-
-def _compiled_graphs() -> int:
-    import torch._dynamo.utils  # a private counter, and a slow import
-
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the benchmark; returns 1 if the implementations disagree."""
+    setting, out = parse(arguments)
+    torch.set_num_threads(setting.threads)
+    tell, where = sys.stdout.write, machine()
+    tell("".join(f"{name}: {value}\n" for name, value in (asdict(setting) | where).items()))
+    backbone = setting.backbone()
+    try:
+        steps, agreement, graphs = time_steps(backbone, setting)
+        chains = time_generation(backbone, setting)
+    except DisagreementError as error:
+        tell(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
+        return 1
+    tell("\nDifferences of the first step from the plain implementation\n")
+    for name, difference in agreement.items():
+        tell(f"  {name:26}" + ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items()) + "\n")
+    tell(f"\n{table('Stage-2 step', steps)}\n{table('Generation chain', chains)}\n")
+    tell(f"Graphs compiled for the step: {graphs}\n")
+    if out is not None:
+        result = {
+            "setting": asdict(setting),
+            "where": where,
+            "agreement": {name: asdict(difference) for name, difference in agreement.items()},
+            "graphs": graphs,
+            "step": {"summary": summarise(steps), "seconds": {name: asdict(t) for name, t in steps.items()}},
+            "generation": {"summary": summarise(chains), "seconds": {name: asdict(t) for name, t in chains.items()}},
+        }
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """The same network, weights and batches for the plain implementation and for the package's."""
 
 import copy
+from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +16,7 @@ from dat_lightning.callbacks import ExponentialMovingAverage
 from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel
 from dat_lightning.modules import DualAdversarialModule
 
-from .plain_dat import PlainStep
+from .plain_dat import PlainDAT, PlainStep
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -38,10 +39,13 @@ def random_batch(batch_size: int, size: int, seed: int) -> dict[str, Tensor]:
     return batch | {"x_ood": random_images(batch_size, size, 8, generator)}
 
 
-def calibrated_backbone(depth: int, widen_factor: int, size: int, seed: int = 0) -> nn.Module:
+def calibrated_backbone(
+    depth: int, widen_factor: int, size: int, activation: Literal["relu", "silu"], seed: int = 0
+) -> nn.Module:
     """Returns a WideResNet in which batch norm has the statistics of data, as it has after Stage 1."""
-    torch.manual_seed(seed)
-    backbone = WideResNet(depth, widen_factor)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = WideResNet(depth, widen_factor, activation=activation)
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
     batch = random_batch(64, size, seed + 1000)
     with torch.no_grad():
@@ -69,8 +73,8 @@ class PackageDAT:
         backbone: The network, with the weights of Stage 1; copied.
         contrastive_steps: T, which stays.
         attack_steps: K.
-        merge_forwards: Whether the loss terms share a forward pass.
-        lr: Learning rate.
+        dtype: Of weights and images.
+        **module_arguments: Further arguments of the module.
     """
 
     def __init__(
@@ -78,15 +82,15 @@ class PackageDAT:
         backbone: nn.Module,
         contrastive_steps: int,
         attack_steps: int,
-        merge_forwards: bool = True,
-        lr: float = 1e-3,
+        dtype: torch.dtype = torch.float32,
+        **module_arguments: Any,
     ) -> None:
         self.module = _UnattachedModule(
-            EnergyModel(copy.deepcopy(backbone), MEAN, STD),
+            EnergyModel(copy.deepcopy(backbone), MEAN, STD).to(dtype),
             AUCCurriculum(max_steps=contrastive_steps, initial_steps=contrastive_steps),
-            merge_forwards=merge_forwards,
-            optimizer=partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4),
+            optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4),
             threat_model=ThreatModel("L2", eps=0.5, step_size=0.1, num_steps=attack_steps),
+            **module_arguments,
         )
         self.module.logged = {}
         self.module.train()
@@ -103,7 +107,7 @@ class PackageDAT:
         """Takes one optimiser step, in the order of Lightning's loop."""
         loss = self.module.training_step(batch, 0)
         self.optimizer.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self._trainer.global_step += 1
         self.average.on_train_batch_end(cast(Trainer, self._trainer), self.module, None, batch, 0)
@@ -117,7 +121,31 @@ class PackageDAT:
         return cast(DualAdversarialModule, self.average._average_model.module).energy_model
 
 
+@dataclass(frozen=True)
+class Agreement:
+    """Largest absolute differences between the plain implementation and the package after the same steps."""
+
+    energy_loss: float
+    classification_loss: float
+    parameters: float
+    average: float
+
+    def largest(self) -> float:
+        """Returns the largest of them."""
+        return max(self.energy_loss, self.classification_loss, self.parameters, self.average)
+
+
+def compare(plain: PlainDAT, package: PackageDAT, expected: PlainStep, found: PlainStep) -> Agreement:
+    """Returns how the last steps, and the weights after them, differ."""
+    return Agreement(
+        energy_loss=(expected.energy_loss - found.energy_loss).abs().item(),
+        classification_loss=(expected.classification_loss - found.classification_loss).abs().item(),
+        parameters=largest_difference(plain.model, package.module.energy_model),
+        average=largest_difference(plain.average, package.averaged_energy_model()),
+    )
+
+
 def largest_difference(one: nn.Module, other: nn.Module) -> float:
     """Returns the largest absolute difference between the parameters of two networks with the same layers."""
     pairs = zip(one.parameters(), other.parameters(), strict=True)
-    return max((a.detach() - b.detach()).abs().max().item() for a, b in pairs)
+    return max(float((a.detach() - b.detach()).abs().max()) for a, b in pairs)

@@ -1,8 +1,8 @@
-"""A plain Stage 2 of DAT, written from the method's wording alone: the benchmark's baseline and an independent oracle.
+"""A plain Stage 2 of DAT, written from the method's wording: the benchmark's baseline, and an independent oracle.
 
-Nothing here is clever and nothing is slow on purpose. Each loss term has its own forward pass, parameters need gradients
-throughout, the AUC has a forward pass of its own, weights keep the layout that they come in, the average is a loop over
-tensors. Of the package it shares only the network's layers.
+Nothing here is clever and nothing is slow on purpose. Each loss term has its own forward pass, parameters need
+gradients throughout, the AUC has forward passes of its own, weights keep the layout that they come in, the average is a
+loop over tensors. Of the package it shares only the network's layers.
 
 Source: DAT (arXiv 2510.13872), Algorithm 1 and Eq. 8–10.
 """
@@ -70,7 +70,8 @@ def ascent_direction(model: nn.Module, x: Tensor, y: Tensor, climb: str, gradien
     else:
         (g,) = torch.autograd.grad(value, x)
     length = g.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    return g / (length + 1e-10)
+    direction: Tensor = g / (length + 1e-10)
+    return direction
 
 
 def generate(
@@ -169,7 +170,7 @@ class PlainDAT:
         )
         classification_loss = F.cross_entropy(self.model(x_adv), y_clf)
         self.optimizer.zero_grad()
-        (energy_loss + classification_loss).backward()
+        (energy_loss + classification_loss).backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
         self.update_average()
         self.update_curriculum(auc, len(x_gen))
@@ -181,7 +182,8 @@ class PlainDAT:
         rows = torch.arange(len(y_gen), device=y_gen.device)
         real = self.model(x_gen)[rows, y_gen].unsqueeze(1)
         contrast = self.model(x_contrast)[rows, y_gen].unsqueeze(0)
-        return (real > contrast).double().mean() + 0.5 * (real == contrast).double().mean()
+        share: Tensor = (real > contrast).double().mean() + 0.5 * (real == contrast).double().mean()
+        return share
 
     @torch.no_grad()
     def update_average(self) -> None:
