@@ -2,15 +2,19 @@
 
 import ast
 import importlib
+import itertools
 import pkgutil
 import re
 import runpy
 import shlex
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, DualAdversarialModule
@@ -27,10 +31,7 @@ STEPS, STEP_SIZE = 3, 0.4
 
 def blocks(text: str, language: str) -> list[tuple[str, str]]:
     """(the rest of the fence's first line, the code) of each fenced block of a language."""
-    found = [
-        (m[3], re.sub(rf"^{m[1]}", "", m[4], flags=re.MULTILINE)) for m in FENCE.finditer(text) if m[2] == language
-    ]
-    return [(title, code) for title, code in found if not code.startswith("--8<--")]
+    return [(m[3], re.sub(rf"^{m[1]}", "", m[4], flags=re.MULTILINE)) for m in FENCE.finditer(text) if m[2] == language]
 
 
 def commands(text: str) -> list[list[str]]:
@@ -122,10 +123,43 @@ def test_python_on_the_pages_compiles_and_imports_what_exists(page: str) -> None
                 assert not missing, f"{page}: {node.module} has no {missing}"
 
 
+def test_python_for_other_projects_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The blocks of one page, from top to bottom, beside folders of pictures as it describes them."""
+    generator = np.random.default_rng(0)
+    for folder, count in {"train": 8, "val": 2, "test": 2, "ood_train": 8, "ood_held_out": 2}.items():
+        for label in range(4):
+            path = tmp_path / "images" / folder / str(label)
+            path.mkdir(parents=True)
+            for k in range(count):
+                Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(path / f"{k}.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {"__name__": "extending"}
+    for _, code in blocks(TEXTS["docs/pages/extending.md"], "python"):
+        exec(compile(code, "extending.md", "exec"), names)
+    images = torch.stack([names["Folders"]("images").held_out_seeds()(i)[0] for i in range(8)])
+    assert 0.3 < names["brightness"].value < 0.7
+    assert names["brightness"].value != pytest.approx(float(images.mean()), abs=1e-4)
+    assert list(names["fid"].scores) == [5]
+    f = names["classifier"]
+    own = names["y"].unsqueeze(1)
+    assert (f(names["generated"]).gather(1, own) > f(names["x"]).gather(1, own)).all()
+    assert (names["x_adv"] - names["x"]).abs().max() <= 8 / 255 + 1e-6
+
+
 @pytest.mark.parametrize("page", TEXTS)
 def test_names_on_the_pages_exist(page: str) -> None:
     for name in sorted(set(re.findall(r"\bdat_lightning(?:\.[A-Za-z_]\w*)+", TEXTS[page]))):
         pkgutil.resolve_name(name)
+
+
+def test_functions_of_the_numerics_exist() -> None:
+    """That page leaves the package's name out."""
+    names = set(re.findall(r"\| [^|]*`((?:core\.|[A-Z])[\w.]*)`[^|]* \|", TEXTS["docs/pages/numerics.md"]))
+    assert len(names) > 20
+    for name in sorted(names):
+        pkgutil.resolve_name(f"dat_lightning.{name}")
 
 
 def test_tests_and_files_named_on_the_pages_exist() -> None:
@@ -153,7 +187,7 @@ def test_commands_on_the_pages_are_accepted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     for words in {tuple(words): words for words in commands(TEXTS[page])}.values():
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in itertools.pairwise(words):
             assert option != "--config" or Path(value).is_file(), f"{page}: no {value}"
         with pytest.raises(SystemExit) as stop:
             main([*words, "--print_config"])

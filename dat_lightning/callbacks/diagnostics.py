@@ -47,7 +47,7 @@ class Diagnostics(Callback):
         ValueError: If a number is not positive.
         TrainingFailureError: In training, as said above.
 
-    Source: METHOD §5 (failure signatures).
+    Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
     """
 
     def __init__(

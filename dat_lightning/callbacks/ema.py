@@ -31,7 +31,7 @@ class ExponentialMovingAverage(WeightAveraging):
     Raises:
         ValueError: If ``decay`` is outside [0, 1].
 
-    Source: METHOD §3; the warm-up is that of tf.train.ExponentialMovingAverage.
+    Source: DAT (arXiv 2510.13872), its reference implementation; the warm-up is tf.train.ExponentialMovingAverage's.
     """
 
     def __init__(self, decay: float = 0.999, warm_up: bool = True, device: str | None = None) -> None:

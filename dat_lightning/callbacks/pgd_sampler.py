@@ -104,7 +104,7 @@ class PGDSampler(Callback):
         ValueError: If a number is outside its range.
         TypeError: On set-up, if the DataModule has no held-out seeds.
 
-    Source: DAT (arXiv 2510.13872), §4.3; METHOD §4.
+    Source: DAT (arXiv 2510.13872), on generation.
     """
 
     def __init__(

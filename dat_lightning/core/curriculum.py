@@ -33,7 +33,7 @@ class AUCCurriculum(nn.Module):
     Raises:
         ValueError: If a number is outside its range.
 
-    Source: DAT (arXiv 2510.13872), Appendix; METHOD §3.
+    Source: DAT (arXiv 2510.13872), its reference implementation.
     """
 
     num_steps: Tensor

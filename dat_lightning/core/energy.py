@@ -11,7 +11,7 @@ from dat_lightning.core.objectives import negative_marginal_energy, targeted_log
 def joint_energy(logits: Tensor, y: Tensor) -> Tensor:
     """Returns E(x, y) = −f(x)[y], shape (N,), from logits (N, K) and labels (N,); low energy means likely.
 
-    Source: DAT (arXiv 2510.13872), §3; Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 4.
+    Source: DAT (arXiv 2510.13872); Grathwohl et al. 2020 (arXiv 1912.03263).
     """
     return -targeted_logit(logits, y)
 
@@ -19,7 +19,7 @@ def joint_energy(logits: Tensor, y: Tensor) -> Tensor:
 def marginal_energy(logits: Tensor) -> Tensor:
     """Returns E(x) = −logsumexp_y f(x)[y], shape (N,), from logits (N, K); low energy means likely.
 
-    Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 6.
+    Source: Grathwohl et al. 2020 (arXiv 1912.03263).
     """
     return -negative_marginal_energy(logits, logits)
 
@@ -79,7 +79,7 @@ class EnergyModel(nn.Module):
     def freeze_batch_norm(self) -> None:
         """Keeps batch norm layers in eval mode from now on, whatever ``train()`` says; their affine parameters train.
 
-        Source: METHOD §3 (Stage 2).
+        Source: DAT (arXiv 2510.13872), on normalisation in Stage 2.
         """
         self.batch_norm_frozen = True
         for layer in batch_norm_layers(self):

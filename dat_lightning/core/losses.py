@@ -17,7 +17,7 @@ def energy_bce(energy_real: Tensor, energy_contrast: Tensor) -> Tensor:
         energy_real: E of in-distribution images, shape (N,).
         energy_contrast: E of contrastive samples, shape (M,).
 
-    Source: DAT (arXiv 2510.13872), Eq. 8; the mean is the reference implementation's.
+    Source: DAT (arXiv 2510.13872); the mean is the reference implementation's.
     """
     logits = -torch.cat([energy_real, energy_contrast])
     target = torch.cat([torch.ones_like(energy_real), torch.zeros_like(energy_contrast)])
@@ -27,7 +27,7 @@ def energy_bce(energy_real: Tensor, energy_contrast: Tensor) -> Tensor:
 def robust_cross_entropy(logits_adv: Tensor, y: Tensor) -> Tensor:
     """Returns the mean cross-entropy at adversarial examples, a scalar, from their logits (N, K) and labels (N,).
 
-    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.
+    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1.
     """
     return F.cross_entropy(logits_adv, y)
 

@@ -17,7 +17,7 @@ Objective = Callable[[Tensor, Tensor], Tensor]
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
     """Returns −log p(y|x), (N,): the untargeted attack climbs it.
 
-    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.
+    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1.
     """
     return F.cross_entropy(logits, y, reduction="none")
 
@@ -25,7 +25,7 @@ def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
 def targeted_logit(logits: Tensor, y: Tensor) -> Tensor:
     """Returns f(x)[y] = −E(x, y), (N,): contrastive samples, generation and counterfactuals climb it.
 
-    Source: DAT (arXiv 2510.13872), Algorithm 1.
+    Source: DAT (arXiv 2510.13872).
     """
     return logits.gather(1, y.unsqueeze(1)).squeeze(1)
 
@@ -38,6 +38,6 @@ def negative_marginal_energy(logits: Tensor, y: Tensor) -> Tensor:
 def distance_to_uniform(logits: Tensor, y: Tensor) -> Tensor:
     """Returns KL(uniform ‖ p(·|x)), (N,), whatever the label: the attack that raises confidence on OOD images.
 
-    Source: Augustin et al. 2020, RATIO (arXiv 2003.09461), Eq. 5.
+    Source: Augustin et al. 2020, RATIO (arXiv 2003.09461).
     """
     return -F.log_softmax(logits, dim=1).mean(1) - math.log(logits.shape[1])

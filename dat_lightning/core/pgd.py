@@ -105,7 +105,6 @@ def ascend_snapshots(
     """
     if not snapshots or min(snapshots) < 0:
         raise ValueError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
-    states: dict[int, Tensor] = {}
     with ExitStack() as stack:
         # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
         stack.enter_context(torch.inference_mode(False))
@@ -119,10 +118,8 @@ def ascend_snapshots(
             )
         center, y = x.detach().clone(), y.clone()
         start = _start(center, threat_model, draws, seed) if threat_model.random_start else center
-        for step, state in enumerate(_chain(logits, start, center, y, objective, threat_model, max(snapshots))):
-            if step in snapshots:
-                states[step] = state
-    return states
+        chain = _chain(logits, start, center, y, objective, threat_model, max(snapshots))
+        return {step: state for step, state in enumerate(chain) if step in snapshots}
 
 
 def ascend(
@@ -169,7 +166,7 @@ def ascend(
 
 
 def ascent(step_size: float, num_steps: int) -> ThreatModel:
-    """Returns the unbounded L2 ascent of METHOD's contrastive samples and of generation: no ball, no random start."""
+    """Returns the unbounded L2 ascent of contrastive samples and of generation: no ball, no random start."""
     return replace(ThreatModel(), eps=float("inf"), step_size=step_size, num_steps=num_steps)
 
 

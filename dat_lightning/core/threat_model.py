@@ -9,7 +9,7 @@ from torch import Tensor
 
 Norm = Literal["L2", "Linf"]
 
-# Keeps the direction finite where a gradient vanishes (METHOD: g / (‖g‖₂ + 1e-10)).
+# Keeps the direction finite where a gradient vanishes (the method's step is g / (‖g‖₂ + 1e-10)).
 _TINY = 1e-10
 
 
@@ -32,7 +32,7 @@ class ThreatModel:
         ValueError: If a number is negative or NaN, the norm is unknown, or a random start is asked for in an infinite
             ball.
 
-    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2; DAT (arXiv 2510.13872), Algorithm 1.
+    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1; DAT (arXiv 2510.13872).
     """
 
     norm: Norm = "L2"

@@ -27,7 +27,7 @@ ATTACK_STEPS = (0, 1, 2, 5, 10, 20)
 ATTACK_RADII = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0)
 
 CHANGE = ThreatModel(norm="L2", eps=4.0, step_size=0.25, num_steps=20)
-"""What a counterfactual may change; METHOD §4 has the same radius."""
+"""What a counterfactual may change; the radius that the paper reports for DAT on ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def generate(logits: Logits, sampler: PGDSampler, seeds: DrawStream, num_classes
 def turn_into_others(logits: Logits, originals: Tensor, judge: Judge) -> Counterfactuals:
     """Returns each of K digits (K, C, H, W), one of each class, turned into each other class.
 
-    Source: DAT (arXiv 2510.13872), §5; Augustin et al. 2020 (arXiv 2003.09461).
+    Source: DAT (arXiv 2510.13872), on counterfactuals; Augustin et al. 2020 (arXiv 2003.09461).
     """
     classes = len(originals)
     sources = originals.repeat_interleave(classes, dim=0)

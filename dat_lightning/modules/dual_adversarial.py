@@ -30,8 +30,8 @@ class DualAdversarialModule(EnergyModule):
     Batch norm is frozen: running statistics stay as Stage 1 left them, affine parameters train. Both attacks see the
     network in eval mode. Batches need ``x_gen, y_gen, x_clf, y_clf, x_ood``.
 
-    Override points: :meth:`contrastive_objective` and :meth:`contrastive_samples` (Algorithm 1), :meth:`energy_loss`
-    (Eq. 8), :meth:`regularization` (R1), :meth:`separation` (the curriculum's AUC), and those of :class:`EnergyModule`.
+    Override points: :meth:`contrastive_objective` and :meth:`contrastive_samples` (the chain), :meth:`energy_loss`
+    (BCE), :meth:`regularization` (R1), :meth:`separation` (the curriculum's AUC), and those of :class:`EnergyModule`.
 
     Logged besides: ``train/{loss, energy_loss, classification_loss, robust_accuracy, energy_real, energy_contrast, auc,
     contrastive_steps}``, with ``r1_weight`` also ``train/r1_penalty``.
@@ -58,7 +58,7 @@ class DualAdversarialModule(EnergyModule):
     Raises:
         ValueError: If a weight is negative.
 
-    Source: DAT (arXiv 2510.13872), Algorithm 1 and Eq. 8–10; METHOD §3.
+    Source: DAT (arXiv 2510.13872), the second stage of its training.
     """
 
     def __init__(

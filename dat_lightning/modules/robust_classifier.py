@@ -14,7 +14,7 @@ class RobustClassifierModule(EnergyModule):
 
     Logged besides: ``train/{loss, robust_accuracy}``.
 
-    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2; DAT (arXiv 2510.13872), §4.1.
+    Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1; DAT (arXiv 2510.13872), the first stage of its training.
     """
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -29,6 +29,8 @@ from .cases import MEAN, STD, Agreement, PackageDAT, calibrated_backbone, compar
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
 
 TOLERANCE = 1e-5
+# A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
+IMAGE_TOLERANCE = 1e-3
 _NUM_BATCHES = 4
 _GENERATION_STEP_SIZE = 0.2
 
@@ -165,7 +167,7 @@ def time_generation(backbone: nn.Module, setting: Setting) -> dict[str, Timing]:
     """Returns the times of generation chains.
 
     Raises:
-        DisagreementError: If the generated images differ by more than :data:`TOLERANCE` and the activation is smooth.
+        DisagreementError: If images differ by more than :data:`IMAGE_TOLERANCE`, unless the activation has kinks.
     """
     x, y = random_batch(setting.batch_size, setting.size, seed=0)["x_ood"], torch.arange(setting.batch_size) % 10
     model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).eval()
@@ -184,8 +186,8 @@ def time_generation(backbone: nn.Module, setting: Setting) -> dict[str, Timing]:
         images[name], start = timed(call)
         timings[name] = Timing(start)
         difference = (images[name] - images["plain"]).abs().max().item()
-        if difference > TOLERANCE and setting.activation != "relu":
-            raise DisagreementError(f"{name}: generated images differ by {difference:.1e}, allowed {TOLERANCE:g}")
+        if not difference <= IMAGE_TOLERANCE and setting.activation != "relu":
+            raise DisagreementError(f"{name}: generated images differ by {difference:.1e}, allowed {IMAGE_TOLERANCE:g}")
 
     def caller(call: Callable[[], Tensor]) -> Call:
         return lambda number: call()

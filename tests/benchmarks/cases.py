@@ -107,7 +107,7 @@ class PackageDAT:
         """Takes one optimiser step, in the order of Lightning's loop."""
         loss = self.module.training_step(batch, 0)
         self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self.optimizer.step()
         self._trainer.global_step += 1
         self.average.on_train_batch_end(cast(Trainer, self._trainer), self.module, None, batch, 0)

@@ -170,7 +170,7 @@ class PlainDAT:
         )
         classification_loss = F.cross_entropy(self.model(x_adv), y_clf)
         self.optimizer.zero_grad()
-        (energy_loss + classification_loss).backward()  # type: ignore[no-untyped-call]
+        (energy_loss + classification_loss).backward()
         self.optimizer.step()
         self.update_average()
         self.update_curriculum(auc, len(x_gen))

@@ -62,10 +62,10 @@ def test_t_never_exceeds_its_maximum() -> None:
 
 
 def test_another_batch_size_starts_the_window_anew() -> None:
-    curriculum = AUCCurriculum(max_steps=10, auc_threshold=0.75, window_samples=4)
+    curriculum = AUCCurriculum(max_steps=10, auc_threshold=0.5, window_samples=4)
     assert history(curriculum, [1.0, 1.0, 1.0], 1) == [0, 0, 0]
-    # A window of two: the three easy steps before are of no use.
-    assert history(curriculum, [0.0, 1.0, 1.0], 2) == [0, 0, 1]
+    # A window of two: the three easy steps before are of no use, and one more does not fill it.
+    assert history(curriculum, [1.0, 0.0, 1.0], 2) == [0, 1, 1]
 
 
 @settings(max_examples=60, deadline=None)
