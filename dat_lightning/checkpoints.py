@@ -31,7 +31,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
             f"{path} is not a readable checkpoint: it is of another kind, or holds Python objects besides tensors and"
             " primitives, which are not loaded because that could run code"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever a reader of damaged bytes stumbles over
         raise ValueError(f"{path} is not a readable checkpoint: it is damaged or of another kind") from error
     if not isinstance(contents, Mapping):
         raise ValueError(f"{path} holds a {type(contents).__name__}, not a checkpoint or state dict")  # noqa: TRY004
@@ -48,7 +48,8 @@ def energy_model_weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
         ValueError: If there are no weights in it.
     """
     state = contents.get("state_dict", contents)
-    weights = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    pairs = state.items() if isinstance(state, Mapping) else ()
+    weights = {name: value for name, value in pairs if isinstance(name, str) and isinstance(value, Tensor)}
     if any(name.startswith(_PREFIX) for name in weights):
         weights = {name[len(_PREFIX) :]: value for name, value in weights.items() if name.startswith(_PREFIX)}
     if not weights:
@@ -61,7 +62,8 @@ def load_weights(model: EnergyModel, path: str | Path) -> None:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, or names and shapes that do not match (the first are listed).
+        ValueError: If the file is no checkpoint, or does not fit the network: names and shapes that differ, or another
+            input normalisation (the first faults are listed).
     """
     contents = read_checkpoint(path)
     try:
@@ -75,6 +77,12 @@ def load_weights(model: EnergyModel, path: str | Path) -> None:
         f"{name} has shape {tuple(weights[name].shape)} instead of {tuple(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
+    ]
+    faults += [
+        f"{name} is {weights[name].flatten().tolist()} instead of {own[name].flatten().tolist()}"
+        for name in ("mean", "std")
+        if name in own and name in weights and weights[name].shape == own[name].shape
+        if not torch.allclose(weights[name].to(own[name]), own[name])
     ]
     if faults:
         more = f" and {len(faults) - 5} more" if len(faults) > 5 else ""

@@ -44,8 +44,8 @@ class EnergyModel(nn.Module):
         ValueError: If only one of ``mean`` and ``std`` is given, their lengths differ, or a deviation is not positive.
     """
 
-    mean: Tensor
-    std: Tensor
+    mean: Tensor | None
+    std: Tensor | None
 
     def __init__(
         self, backbone: nn.Module, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
@@ -56,14 +56,14 @@ class EnergyModel(nn.Module):
         if std is not None and min(std) <= 0:
             raise ValueError(f"std must be positive, got {list(std)}")
         self.backbone = backbone
-        self.normalizes = mean is not None
-        self.register_buffer("mean", torch.tensor(mean if mean is not None else [0.0]).view(1, -1, 1, 1))
-        self.register_buffer("std", torch.tensor(std if std is not None else [1.0]).view(1, -1, 1, 1))
+        # Without normalisation there are no buffers, so that weights trained with it do not load.
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(1, -1, 1, 1))
+        self.register_buffer("std", None if std is None else torch.tensor(std).view(1, -1, 1, 1))
         self.batch_norm_frozen = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits f(x)."""
-        if self.normalizes:
+        if self.mean is not None and self.std is not None:
             x = (x - self.mean) / self.std
         logits: Tensor = self.backbone(x)
         return logits

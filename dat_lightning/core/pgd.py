@@ -23,8 +23,9 @@ def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
     """Prepares a module for input gradients and leaves it exactly as it was, also when the body raises.
 
     Inside, parameters need no gradient, so that a backward pass computes the input's gradient alone. With
-    ``mode="eval"`` every submodule is in eval mode. With ``mode="train"`` every submodule keeps its own mode, and batch
-    norm in train mode uses the statistics of the batch without touching its running ones.
+    ``mode="eval"`` every submodule is in eval mode. With ``mode="train"`` every submodule keeps its own mode, and buffers
+    that a forward pass changes, such as the running statistics of batch norm, are restored; dropout draws from torch's
+    global generator, as it does in training.
 
     Args:
         module: The network under attack.
@@ -32,7 +33,7 @@ def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
     """
     parameters = [(p, p.requires_grad) for p in module.parameters()]
     modes = [(m, m.training) for m in module.modules()]
-    tracking = [(m, m.track_running_stats) for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    buffers = [(b, b.detach().clone()) for b in module.buffers()] if mode == "train" else []
     try:
         for parameter, _ in parameters:
             parameter.requires_grad_(False)
@@ -40,18 +41,15 @@ def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
             # Not module.eval(): an overridden train() may have effects of its own.
             for submodule, _ in modes:
                 submodule.training = False
-        else:
-            for norm, _ in tracking:
-                # In train mode this is "batch statistics, buffers untouched"; in eval mode it would drop the buffers.
-                norm.track_running_stats = norm.track_running_stats and not norm.training
         yield
     finally:
         for parameter, requires_grad in parameters:
             parameter.requires_grad_(requires_grad)
         for submodule, training in modes:
             submodule.training = training
-        for norm, track in tracking:
-            norm.track_running_stats = track
+        for buffer, value in buffers:
+            # Through .data: a graph that is waiting for its backward pass may hold the buffer.
+            buffer.data.copy_(value)
 
 
 def input_gradient(logits: Logits, x: Tensor, y: Tensor, objective: Objective) -> Tensor:

@@ -113,7 +113,7 @@ class DrawBatches(DistributedSampler[list[int]]):
         if batch_size % world_size:
             raise ValueError(
                 f"batch_size is the global batch size and must be divisible by the number of processes {world_size},"
-                f" got {batch_size}; the nearest that is: {max(1, batch_size // world_size) * world_size}"
+                f" got {batch_size}; the nearest that is: {max(1, round(batch_size / world_size)) * world_size}"
             )
         super().__init__(range(num_batches), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.batch_size = batch_size

@@ -76,8 +76,8 @@ class PhotographCrops(Dataset[Tensor]):
         blur: float = 0.8,
         seed: int = 0,
     ) -> None:
-        if size < 1 or image_size < 1:
-            raise ValueError(f"size and image_size must be at least 1, got {size} and {image_size}")
+        if size < 1 or image_size < 2:
+            raise ValueError(f"size must be at least 1 and image_size at least 2, got {size} and {image_size}")
         if not 0 < contrast[0] <= contrast[1]:
             raise ValueError(f"contrast must be a range of positive numbers, got {contrast}")
         if not 0 <= brightness <= 1:

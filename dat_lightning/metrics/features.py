@@ -25,7 +25,7 @@ class TorchFidelityFeatures(nn.Module):
             downloads them once.
 
     Raises:
-        ValueError: If torch-fidelity has no such extractor or layer.
+        ValueError: If torch-fidelity has no such extractor or layer, or the file holds more than weights.
         FileNotFoundError: If the weights are neither in ``weights_path`` nor to be downloaded; the message says which
             file to put where.
 
@@ -44,6 +44,12 @@ class TorchFidelityFeatures(nn.Module):
             raise ValueError(f"the extractor {name!r} has no layer {feature!r}; it has {list(layers)}")
         if weights_path is not None and not Path(weights_path).is_file():
             raise FileNotFoundError(f"weights_path={weights_path}: no such file; expected {_weights_hint(name)}")
+        if weights_path is not None:
+            # torch-fidelity would run code in the file.
+            try:
+                torch.load(weights_path, map_location="cpu", weights_only=True)
+            except Exception as error:
+                raise ValueError(f"weights_path={weights_path} is damaged or no file of weights") from error
         try:
             self.extractor: FeatureExtractorBase = extractor_class(
                 name, [feature], feature_extractor_weights_path=weights_path

@@ -222,10 +222,10 @@ def summarise(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
 def table(title: str, timings: dict[str, Timing]) -> str:
     """Returns the summary as text."""
     rows = summarise(timings)
-    lines = [f"{title:28}" + "".join(f"{column:>18}" for column in rows["plain"]) + "\n"]
+    lines = [f"{title:30}" + "".join(f"{column:>18}" for column in rows["plain"]) + "\n"]
     for name, row in rows.items():
         cells = (f"{value:.3f}{'x' if 'ratio' in column else 's'}" for column, value in row.items())
-        lines.append(f"  {name:26}" + "".join(f"{cell:>18}" for cell in cells) + "\n")
+        lines.append(f"  {name:28}" + "".join(f"{cell:>18}" for cell in cells) + "\n")
     return "".join(lines)
 
 
@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     tell("\nDifferences of the first step from the plain implementation\n")
     for name, difference in agreement.items():
-        tell(f"  {name:26}" + ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items()) + "\n")
+        tell(f"  {name:28}" + ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items()) + "\n")
     tell(f"\n{table('Stage-2 step', steps)}\n{table('Generation chain', chains)}\n")
     tell(f"Graphs compiled for the step: {graphs}\n")
     if out is not None:
