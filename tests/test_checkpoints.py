@@ -16,7 +16,7 @@ from dat_lightning.checkpoints import energy_model_weights, load_weights, read_c
 def small_model(classes: int = 3, seed: int = 0) -> EnergyModel:
     torch.manual_seed(seed)
     backbone = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, classes))
-    return EnergyModel(backbone, mean=[0.1 + seed], std=[0.5])
+    return EnergyModel(backbone, mean=[0.1], std=[0.5])
 
 
 def lightning_checkpoint(model: EnergyModel) -> dict[str, Any]:
@@ -168,3 +168,30 @@ def test_a_long_list_of_faults_is_cut(tmp_path: Path) -> None:
     torch.save(small_model().state_dict() | faults, tmp_path / "many.ckpt")
     with pytest.raises(ValueError, match=r"unexpected layer4\.weight and 15 more$"):
         load_weights(small_model(), tmp_path / "many.ckpt")
+
+
+def test_another_normalisation_is_refused(tmp_path: Path) -> None:
+    path, backbone = tmp_path / "weights.pt", small_model().backbone
+    torch.save(small_model().state_dict(), path)
+    with pytest.raises(ValueError, match=r"mean is \[0\.1\d*\] instead of \[0\.2\d*\]$"):
+        load_weights(EnergyModel(backbone, mean=[0.2], std=[0.5]), path)
+    with pytest.raises(ValueError, match="unexpected mean, unexpected std"):
+        load_weights(EnergyModel(backbone), path)
+
+
+@pytest.mark.parametrize("contents", [{"state_dict": [1]}, {0: torch.zeros(1)}, {"epoch": 3}])
+def test_contents_without_weights_are_refused(contents: dict[Any, Any], tmp_path: Path) -> None:
+    torch.save(contents, tmp_path / "odd.ckpt")
+    with pytest.raises(ValueError, match=r"odd\.ckpt: no weights found"):
+        load_weights(small_model(), tmp_path / "odd.ckpt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_cut_anywhere_is_one_clear_error(zipped: bool, tmp_path: Path) -> None:
+    path = tmp_path / "cut.ckpt"
+    torch.save(small_model().state_dict(), path, _use_new_zipfile_serialization=zipped)
+    contents = path.read_bytes()
+    for length in range(0, len(contents) - 1, max(1, len(contents) // 150)):
+        path.write_bytes(contents[:length])
+        with pytest.raises(ValueError, match=r"not a readable checkpoint|does not fit|no weights"):
+            load_weights(small_model(), path)

@@ -23,9 +23,9 @@ def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
     """Prepares a module for input gradients and leaves it exactly as it was, also when the body raises.
 
     Inside, parameters need no gradient, so that a backward pass computes the input's gradient alone. With
-    ``mode="eval"`` every submodule is in eval mode. With ``mode="train"`` every submodule keeps its own mode, and buffers
-    that a forward pass changes, such as the running statistics of batch norm, are restored; dropout draws from torch's
-    global generator, as it does in training.
+    ``mode="eval"`` every submodule is in eval mode. With ``mode="train"`` every submodule keeps its own mode, and
+    buffers that a forward pass changes, such as the running statistics of batch norm, are restored; dropout draws from
+    torch's global generator, as it does in training.
 
     Args:
         module: The network under attack.

@@ -466,3 +466,23 @@ def test_the_ball_is_around_the_image_not_around_the_start() -> None:
     threat = ThreatModel("L2", eps=0.2, step_size=0.2, num_steps=5, random_start=True)
     result = ascend(TanhNetwork(), x, y, cross_entropy, threat)
     assert (result - x).flatten(1).norm(dim=1).max() <= 0.2 + 1e-12
+
+
+def test_train_mode_restores_any_buffer_that_a_pass_changes() -> None:
+    norm = nn.InstanceNorm2d(1, track_running_stats=True)
+    linear = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 3))
+    model = nn.Sequential(norm, nn.BatchNorm2d(1), nn.Flatten(), linear).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    ascend(model, torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long), cross_entropy, ThreatModel(), mode="train")
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_train_mode_leaves_a_waiting_graph_alone() -> None:
+    """TRADES-like losses attack between a forward pass and its backward pass."""
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train()
+    x, y = torch.rand(4, 1, 4, 4), torch.zeros(4, dtype=torch.long)
+    clean = cross_entropy(model(x), y).sum()
+    ascend(model, x, y, cross_entropy, ThreatModel(), mode="train")
+    clean.backward()
+    assert all(p.grad is not None for p in model.parameters())

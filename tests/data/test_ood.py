@@ -129,8 +129,8 @@ def test_indices_outside_are_refused() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"size": 0}, "size and image_size .* 0 and 16"),
-        ({"image_size": 0}, "size and image_size"),
+        ({"size": 0}, "size must be at least 1 .* got 0 and 16"),
+        ({"image_size": 1}, "image_size at least 2, .* and 1$"),
         ({"contrast": (0.2, 0.1)}, "contrast"),
         ({"contrast": (0.0, 0.1)}, "contrast"),
         ({"brightness": 1.1}, "brightness .* 1.1"),
