@@ -12,7 +12,7 @@ from dat_lightning.callbacks import (
     SampleWriter,
     SamplingPlan,
 )
-from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, ascend, ascend_snapshots, ascent
+from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, ascend, ascend_snapshots, unbounded_ascent
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.metrics import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule
@@ -43,5 +43,5 @@ __all__ = [
     "__version__",
     "ascend",
     "ascend_snapshots",
-    "ascent",
+    "unbounded_ascent",
 ]

@@ -7,8 +7,8 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
@@ -46,6 +46,24 @@ class DATCLI(LightningCLI):
         # Lightning would put the hyperparameters in the checkpoint above those on the command line.
         return
 
+    def before_validate(self) -> None:
+        """Warns if nothing says where the weights come from."""
+        self._warn_of_random_weights()
+
+    def before_test(self) -> None:
+        """Warns if nothing says where the weights come from."""
+        self._warn_of_random_weights()
+
+    def before_predict(self) -> None:
+        """Warns if nothing says where the weights come from."""
+        self._warn_of_random_weights()
+
+    def _warn_of_random_weights(self) -> None:
+        if self.config[self.subcommand].get("ckpt_path") is None and getattr(self.model, "init_from", None) is None:
+            rank_zero_warn(
+                "neither --ckpt_path nor model.init_from is set: the weights are random, and so are all figures"
+            )
+
     @override
     def instantiate_classes(self) -> None:
         """Instantiates everything, and gives the model its configuration as hyperparameters."""
@@ -71,8 +89,6 @@ def main(args: ArgsType = None) -> None:
     Raises:
         SystemExit: With status 2 for a wrong argument and 1 for input that a run cannot use.
     """
-    # Bit for bit the same run on the same machine, unless the configuration says otherwise.
-    torch.set_float32_matmul_precision("high")
     try:
         DATCLI(
             EnergyModule,
@@ -110,7 +126,7 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
             return current
         if raised_here and isinstance(current, ValueError | TypeError | OSError | RuntimeError):
             return current
-        current = current.__cause__ or current.__context__
+        current = current.__cause__
     return None
 
 

@@ -8,13 +8,15 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
-from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.pgd import no_trace
+
+_GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
+_PIXELS = "the pixels' distance from 0.5"
 
 
 class TrainingFailureError(RuntimeError):
@@ -27,6 +29,7 @@ class Diagnostics(Callback):
     | signature | when |
     |---|---|
     | a loss or an energy is NaN or infinite | stops the run |
+    | pixels outside [0, 1] | stops the run |
     | batch norm in train mode in Stage 2 | stops the run |
     | mean energy beyond ``max_energy`` | stops or warns, see ``action`` |
     | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
@@ -68,21 +71,44 @@ class Diagnostics(Callback):
         self.max_gradient = max_gradient
         self.action = action
         self._warned_stuck = False
+        self._last_look = 0
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Looks, if it is time."""
-        if trainer.global_step % self.every_n_steps:
+        step = trainer.global_step
+        # With accumulated gradients several batches belong to a step.
+        if step == 0 or step == self._last_look or step % self.every_n_steps:
             return
+        self._last_look = step
         curriculum = next((m for m in pl_module.modules() if isinstance(m, AUCCurriculum)), None)
         if curriculum is not None:
             self._check_batch_norm(pl_module)
-        self._check_scalars(trainer.callback_metrics, curriculum is not None)
+        self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)
         if curriculum is not None:
-            self._check_gradient(pl_module, batch)
             self._check_curriculum(trainer, curriculum)
+
+    def _largest_values(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, curriculum: AUCCurriculum | None
+    ) -> dict[str, float]:
+        """Absolute losses, energies and gradient, the largest over ranks, which have to come to one decision."""
+        scalars = trainer.callback_metrics.items()
+        values = {n: v for n, v in scalars if n.startswith("train/") and ("loss" in n or "energy" in n)}
+        if isinstance(batch, dict):
+            images = [x for name, x in batch.items() if name.startswith("x_")]
+            values |= {_PIXELS: torch.stack([(x - 0.5).abs().max() for x in images]).max()} if images else {}
+            if curriculum is not None and "x_gen" in batch:
+                with torch.enable_grad(), no_trace(pl_module):
+                    values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
+                pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
+        if not values:
+            return {}
+        # NaN has no place in an order.
+        numbers = torch.stack([v.detach().float().abs().to(pl_module.device) for v in values.values()])
+        largest = trainer.strategy.reduce(numbers.nan_to_num(nan=math.inf), reduce_op="max")
+        return dict(zip(values, largest.tolist(), strict=True))
 
     def _check_batch_norm(self, pl_module: LightningModule) -> None:
         training = [m for m in batch_norm_layers(pl_module) if m.training]
@@ -93,30 +119,30 @@ class Diagnostics(Callback):
                 " energy_model.freeze_batch_norm(), as DualAdversarialModule does, and do not override train()."
             )
 
-    def _check_scalars(self, scalars: dict[str, Tensor], is_joint: bool) -> None:
-        watched = {n: float(v) for n, v in scalars.items() if n.startswith("train/") and ("loss" in n or "energy" in n)}
-        for name, value in watched.items():
-            self._check_finite(name, value, is_joint)
-            if name.startswith("train/energy_") and "loss" not in name and abs(value) > self.max_energy:
+    def _check_values(self, values: dict[str, float], is_joint: bool) -> None:
+        for name, value in values.items():
+            if name == _PIXELS and value > 0.5 + 1e-3:
+                raise TrainingFailureError(
+                    "images of this batch have pixels outside [0, 1], or NaN ones. Attacks clip to that range: let the"
+                    " data module give raw pixels in [0, 1], and put mean and std into EnergyModel."
+                )
+            if not math.isfinite(value):
+                step = " or contrastive step" if is_joint else ""
+                raise TrainingFailureError(
+                    f"{name} is NaN or infinite in Stage {1 + is_joint}. Mostly the cause is a learning rate{step} too"
+                    " large; lower it and resume from an earlier checkpoint."
+                )
+            if name.startswith("train/energy_") and "loss" not in name and value > self.max_energy:
                 self._act(
                     f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
                     " norm is frozen, lower the learning rate, or set r1_weight to 0.01."
                 )
-
-    def _check_gradient(self, pl_module: LightningModule, batch: Any) -> None:
-        if not isinstance(batch, dict) or "x_gen" not in batch:
-            return
-        with torch.enable_grad(), no_trace(pl_module):
-            norm = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
-        pl_module.log("train/r1", norm, sync_dist=False)
-        value = float(norm)
-        self._check_finite("E‖∇ₓE‖²", value, is_joint=True)
-        if value > self.max_gradient:
-            self._act(
-                f"the energy's gradient at real images, E‖∇ₓE‖², has reached {value:.3g}, beyond {self.max_gradient:g}."
-                " This happens where the classification term sees clean images: keep its attack (threat_model.eps > 0),"
-                " which regularises the gradient, or set r1_weight to 0.01 … 1."
-            )
+            if name == _GRADIENT and value > self.max_gradient:
+                self._act(
+                    f"{_GRADIENT} has reached {value:.3g}, beyond {self.max_gradient:g}. This happens where the"
+                    " classification term sees clean images: keep its attack (threat_model.eps > 0), which regularises"
+                    " the gradient, or set r1_weight to 0.01 … 1."
+                )
 
     def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:
         stuck = trainer.global_step >= self.patience and int(curriculum.num_steps) == 0 and curriculum.max_steps > 0
@@ -135,14 +161,6 @@ class Diagnostics(Callback):
                 " other images as OOD data."
             )
         rank_zero_warn(message)
-
-    def _check_finite(self, name: str, value: float, is_joint: bool) -> None:
-        if not math.isfinite(value):
-            step = " or contrastive step" if is_joint else ""
-            raise TrainingFailureError(
-                f"{name} is {value} in Stage {1 + is_joint}. Mostly the cause is a learning rate{step} too large,"
-                " or NaN pixels in the data; mend it and resume from an earlier checkpoint."
-            )
 
     def _act(self, message: str) -> None:
         if self.action == "stop":

@@ -43,6 +43,15 @@ class ExponentialMovingAverage(WeightAveraging):
         self._num_updates = 0
         self._swapped = False
 
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Starts anew, also after a run that was interrupted: without an average, or with one of no updates."""
+        self._average_model = None
+        self._num_updates = 0
+        self._swapped = False
+        self._latest_update_step = trainer.global_step
+        super().setup(trainer, pl_module, stage)
+
     def decay_of_update(self, n: int) -> float:
         """Returns the decay of update n ≥ 1."""
         return min(self.decay, (1 + n) / (10 + n)) if self.warm_up else self.decay

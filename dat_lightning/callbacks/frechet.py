@@ -1,6 +1,7 @@
 """The Fréchet distance between generated samples and reference data, for every step count of the sweep."""
 
 import hashlib
+import itertools
 import os
 import tempfile
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
-from dat_lightning.core.fingerprint import data_fingerprint, module_fingerprint
+from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
 
@@ -65,6 +66,12 @@ class FrechetDistance(SampleConsumer):
             output = self.extractor(to_uint8_rgb(images))
         features: Tensor = output[0] if isinstance(output, tuple) else output
         return features.flatten(1)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks for a sampler, and forgets the reference of earlier data."""
+        super().setup(trainer, pl_module, stage)
+        self._reference = None
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
@@ -164,12 +171,29 @@ def default_cache_dir() -> Path:
 def reference_key(data: Any, extractor: nn.Module) -> str:
     """Returns a key that changes with the data, the transform or the extractor.
 
+    Names and weights of transform and extractor enter, and so does what they make of sixteen of the images: settings
+    that neither shows, such as the body of a function, change that.
+
     Args:
         data: Has ``dataset`` and ``transform``, as the DataModule's ``reference_data()``.
         extractor: The feature extractor.
     """
-    parts = (data_fingerprint(data.dataset), repr(data.transform), module_fingerprint(extractor))
+    size = len(data.dataset)
+    images = data[sorted({k * size // 16 for k in range(16)})]["x"]
+    with torch.no_grad():
+        output = extractor(to_uint8_rgb(images).to(_device(extractor)))
+    features = output[0] if isinstance(output, tuple) else output
+    # A device's last bits do not make another extractor.
+    seen = [f"{value:.3e}" for value in features.flatten(1).double().mean(1).tolist()]
+    seen.append(f"{tuple(features.shape)} {image_digest(to_uint8_rgb(images))}")
+    parts = (data_fingerprint(data.dataset), repr(data.transform), module_fingerprint(extractor), *seen)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+
+
+def _device(module: nn.Module) -> torch.device:
+    """Where a module's tensors live."""
+    tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if tensor is None else tensor.device
 
 
 def read_statistics(path: Path) -> Gaussian:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.pgd import Logits, ascend_snapshots, ascent
+from dat_lightning.core.pgd import Logits, ascend_snapshots, unbounded_ascent
 
 Stage = Literal["val", "test", "predict"]
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -125,7 +125,7 @@ class PGDSampler(Callback):
             raise ValueError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
-        self.chain = ascent(step_size, max(num_steps))
+        self.chain = unbounded_ascent(step_size, max(num_steps))
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.stages = tuple(stages)
@@ -163,15 +163,18 @@ class PGDSampler(Callback):
         if stage not in self.stages or not consumers:
             return
         seeds = trainer.datamodule.held_out_seeds()  # type: ignore[attr-defined]
+        like = next(
+            (p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device)
+        )
         with torch.no_grad():
-            num_classes = pl_module(seeds(0)[0].unsqueeze(0).to(pl_module.device)).shape[1]
+            num_classes = pl_module(seeds(0)[0].unsqueeze(0).to(like)).shape[1]
         plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
         for consumer in consumers:
             consumer.on_samples_start(trainer, pl_module, plan)
         chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
         silent = not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
         for indices in tqdm(chunks, desc="Generating", leave=False, disable=silent):
-            images = torch.stack([seeds(i)[0] for i in indices]).to(pl_module.device)
+            images = torch.stack([seeds(i)[0] for i in indices]).to(like)
             batch = self.generate(pl_module, images, torch.tensor(indices), num_classes)
             for consumer in consumers:
                 consumer.on_samples_batch(trainer, pl_module, batch)

@@ -23,7 +23,7 @@ class SampleWriter(SampleConsumer):
     ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
     (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have
     to share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is
-    replaced.
+    replaced; other files stay.
 
     Args:
         dirpath: Folder of this set.
@@ -61,9 +61,11 @@ class SampleWriter(SampleConsumer):
                 f"SampleWriter.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
             )
         if trainer.is_global_zero:
-            for name in ("png", "shards"):
-                shutil.rmtree(self.dirpath / name, ignore_errors=True)
+            shutil.rmtree(self.dirpath / "shards", ignore_errors=True)
             (self.dirpath / "shards").mkdir(parents=True)
+            (self.dirpath / "samples.npz").unlink(missing_ok=True)
+            for path in (self.dirpath / "png").glob("[0-9]*/[0-9]*.png"):
+                path.unlink()
         trainer.strategy.barrier("SampleWriter.start")
 
     @override

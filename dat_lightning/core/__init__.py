@@ -13,7 +13,15 @@ from dat_lightning.core.objectives import (
     negative_marginal_energy,
     targeted_logit,
 )
-from dat_lightning.core.pgd import AttackMode, Logits, ascend, ascend_snapshots, ascent, input_gradient, no_trace
+from dat_lightning.core.pgd import (
+    AttackMode,
+    Logits,
+    ascend,
+    ascend_snapshots,
+    input_gradient,
+    no_trace,
+    unbounded_ascent,
+)
 from dat_lightning.core.random_streams import (
     RandomPermutation,
     normal_noise,
@@ -37,7 +45,6 @@ __all__ = [
     "ThreatModel",
     "ascend",
     "ascend_snapshots",
-    "ascent",
     "auc",
     "batch_norm_layers",
     "cross_entropy",
@@ -63,5 +70,6 @@ __all__ = [
     "stream_seed",
     "targeted_logit",
     "to_uint8_rgb",
+    "unbounded_ascent",
     "uniform_noise",
 ]

@@ -7,14 +7,16 @@ from torch import Tensor, nn
 
 
 def auc(positive: Tensor, negative: Tensor) -> Tensor:
-    """Returns the area under the ROC curve, a float64 scalar: P(positive > negative) + ½ P(equal).
+    """Returns the area under the ROC curve, a scalar: P(positive > negative) + ½ P(equal).
 
     Args:
         positive: Scores of in-distribution images, shape (N,).
         negative: Scores of contrastive samples, shape (M,).
     """
-    difference = positive.double().unsqueeze(1) - negative.double().unsqueeze(0)
-    return (difference.sign().mean() + 1) / 2
+    # In float32, for devices without float64; comparisons are exact in any type.
+    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).float()
+    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).float()
+    return (above + equal / 2).mean()
 
 
 class AUCCurriculum(nn.Module):
@@ -56,7 +58,7 @@ class AUCCurriculum(nn.Module):
         self.window_samples = window_samples
         self.register_buffer("num_steps", torch.tensor(initial_steps))
         # One entry per training image is the most that any batch size needs, so the shape never depends on it.
-        self.register_buffer("values", torch.zeros(window_samples, dtype=torch.float64))
+        self.register_buffer("values", torch.zeros(window_samples))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("window", torch.tensor(0))
 

@@ -33,7 +33,8 @@ class EnergyModel(nn.Module):
     """Gives a backbone raw pixels, and its logits the names of an energy-based model.
 
     Args:
-        backbone: Maps normalised images (N, C, H, W) to logits (N, K); K = 1 gives an unconditional energy.
+        backbone: Maps normalised images (N, C, H, W) to logits (N, K). K = 1 gives an unconditional energy, for
+            sampling; both training modules classify, and need K of at least 2.
         mean: Mean of each channel, in units of [0, 1] pixels; ``None`` for a backbone that takes raw pixels.
         std: Standard deviation of each channel, likewise.
 

@@ -163,7 +163,7 @@ def ascend(
     return states[steps]
 
 
-def ascent(step_size: float, num_steps: int) -> ThreatModel:
+def unbounded_ascent(step_size: float, num_steps: int) -> ThreatModel:
     """Returns the unbounded L2 ascent of contrastive samples and of generation: no ball, no random start."""
     return replace(ThreatModel(), eps=float("inf"), step_size=step_size, num_steps=num_steps)
 

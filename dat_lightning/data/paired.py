@@ -56,6 +56,8 @@ class PairedDataModule(LightningDataModule):
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if num_workers < 0:
+            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
         unknown = [s for s in streams if s not in get_args(Stream)]
         if unknown or not streams:
             raise ValueError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")
@@ -122,7 +124,7 @@ class PairedDataModule(LightningDataModule):
         return EvaluationBatches(self.in_distribution("train"), self.evaluation_transform())
 
     def setup(self, stage: str) -> None:
-        """Checks that OOD data exist where they are needed and are not the training data; starts the draw counter."""
+        """Checks that OOD data exist where they are needed and are not the training data; a new Trainer starts anew."""
         if "ood" in self.streams and stage == "fit":
             overlap = shared_images(self.in_distribution("train"), self._require_ood("train"))
             if overlap > 0.1:
@@ -130,10 +132,21 @@ class PairedDataModule(LightningDataModule):
                     f"the out-of-distribution images of {type(self).__name__} are the training images: {overlap:.0%} of"
                     " those compared are equal. Stage 2 would push up the energy of its own data; use other images."
                 )
-        self._start_draw, self._start_batch = 0, self._batches_processed()
+        if stage == "fit" and self._batches_processed() == 0:
+            self._start_draw, self._start_batch = 0, 0
 
     def train_dataloader(self) -> ResumableLoader:
-        """Returns batches of the chosen streams, this rank's part."""
+        """Returns batches of the chosen streams, this rank's part.
+
+        Raises:
+            ValueError: If the Trainer is to overfit some batches: draws are endless and never repeat.
+        """
+        overfit: float = getattr(self.trainer, "overfit_batches", 0.0)
+        if overfit:
+            raise ValueError(
+                f"trainer.overfit_batches={overfit} cannot work with an endless stream of draws; use a data set of"
+                " a few images, or trainer.limit_train_batches"
+            )
         streams: dict[str, DrawStream] = {name: self._stream(name) for name in self.streams}
         sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
         return self._loader(PairedDraws(streams), sampler)

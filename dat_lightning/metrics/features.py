@@ -44,8 +44,8 @@ class TorchFidelityFeatures(nn.Module):
             raise ValueError(f"the extractor {name!r} has no layer {feature!r}; it has {list(layers)}")
         if weights_path is not None and not Path(weights_path).is_file():
             raise FileNotFoundError(f"weights_path={weights_path}: no such file; expected {_weights_hint(name)}")
-        if weights_path is not None:
-            # torch-fidelity would run code in the file.
+        if weights_path is not None and name in ("inception-v3-compat", "vgg16"):
+            # torch-fidelity would run code in a pickled file; its other extractors read archives of TorchScript.
             try:
                 torch.load(weights_path, map_location="cpu", weights_only=True)
             except Exception as error:
@@ -59,6 +59,10 @@ class TorchFidelityFeatures(nn.Module):
                 f"the weights of {name!r} could not be loaded ({error}). Without a network, fetch {_weights_hint(name)}"
                 f" elsewhere, and either put it into {torch.hub.get_dir()}/checkpoints or name it as weights_path."
             ) from error
+
+    def extra_repr(self) -> str:
+        """Returns which extractor and layer this is."""
+        return f"{self.extractor.get_name()}, {self.extractor.get_requested_features_list()}"
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, D) of uint8 images (N, 3, H, W)."""

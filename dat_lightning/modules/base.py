@@ -37,7 +37,8 @@ class EnergyModule(LightningModule):
         eval_threat_model: The attack of ``robust_accuracy``; by default the one in training.
         attack_mode: Whether the attack in training sees the network in eval mode, or in the mode it trains in, where
             batch norm uses the batch's statistics; running statistics never change through an attack.
-        init_from: Checkpoint or state dict with initial weights, averaged ones preferred; ignored when a run resumes.
+        init_from: Checkpoint or state dict with initial weights, averaged ones preferred; loaded when a Trainer starts,
+            not before, and ignored when a run resumes.
         memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
         compile: Whether to compile the network with ``torch.compile``.
         seed: Seed of random starts.
@@ -147,8 +148,19 @@ class EnergyModule(LightningModule):
         self._initialized = True
 
     def on_fit_start(self) -> None:
-        """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored."""
+        """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
+
+        Raises:
+            ValueError: If the learning rate schedule is shorter than the training.
+        """
         self._load_initial_weights()
+        for config in self.trainer.lr_scheduler_configs:
+            total = getattr(config.scheduler, "total_steps", None)
+            if total is not None and config.interval == "step" and total < self.trainer.estimated_stepping_batches:
+                raise ValueError(
+                    f"lr_scheduler has total_steps={total}, but trainer.max_epochs and max_steps ask for"
+                    f" {self.trainer.estimated_stepping_batches} steps; set total_steps to that"
+                )
 
     def on_validation_start(self) -> None:
         """Loads the initial weights."""

@@ -11,7 +11,7 @@ from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import EnergyModel, joint_energy, marginal_energy
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.pgd import ascend, ascent
+from dat_lightning.core.pgd import ascend, unbounded_ascent
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import Batch, EnergyModule
 
@@ -98,7 +98,7 @@ class DualAdversarialModule(EnergyModule):
             if not weight >= 0:
                 raise ValueError(f"{name}_weight must be at least 0, got {weight}")
         self.curriculum = curriculum if curriculum is not None else AUCCurriculum()
-        self.contrastive_chain = ascent(contrastive_step_size, num_steps=0)
+        self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.energy_weight = energy_weight
         self.classification_weight = classification_weight
         self.r1_weight = r1_weight

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import __version__
-from dat_lightning.core import EnergyModel, ascend, ascent, targeted_logit
+from dat_lightning.core import EnergyModel, ascend, targeted_logit, unbounded_ascent
 
 from .cases import MEAN, STD, Agreement, PackageDAT, calibrated_backbone, compare, random_batch
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
@@ -171,7 +171,7 @@ def time_generation(backbone: nn.Module, setting: Setting) -> dict[str, Timing]:
     """
     x, y = random_batch(setting.batch_size, setting.size, seed=0)["x_ood"], torch.arange(setting.batch_size) % 10
     model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).eval()
-    chain = ascent(_GENERATION_STEP_SIZE, setting.generation_steps)
+    chain = unbounded_ascent(_GENERATION_STEP_SIZE, setting.generation_steps)
     plain = partial(generate, model, x, y, chain.step_size, chain.num_steps, setting.plain_gradient)
     contenders: dict[str, Callable[[], Tensor]] = {"plain": plain}
     for name in ["package", *(["package, compiled"] if setting.compile else [])]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dat_lightning.core import EnergyModel, ascend, ascent, targeted_logit
+from dat_lightning.core import EnergyModel, ascend, targeted_logit, unbounded_ascent
 
 from .bench import main
 from .cases import MEAN, STD, PackageDAT, calibrated_backbone, compare, largest_difference, random_batch
@@ -67,7 +67,7 @@ def test_gradients_of_parameters_change_nothing_in_the_plain_attacks() -> None:
 def test_generation_agrees_with_the_plain_implementation() -> None:
     x, y = random_batch(8, 16, seed=0)["x_ood"], torch.arange(8)
     expected = generate(PlainClassifier(backbone(), MEAN, STD).eval(), x, y, step_size=0.2, num_steps=5)
-    found = ascend(EnergyModel(backbone(), MEAN, STD), x, y, targeted_logit, ascent(0.2, 5))
+    found = ascend(EnergyModel(backbone(), MEAN, STD), x, y, targeted_logit, unbounded_ascent(0.2, 5))
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
     assert (found - x).flatten(1).norm(dim=1).min() > 0.1
 

@@ -24,7 +24,7 @@ from dat_lightning import (
     SampleWriter,
     SamplingPlan,
     ascend,
-    ascent,
+    unbounded_ascent,
 )
 from dat_lightning.callbacks.frechet import read_statistics, reference_key, write_statistics
 from dat_lightning.core import Gaussian, targeted_logit
@@ -82,7 +82,7 @@ def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
     assert torch.equal(torch.cat([b.labels for b in collector.batches]), y)
     assert torch.equal(torch.cat([b.seeds for b in collector.batches]), x)
     for steps in (1, 3):
-        expected = ascend(module, x, y, targeted_logit, ascent(0.5, steps))
+        expected = ascend(module, x, y, targeted_logit, unbounded_ascent(0.5, steps))
         torch.testing.assert_close(collector.images(steps), expected, rtol=0, atol=1e-5)
 
 

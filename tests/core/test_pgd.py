@@ -18,12 +18,12 @@ from dat_lightning.core import (
     ThreatModel,
     ascend,
     ascend_snapshots,
-    ascent,
     cross_entropy,
     distance_to_uniform,
     input_gradient,
     negative_marginal_energy,
     targeted_logit,
+    unbounded_ascent,
 )
 
 MODES: tuple[AttackMode, ...] = ("eval", "train")
@@ -149,12 +149,12 @@ def test_the_ascent_equals_a_plain_loop(
 
 
 def test_contrastive_ascent_is_unbounded_l2_without_random_start() -> None:
-    assert ascent(0.1, 7) == ThreatModel("L2", math.inf, 0.1, 7, random_start=False)
+    assert unbounded_ascent(0.1, 7) == ThreatModel("L2", math.inf, 0.1, 7, random_start=False)
 
 
 def test_an_image_where_the_gradient_vanishes_stays() -> None:
     x, y = images()
-    result = ascend(lambda z: (z * 0).flatten(1)[:, :CLASSES], x, y, cross_entropy, ascent(0.5, 3))
+    result = ascend(lambda z: (z * 0).flatten(1)[:, :CLASSES], x, y, cross_entropy, unbounded_ascent(0.5, 3))
     assert torch.equal(result, x)
 
 
@@ -353,9 +353,9 @@ def test_train_mode_uses_batch_statistics_where_the_layer_is_in_train_mode() -> 
         (gradient,) = torch.autograd.grad(loss, z)
         lengths = gradient.flatten(1).square().sum(1).sqrt().view(-1, 1, 1, 1)
         expected = (expected + 0.05 * gradient / lengths).clamp(0, 1)
-    result = ascend(network, x, y, cross_entropy, ascent(0.05, 3), mode="train")
+    result = ascend(network, x, y, cross_entropy, unbounded_ascent(0.05, 3), mode="train")
     torch.testing.assert_close(result, expected, rtol=0, atol=1e-9)
-    evaluated = ascend(network, x, y, cross_entropy, ascent(0.05, 3), mode="eval")
+    evaluated = ascend(network, x, y, cross_entropy, unbounded_ascent(0.05, 3), mode="eval")
     assert (evaluated - expected).abs().max() > 1e-3
 
 
