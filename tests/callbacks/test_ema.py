@@ -174,3 +174,33 @@ def test_curriculum_state_is_copied_not_averaged(tmp_path: Path) -> None:
         assert torch.equal(
             module.state_dict()[f"curriculum.{name}"].double(), recorder.weights[-1][f"curriculum.{name}"]
         )
+
+
+def test_a_callback_that_serves_two_runs_averages_in_both(tmp_path: Path) -> None:
+    """A notebook that gives Stage 1's callbacks to Stage 2."""
+    ema, recorder = ExponentialMovingAverage(), Recorder()
+    tiny.trainer(tmp_path, [ema]).fit(tiny.stage1(), datamodule=tiny.digits())
+    module = tiny.stage1(energy_model=tiny.energy_model(seed=4))
+    tiny.trainer(tmp_path, [recorder, ema]).fit(module, datamodule=tiny.digits())
+    expected = average([w[WEIGHT] for w in recorder.weights], 0.999)
+    torch.testing.assert_close(module.state_dict()[WEIGHT].double(), expected, rtol=1e-5, atol=1e-6)
+
+
+class FailsInTraining(Callback):
+    """Fails at the third batch."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 3:
+            raise RuntimeError("interrupted")
+
+
+def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
+    recorder = Recorder()
+    trainer = tiny.trainer(
+        tmp_path, [ExponentialMovingAverage(), recorder, FailsInTraining()], limit_val_batches=1, inference_mode=False
+    )
+    with pytest.raises(RuntimeError, match="interrupted"):
+        trainer.fit(tiny.stage1(), datamodule=tiny.digits())
+    other = tiny.stage1(energy_model=tiny.energy_model(seed=6))
+    trainer.validate(other, datamodule=tiny.digits(), verbose=False)
+    assert torch.equal(recorder.seen["batch_end"], tiny.energy_model(seed=6).state_dict()["backbone.fc.weight"])

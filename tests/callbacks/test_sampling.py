@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchvision.transforms import v2
 
 from dat_lightning import (
     DigitsFeatures,
@@ -283,6 +284,20 @@ def test_the_key_changes_with_data_transform_and_extractor() -> None:
     ]
     assert keys[0] == keys[1]
     assert len(set(keys[1:])) == 5
+    # What neither names nor weights show.
+    lambdas = [key(images, v2.Lambda(f), Constant()) for f in (lambda x: x, lambda x: x * 0.5)]
+    assert lambdas[0] != lambdas[1]
+
+
+def test_the_reference_follows_the_data(tmp_path: Path) -> None:
+    """The same callback with other data looks for their own reference."""
+    fid = FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path / "cache"))
+    run(tmp_path, sampler(), fid)
+    first = fid.scores
+    np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
+    fid.reference = str(tmp_path / "other.npz")
+    run(tmp_path, sampler(), fid)
+    assert fid.scores != first
 
 
 def test_statistics_files(tmp_path: Path) -> None:
@@ -330,6 +345,16 @@ def test_a_second_set_replaces_the_first(tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 12
     with np.load(tmp_path / "out" / "samples.npz") as file:
         assert len(file["arr_0"]) == 12
+
+
+def test_other_files_stay(tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "png" / "thesis.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    (tmp_path / "out" / "samples.npz").write_bytes(b"of another model")
+    run(tmp_path, sampler(), SampleWriter(str(tmp_path / "out"), formats=["png"], stages=["test"]))
+    assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "out" / "samples.npz").exists()
 
 
 def test_a_writer_takes_only_snapshots_that_exist(tmp_path: Path) -> None:

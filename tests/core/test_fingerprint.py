@@ -105,8 +105,13 @@ def test_the_share_is_that_of_the_second_data_set() -> None:
     assert shared_images(ten, two) == 1.0
 
 
+def test_the_order_does_not_matter() -> None:
+    shuffled = Counting(1000, {i: float(999 - i) for i in range(1000)})
+    assert shared_images(Counting(1000), shuffled) == 1.0
+
+
 def test_no_more_images_are_read_than_asked_for() -> None:
     a, b = Counting(1000), Counting(500)
-    shared_images(a, b, num_samples=8)
+    shared_images(a, b, num_samples=8, whole_up_to=999)
     assert a.read == list(range(0, 1000, 125))
     assert len(b.read) == 8

@@ -182,11 +182,23 @@ def test_another_seed_cannot_continue() -> None:
         data.load_state_dict(ToyDataModule(seed=0).state_dict())
 
 
-def test_a_new_run_with_an_old_trainer_starts_from_the_first_draw() -> None:
+def test_a_trainer_that_fits_on_goes_on_and_a_new_one_starts_anew() -> None:
     data = ToyDataModule(batch_size=4)
     attach(data, processed=9)
     data.setup("fit")
+    assert data.draws_consumed == 36
+    data.setup("test")
+    assert data.draws_consumed == 36
+    data.load_state_dict({"draws_consumed": 100, "batches_processed": 9, "batch_size": 4, "seed": 0})
+    attach(data, processed=0)
+    data.setup("fit")
     assert data.draws_consumed == 0
+
+
+@pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_batch_size", -1), ("num_workers", -1)])
+def test_numbers_outside_their_range_are_refused(name: str, value: int) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be at least . got {value}|{name} must be at least .*{value}"):
+        ToyDataModule(**{name: value})  # type: ignore[arg-type]
 
 
 def test_without_a_trainer_nothing_is_consumed() -> None:

@@ -3,10 +3,12 @@
 import math
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import StepLR
+from lightning.pytorch import Callback, Trainer
+from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from dat_lightning import ThreatModel, ascend
 from dat_lightning.core import cross_entropy
@@ -107,3 +109,33 @@ def test_schedules_count_what_they_are_told(interval: str, rate: float, tmp_path
     trainer = tiny.trainer(tmp_path)
     trainer.fit(module, datamodule=tiny.digits(streams=["clf"]))
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(rate)
+
+
+def test_a_schedule_that_ends_too_early_is_named(tmp_path: Path) -> None:
+    schedule = partial(OneCycleLR, max_lr=0.1, total_steps=5)
+    module = tiny.stage1(lr_scheduler=schedule, lr_interval="step")
+    with pytest.raises(ValueError, match=r"lr_scheduler has total_steps=5, but .* ask for 6 steps"):
+        tiny.trainer(tmp_path).fit(module, datamodule=tiny.digits(streams=["clf"]))
+
+
+def test_overfit_batches_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"overfit_batches=2 cannot work with an endless stream"):
+        tiny.trainer(tmp_path, overfit_batches=2).fit(tiny.stage1(), datamodule=tiny.digits())
+
+
+def test_a_second_fit_goes_on_in_the_data(tmp_path: Path) -> None:
+    data, module = tiny.digits(streams=["clf"]), tiny.stage1()
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(
+            self, trainer: Trainer, pl_module: object, batch: dict[str, torch.Tensor], i: int
+        ) -> None:
+            seen.append(int(batch["draw"][0]))
+
+    trainer = tiny.trainer(tmp_path, [Watch()], limit_train_batches=3)
+    trainer.fit(module, datamodule=data)
+    trainer.test(module, datamodule=data, verbose=False)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, datamodule=data)
+    assert seen == [0, 32, 64, 96, 128, 160]

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from dat_lightning import (
     RobustClassifierModule,
     ThreatModel,
 )
+from dat_lightning.modules import JointLogits
 from tests import tiny
 
 BATCH_KEYS = ("x_gen", "y_gen", "x_clf", "y_clf", "x_ood")
@@ -218,3 +220,19 @@ def test_training_improves_both_terms(tmp_path: Path) -> None:
     trainer.fit(second, datamodule=data)
     scalars = trainer.callback_metrics
     assert float(scalars["train/energy_real"]) < float(scalars["train/energy_contrast"])
+
+
+def test_the_auc_is_averaged_over_ranks() -> None:
+    module = tiny.stage2()
+    calls: list[str] = []
+
+    def reduce(value: Tensor, reduce_op: str) -> Tensor:
+        calls.append(reduce_op)
+        return (value + 0.25) / 2  # the other rank found 0.25
+
+    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))  # type: ignore[assignment]
+    gen, contrast = torch.tensor([[3.0], [1.0]]), torch.tensor([[0.0], [2.0]])
+    logits = JointLogits(gen, contrast, gen)
+    value = module.separation(logits, torch.zeros(2, dtype=torch.long))
+    assert calls == ["mean"]
+    assert float(value) == (0.75 + 0.25) / 2
