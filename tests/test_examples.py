@@ -151,7 +151,7 @@ def test_python_for_other_projects_runs(
 @pytest.mark.parametrize("page", TEXTS)
 def test_names_on_the_pages_exist(page: str) -> None:
     for name in sorted(set(re.findall(r"\bdat_lightning(?:\.[A-Za-z_]\w*)+", TEXTS[page]))):
-        pkgutil.resolve_name(name)
+        assert pkgutil.resolve_name(name) is not None
 
 
 def test_functions_of_the_numerics_exist() -> None:

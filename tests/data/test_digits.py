@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from dat_lightning.core import SizedDataset
+from dat_lightning.core import SizedDataset, shared_images
 from dat_lightning.data import DigitsDataModule, UniformNoise, ood
 from dat_lightning.data.digits import load_images, photograph_crops, split_indices
 from dat_lightning.data.paired import OODSplit, Stream
@@ -184,7 +184,11 @@ def test_digits_as_ood_images_are_refused() -> None:
 
 
 def test_photographs_are_not_digits() -> None:
-    small().setup("fit")
+    data = small()
+    data.setup("fit")
+    crops = data.out_of_distribution("train")
+    assert crops is not None
+    assert shared_images(data.in_distribution("train"), crops) == 0.0
 
 
 def test_the_same_batches_come_from_any_number_of_workers() -> None:
