@@ -1,6 +1,7 @@
 """The command line: a LightningCLI whose errors are one sentence and whose explicit configuration always wins."""
 
 import os
+import pickle
 import re
 import sys
 import traceback
@@ -65,6 +66,13 @@ class DATCLI(LightningCLI):
             )
 
     @override
+    def before_instantiate_classes(self) -> None:
+        """Sees to it that a checkpoint cannot run code, unless ``--weights_only false`` asks for that."""
+        arguments = self.config[self.subcommand]
+        if "weights_only" in arguments and arguments["weights_only"] is None:
+            arguments["weights_only"] = True
+
+    @override
     def instantiate_classes(self) -> None:
         """Instantiates everything, and gives the model its configuration as hyperparameters."""
         super().instantiate_classes()
@@ -104,6 +112,11 @@ def main(args: ArgsType = None) -> None:
             parser_class=DATArgumentParser,
             args=args,
         )
+    except pickle.UnpicklingError as error:
+        if os.environ.get(DEBUG_VARIABLE):
+            raise
+        sys.stderr.write(f"dat-lightning: error: the checkpoint is no file of ours: {_PICKLE_REFUSED}\n")
+        raise SystemExit(1) from error
     except Exception as error:
         cause = deliberate_cause(error)
         if os.environ.get(DEBUG_VARIABLE) or cause is None:
@@ -129,6 +142,8 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
         current = current.__cause__
     return None
 
+
+_PICKLE_REFUSED = "it is damaged or holds Python objects, which are not loaded because that could run code"
 
 # What a parser of nested types says besides the point.
 _NOISE = re.compile(

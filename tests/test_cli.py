@@ -155,6 +155,21 @@ def test_a_foreign_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureF
     assert line.startswith("notes.ckpt is not a readable checkpoint")
 
 
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, tuple[str, ...]]:
+        return (Path.touch, (Path("ran"),))  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("argument", ["--ckpt_path", "--model.init_from"])
+def test_a_checkpoint_cannot_run_code(argument: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save({"state_dict": {}, "evil": Hostile()}, tmp_path / "evil.ckpt")
+    line = refusal(capsys, "fit", "--config", STAGE2, "--config", TINY, argument, "evil.ckpt")
+    assert "that could run code" in line
+    assert not (tmp_path / "ran").exists()
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: object) -> None:
         raise ZeroDivisionError
