@@ -62,10 +62,7 @@ class FrechetDistance(SampleConsumer):
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the features (N, D) of images (N, C, H, W) in [0, 1]."""
-        with torch.no_grad():
-            output = self.extractor(to_uint8_rgb(images))
-        features: Tensor = output[0] if isinstance(output, tuple) else output
-        return features.flatten(1)
+        return extract_features(self.extractor, images)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -81,9 +78,7 @@ class FrechetDistance(SampleConsumer):
             self._reference = self._find_reference(trainer, pl_module)
         dim = len(self._reference.mean)
         self._plan = plan
-        # float64 sums cannot live on devices without that type.
-        device = "cpu" if pl_module.device.type == "mps" else pl_module.device
-        self._moments = {steps: FeatureMoments(dim, device) for steps in plan.num_steps}
+        self._moments = {steps: _moments_on(pl_module.device, dim) for steps in plan.num_steps}
 
     @override
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
@@ -109,7 +104,7 @@ class FrechetDistance(SampleConsumer):
             rank_zero_info(f"Fréchet distance of the samples: {self.scores[best]:.4g} after {best} steps")
             return
         # The same number on every rank, so there is nothing to reduce.
-        pl_module.log(f"{stage}/fid", self.scores[best], prog_bar=True, sync_dist=False, rank_zero_only=False)
+        pl_module.log(f"{stage}/fid", self.scores[best], prog_bar=True, sync_dist=False)
         pl_module.log(f"{stage}/fid_steps", float(best), sync_dist=False)
         for steps, score in self.scores.items():
             pl_module.log(f"{stage}/fid_{steps}_steps", score, sync_dist=False)
@@ -156,11 +151,24 @@ class FrechetDistance(SampleConsumer):
         for first in range(0, len(mine), self.batch_size):
             features = self.features(data[mine[first : first + self.batch_size]]["x"].to(pl_module.device))
             if moments is None:
-                moments = FeatureMoments(features.shape[1], features.device)
+                moments = _moments_on(features.device, features.shape[1])
             moments.update(features)
         if moments is None:
             raise ValueError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
         return moments
+
+
+def extract_features(extractor: nn.Module, images: Tensor) -> Tensor:
+    """Returns an extractor's features (N, D) of images (N, C, H, W) in [0, 1], rounded to eight bits first."""
+    with torch.no_grad():
+        output = extractor(to_uint8_rgb(images))
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features.flatten(1)
+
+
+def _moments_on(device: torch.device, dim: int) -> FeatureMoments:
+    """An empty accumulator: float64 sums cannot live on devices without that type."""
+    return FeatureMoments(dim, "cpu" if device.type == "mps" else device)
 
 
 def default_cache_dir() -> Path:
@@ -180,11 +188,9 @@ def reference_key(data: Any, extractor: nn.Module) -> str:
     """
     size = len(data.dataset)
     images = data[sorted({k * size // 16 for k in range(16)})]["x"]
-    with torch.no_grad():
-        output = extractor(to_uint8_rgb(images).to(_device(extractor)))
-    features = output[0] if isinstance(output, tuple) else output
+    features = extract_features(extractor, images.to(_device(extractor))).cpu()
     # A device's last bits do not make another extractor.
-    seen = [f"{value:.3e}" for value in features.flatten(1).double().mean(1).tolist()]
+    seen = [f"{value:.3e}" for value in features.double().mean(1).tolist()]
     seen.append(f"{tuple(features.shape)} {image_digest(to_uint8_rgb(images))}")
     parts = (data_fingerprint(data.dataset), repr(data.transform), module_fingerprint(extractor), *seen)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]

@@ -71,7 +71,7 @@ class EnergyModule(LightningModule):
         self.init_from = init_from
         self.compile_network = compile
         self.seed = seed
-        self._initialized = init_from is None
+        self._initialized = False
         if memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
 
