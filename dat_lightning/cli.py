@@ -1,5 +1,6 @@
 """The command line: a LightningCLI whose errors are one sentence and whose explicit configuration always wins."""
 
+import logging
 import os
 import pickle
 import re
@@ -8,12 +9,15 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
+from dat_lightning.export import ExportingTrainer
+from dat_lightning.export import logger as export_logger
 from dat_lightning.modules import EnergyModule
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
@@ -35,7 +39,13 @@ class DATArgumentParser(LightningArgumentParser):
 
 
 class DATCLI(LightningCLI):
-    """Runs ``fit``, ``validate``, ``test`` and ``predict`` of a configuration."""
+    """Runs ``fit``, ``validate``, ``test``, ``predict`` and ``export`` of a configuration."""
+
+    @staticmethod
+    @override
+    def subcommands() -> dict[str, set[str]]:
+        """Returns the methods of the Trainer that can be called, with the arguments that the configuration gives."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -59,6 +69,11 @@ class DATCLI(LightningCLI):
         """Warns if nothing says where the weights come from."""
         self._warn_of_random_weights()
 
+    def before_export(self) -> None:
+        """Lets the export say on standard output where it wrote."""
+        export_logger.setLevel(logging.INFO)
+        export_logger.handlers = [logging.StreamHandler(sys.stdout)]
+
     def _warn_of_random_weights(self) -> None:
         if self.config[self.subcommand].get("ckpt_path") is None and getattr(self.model, "init_from", None) is None:
             rank_zero_warn(
@@ -67,10 +82,17 @@ class DATCLI(LightningCLI):
 
     @override
     def before_instantiate_classes(self) -> None:
-        """Sees to it that a checkpoint cannot run code, unless ``--weights_only false`` asks for that."""
-        arguments = self.config[self.subcommand]
+        """Keeps a checkpoint from running code, unless ``--weights_only false`` asks for that; exports on the CPU."""
+        # LightningCLI(run=False) has no subcommand.
+        arguments = self.config if self.subcommand is None else self.config[self.subcommand]
         if "weights_only" in arguments and arguments["weights_only"] is None:
             arguments["weights_only"] = True
+        if self.subcommand == "export":
+            # The data may be elsewhere, and so may the cluster.
+            nothing = Namespace(class_path="lightning.pytorch.LightningDataModule")  # type: ignore[no-untyped-call]
+            arguments["data"] = nothing
+            here = Namespace(accelerator="cpu", devices=1, logger=False, callbacks=[])  # type: ignore[no-untyped-call]
+            arguments["trainer"] = here
 
     @override
     def instantiate_classes(self) -> None:
@@ -101,7 +123,7 @@ def main(args: ArgsType = None) -> None:
         DATCLI(
             EnergyModule,
             LightningDataModule,
-            trainer_class=Trainer,
+            trainer_class=ExportingTrainer,
             subclass_mode_model=True,
             subclass_mode_data=True,
             seed_everything_default=0,

@@ -5,6 +5,8 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
+from dat_lightning.core.architectures import register_architecture
+
 Activation = Literal["relu", "silu", "gelu"]
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 
@@ -41,6 +43,7 @@ class PreActivationBlock(nn.Module):
         return cast(Tensor, shortcut + self.conv2(self.activation(self.bn2(h))))
 
 
+@register_architecture("SmallResNet")
 class SmallResNet(nn.Module):
     """Residual blocks of given widths, each but the first at half the resolution of the one before.
 

@@ -4,6 +4,8 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
+from dat_lightning.core.architectures import register_architecture
+
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
 
@@ -49,6 +51,7 @@ class WideGroup(nn.Module):
         return cast(Tensor, self.layer(x))
 
 
+@register_architecture("WideResNet")
 class WideResNet(nn.Module):
     """WRN-depth-width for 32×32 images (any size that is a multiple of 4).
 

@@ -1,5 +1,6 @@
-"""The method itself, in torch alone: energies, threat models, the ascent loop, losses, curriculum and statistics."""
+"""The method itself, in torch (hub.py: the Hub's client too): energies, attacks, losses, curriculum, statistics."""
 
+from dat_lightning.core.architectures import architecture_of, build_architecture, register_architecture
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
@@ -43,10 +44,12 @@ __all__ = [
     "RandomPermutation",
     "SizedDataset",
     "ThreatModel",
+    "architecture_of",
     "ascend",
     "ascend_snapshots",
     "auc",
     "batch_norm_layers",
+    "build_architecture",
     "cross_entropy",
     "data_fingerprint",
     "distance_to_uniform",
@@ -63,6 +66,7 @@ __all__ = [
     "project",
     "r1_penalty",
     "random_start",
+    "register_architecture",
     "robust_cross_entropy",
     "shared_images",
     "steepest_step",

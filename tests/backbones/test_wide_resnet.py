@@ -29,7 +29,14 @@ def meta(depth: int, widen_factor: int, num_classes: int = 10) -> WideResNet:
 
 @pytest.mark.parametrize(
     ("depth", "widen_factor", "num_classes", "millions"),
-    [(34, 10, 10, "46.16"), (28, 10, 10, "36.48"), (28, 10, 100, "36.54"), (16, 2, 10, "0.69"), (10, 1, 10, "0.08")],
+    [
+        (34, 10, 10, "46.16"),
+        (28, 10, 10, "36.48"),
+        (28, 10, 100, "36.54"),
+        (70, 16, 10, "266.80"),
+        (16, 2, 10, "0.69"),
+        (10, 1, 10, "0.08"),
+    ],
 )
 def test_the_number_of_parameters_is_the_published_one(
     depth: int, widen_factor: int, num_classes: int, millions: str
@@ -107,9 +114,13 @@ def test_the_network_equals_its_equation() -> None:
     torch.testing.assert_close(network(x), expected, rtol=1e-11, atol=1e-11)
 
 
-def test_the_activation_is_everywhere_the_one_asked_for() -> None:
-    kinds = {type(m) for m in WideResNet(10, 1, activation="silu").modules()} & {nn.ReLU, nn.SiLU}
-    assert kinds == {nn.SiLU}
+@pytest.mark.parametrize(("depth", "widen_factor"), [(10, 1), (70, 16)])
+def test_the_activation_is_everywhere_the_one_asked_for(depth: int, widen_factor: int) -> None:
+    with torch.device("meta"):
+        relu, silu = (WideResNet(depth, widen_factor, activation=name) for name in ("relu", "silu"))
+    assert {type(m) for m in silu.modules()} & {nn.ReLU, nn.SiLU} == {nn.SiLU}
+    assert {type(m) for m in relu.modules()} & {nn.ReLU, nn.SiLU} == {nn.ReLU}
+    assert silu.state_dict().keys() == relu.state_dict().keys()
 
 
 @pytest.mark.parametrize(
