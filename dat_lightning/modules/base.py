@@ -39,6 +39,7 @@ class EnergyModule(LightningModule):
             batch norm uses the batch's statistics; running statistics never change through an attack.
         init_from: Checkpoint or state dict with initial weights, averaged ones preferred; loaded when a Trainer starts,
             not before, and ignored when a run resumes.
+        new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
         compile: Whether to compile the network with ``torch.compile``.
         seed: Seed of random starts.
@@ -56,6 +57,7 @@ class EnergyModule(LightningModule):
         eval_threat_model: ThreatModel | None = None,
         attack_mode: AttackMode = "eval",
         init_from: str | None = None,
+        new_head: bool = False,
         memory_format: Literal["contiguous", "channels_last"] = "channels_last",
         compile: bool = False,
         seed: int = 0,
@@ -69,6 +71,7 @@ class EnergyModule(LightningModule):
         self.eval_threat_model = eval_threat_model or threat_model
         self.attack_mode: AttackMode = attack_mode
         self.init_from = init_from
+        self.new_head = new_head
         self.compile_network = compile
         self.seed = seed
         self._initialized = False
@@ -201,7 +204,7 @@ class EnergyModule(LightningModule):
 
     def _load_initial_weights(self) -> None:
         if not self._initialized and self.init_from is not None:
-            load_weights(self.energy_model, self.init_from)
+            load_weights(self.energy_model, self.init_from, new_head=self.new_head)
         self._initialized = True
 
     def part(self, batch: Batch, key: str) -> Tensor:

@@ -51,6 +51,7 @@ class DualAdversarialModule(EnergyModule):
         threat_model: The attack on ``x_clf``.
         eval_threat_model: The attack of ``robust_accuracy``.
         init_from: Stage 1's checkpoint, or another robust classifier's.
+        new_head: Whether its classification head may be left out because it has other classes.
         memory_format: Layout of convolution weights.
         compile: Whether to compile the network.
         seed: Seed of random starts.
@@ -76,6 +77,7 @@ class DualAdversarialModule(EnergyModule):
         threat_model: ThreatModel = ThreatModel(),
         eval_threat_model: ThreatModel | None = None,
         init_from: str | None = None,
+        new_head: bool = False,
         memory_format: Literal["contiguous", "channels_last"] = "channels_last",
         compile: bool = False,
         seed: int = 0,
@@ -89,6 +91,7 @@ class DualAdversarialModule(EnergyModule):
             eval_threat_model=eval_threat_model,
             attack_mode="eval",
             init_from=init_from,
+            new_head=new_head,
             memory_format=memory_format,
             compile=compile,
             seed=seed,

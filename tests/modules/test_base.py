@@ -1,6 +1,7 @@
 """Evaluation, prediction, initial weights and optimisers."""
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
-from dat_lightning import ThreatModel, ascend
+from dat_lightning import EnergyModel, EnergyModule, SmallResNet, ThreatModel, ascend
 from dat_lightning.core import cross_entropy
 from tests import tiny
 
@@ -80,6 +81,21 @@ def test_initial_weights_come_from_a_file_once(tmp_path: Path) -> None:
     # A later run with the same module goes on from what it has learnt.
     trainer.test(module, datamodule=tiny.digits(), verbose=False)
     torch.testing.assert_close(module.energy_model.state_dict(), trained, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("stage", [tiny.stage1, tiny.stage2])
+def test_initial_weights_of_other_classes_need_a_new_head(stage: Callable[..., EnergyModule], tmp_path: Path) -> None:
+    source = EnergyModel(SmallResNet(num_classes=7, widths=(4, 8)))
+    torch.save(source.backbone.state_dict(), tmp_path / "seven.pt")
+    trainer = tiny.trainer(tmp_path, limit_val_batches=1)
+    with pytest.raises(ValueError, match=r"only the number of classes differs: .*--model\.new_head true"):
+        trainer.validate(stage(init_from=str(tmp_path / "seven.pt")), datamodule=tiny.digits(), verbose=False)
+    module = stage(init_from=str(tmp_path / "seven.pt"), new_head=True)
+    head = module.energy_model.state_dict()["backbone.fc.weight"].clone()
+    trainer.validate(module, datamodule=tiny.digits(), verbose=False)
+    loaded = module.energy_model.backbone.state_dict()
+    torch.testing.assert_close(loaded["stem.weight"], source.backbone.state_dict()["stem.weight"], rtol=0, atol=0)
+    torch.testing.assert_close(loaded["fc.weight"], head, rtol=0, atol=0)
 
 
 def test_missing_initial_weights_are_named(tmp_path: Path) -> None:
