@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+import logging
 import os
 import tempfile
 from pathlib import Path
@@ -12,12 +13,15 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
+
+_logger = logging.getLogger(__name__)
 
 
 class FrechetDistance(SampleConsumer):
@@ -147,12 +151,18 @@ class FrechetDistance(SampleConsumer):
 
     def _reference_moments(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> FeatureMoments:
         mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
+        batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
+        workers: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
         moments: FeatureMoments | None = None
-        for first in range(0, len(mine), self.batch_size):
-            features = self.features(data[mine[first : first + self.batch_size]]["x"].to(pl_module.device))
+        skipped: list[str] = []
+        for batch in DataLoader(data, batch_size=None, sampler=batches, num_workers=workers):
+            features = self.features(batch["x"].to(pl_module.device))
             if moments is None:
                 moments = _moments_on(features.device, features.shape[1])
             moments.update(features)
+            skipped += batch.get("skipped", ())
+        if skipped:
+            _logger.warning("%d reference images were skipped, the first: %s", len(skipped), skipped[0])
         if moments is None:
             raise ValueError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
         return moments

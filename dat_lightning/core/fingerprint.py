@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.images import CorruptImageError
+
 
 class SizedDataset(Protocol):
     """A map-style data set that knows its length; an entry is an image or an (image, label) pair."""
@@ -29,8 +31,16 @@ def data_fingerprint(dataset: SizedDataset, whole_up_to: int = 20_000, num_sampl
     count = size if size <= whole_up_to else num_samples
     digest = hashlib.sha256(f"{size}".encode())
     for k in range(count):
-        digest.update(image_digest(dataset[k * size // count]).encode())
+        digest.update((_readable_digest(dataset, k * size // count) or "unreadable").encode())
     return digest.hexdigest()
+
+
+def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
+    """The hash of an entry; ``None`` if its image is corrupt."""
+    try:
+        return image_digest(dataset[index])
+    except CorruptImageError:
+        return None
 
 
 def module_fingerprint(module: nn.Module) -> str:
@@ -46,12 +56,14 @@ def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole
     """Returns which share of ``num_samples`` evenly spaced images of ``b`` are in ``a``.
 
     Up to ``whole_up_to`` images, ``a`` is searched whole; of more, ``num_samples`` are looked at, which finds data in
-    the same order. Only images that are equal byte for byte, in the same layout and type, count.
+    the same order. Only images that are equal byte for byte, in the same layout and type, count; corrupt ones
+    are left out.
     """
 
     def digests(dataset: SizedDataset, count: int) -> set[str]:
-        return {image_digest(dataset[k * len(dataset) // count]) for k in range(count)}
+        found = (_readable_digest(dataset, k * len(dataset) // count) for k in range(count))
+        return {digest for digest in found if digest is not None}
 
     few = digests(b, min(len(b), num_samples))
     many = digests(a, len(a) if len(a) <= whole_up_to else min(len(a), num_samples))
-    return len(many & few) / len(few)
+    return len(many & few) / max(1, len(few))

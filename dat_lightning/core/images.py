@@ -1,7 +1,23 @@
-"""Images as eight-bit pixels, as files and feature extractors take them."""
+"""Images as eight-bit pixels, as files and feature extractors take them, and the error for those that are none."""
 
 import torch
 from torch import Tensor
+
+
+class CorruptImageError(ValueError):
+    """An image that cannot be read: truncated, damaged, gone, or no image at all.
+
+    A data set raises it for the entry concerned; training and evaluation go on without that entry and count it.
+
+    Args:
+        name: Path or record of the image.
+        reason: What is wrong with it. Without one, ``name`` is the whole message: a loader process hands errors over
+            as text alone, and the type of the error is to survive that.
+    """
+
+    def __init__(self, name: str, reason: str | None = None) -> None:
+        super().__init__(name if reason is None else f"{name} is not a readable image: {reason}")
+        self.name = name
 
 
 def to_uint8_rgb(images: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def ascend_snapshots(
     threat_model: ThreatModel,
     snapshots: Collection[int],
     *,
+    start: Tensor | None = None,
     mode: AttackMode = "eval",
     draws: Tensor | None = None,
     seed: int = 0,
@@ -85,11 +86,12 @@ def ascend_snapshots(
 
     Args:
         logits: The network, images to logits.
-        x: Start and centre of the ball, shape (N, C, H, W), in [0, 1].
+        x: Centre of the ball and, unless told otherwise, start; shape (N, C, H, W), in [0, 1].
         y: Labels, shape (N,): the true class for an attack, the target class for generation.
         objective: What to climb.
         threat_model: Ball, step and norm; its ``num_steps`` is replaced by the largest snapshot.
         snapshots: Numbers of steps after which to keep the state; 0 is the start.
+        start: Where the walk begins instead, shape of ``x``; it is projected onto the ball around ``x`` first.
         mode: Whether a module is attacked in eval mode or in the mode that it is in.
         draws: Global index of each example, shape (N,), for the random start; by default its place in the batch.
         seed: Seed of the random start's streams.
@@ -99,10 +101,15 @@ def ascend_snapshots(
         Steps → images, shape of ``x``, detached.
 
     Raises:
-        ValueError: If there are no snapshots or one is negative.
+        ValueError: If there are no snapshots or one is negative, a start has another shape than ``x``, or there is one
+            although the threat model asks for a random start.
     """
     if not snapshots or min(snapshots) < 0:
         raise ValueError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
+    if start is not None and start.shape != x.shape:
+        raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
+    if start is not None and threat_model.random_start:
+        raise ValueError("start and threat_model.random_start exclude each other: a walk has one start")
     with ExitStack() as stack:
         # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
         stack.enter_context(torch.inference_mode(False))
@@ -115,8 +122,11 @@ def ascend_snapshots(
                 torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
             )
         center, y = x.detach().clone(), y.clone()
-        start = _start(center, threat_model, draws, seed) if threat_model.random_start else center
-        chain = _chain(logits, start, center, y, objective, threat_model, max(snapshots))
+        if start is not None:
+            first = project(start.detach().clone(), center, threat_model.norm, threat_model.eps)
+        else:
+            first = _start(center, threat_model, draws, seed) if threat_model.random_start else center
+        chain = _chain(logits, first, center, y, objective, threat_model, max(snapshots))
         return {step: state for step, state in enumerate(chain) if step in snapshots}
 
 
@@ -128,6 +138,7 @@ def ascend(
     threat_model: ThreatModel,
     *,
     num_steps: int | None = None,
+    start: Tensor | None = None,
     mode: AttackMode = "eval",
     draws: Tensor | None = None,
     seed: int = 0,
@@ -137,11 +148,12 @@ def ascend(
 
     Args:
         logits: See :func:`ascend_snapshots`, as for all arguments not named here.
-        x: Start and centre of the ball, shape (N, C, H, W), in [0, 1].
+        x: Centre of the ball, shape (N, C, H, W), in [0, 1].
         y: Labels, shape (N,).
         objective: What to climb.
         threat_model: Ball, step, norm and number of steps.
         num_steps: Takes the place of the threat model's, as the curriculum of Stage 2 does.
+        start: Where the walk begins, if not at ``x``.
         mode: Eval mode, or the mode that the module is in.
         draws: Global indices for the random start.
         seed: Seed of the random start.
@@ -155,6 +167,7 @@ def ascend(
         objective,
         threat_model,
         (steps,),
+        start=start,
         mode=mode,
         draws=draws,
         seed=seed,

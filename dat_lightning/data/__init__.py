@@ -1,17 +1,38 @@
 """DataModules that pair in-distribution images with out-of-distribution seeds, in an order that any run can resume."""
 
 from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.images import CorruptImageError
+from dat_lightning.data.cifar import CIFARImages
 from dat_lightning.data.digits import DigitsDataModule
 from dat_lightning.data.draws import DrawStream, Transform
+from dat_lightning.data.folders import ImageFolder, LabelledFolder
+from dat_lightning.data.generated import GeneratedImages
+from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice
+from dat_lightning.data.images import ImageSubset, NamedImages, Unlabelled, read_image
+from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import PairedDataModule
+from dat_lightning.data.tiny_images import TinyImages
 
 __all__ = [
+    "CIFARImages",
+    "CorruptImageError",
     "DigitsDataModule",
     "DrawStream",
+    "GeneratedImages",
+    "ImageDataModule",
+    "ImageFolder",
+    "ImageSubset",
+    "LabelledFolder",
+    "MixedStream",
+    "NamedImages",
     "PairedDataModule",
     "PhotographCrops",
+    "RandomSlice",
     "SizedDataset",
+    "TinyImages",
     "Transform",
     "UniformNoise",
+    "Unlabelled",
+    "read_image",
 ]

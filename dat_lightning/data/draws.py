@@ -1,44 +1,70 @@
 """Data order and augmentation as pure functions of (seed, draw number): the basis of exact resume on any rank count."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.images import CorruptImageError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
 
 Transform = Callable[[Any], Tensor]
 """Maps a raw image to a float tensor (C, H, W) in [0, 1]; randomness comes from torch's global generator."""
 
 
+# Unreadable images in a row before a stream gives up: a folder that is gone, not a few bad files.
+_MAX_REPLACEMENTS = 100
+
+
+class DrawSource(Protocol):
+    """Draws by their numbers: a :class:`DrawStream`, or what mixes several."""
+
+    def __call__(self, draw: int, /) -> tuple[Tensor, int | None]:
+        """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
+
+    def take_skipped(self) -> list[str]:
+        """Returns why images were skipped since the last call, a message each."""
+
+
 class DrawStream:
     """An endless, reshuffled, augmented view of a data set.
 
     Draw n is entry perm(n mod N) of pass n // N, with a new permutation each pass, and its augmentation is seeded by n.
-    Nothing else enters: not the worker, nor the rank, nor what consumed random numbers before.
+    Nothing else enters: not the worker, nor the rank, nor what consumed random numbers before. In place of a corrupt
+    image comes another one, chosen by n as well.
 
     Args:
         dataset: The images; an entry is an image or an (image, label) pair.
         transform: The augmentation.
         seed: Seed of the run.
         name: Name of the stream, so that two streams over one data set differ.
+        on_skip: Called with each corrupt image that is met; by default :meth:`take_skipped` gives them.
 
     Raises:
-        ValueError: If the data set is empty.
+        ValueError: If the data set is empty; on a draw, if a hundred images in a row are corrupt.
     """
 
-    def __init__(self, dataset: SizedDataset, transform: Transform, seed: int, name: str) -> None:
+    def __init__(
+        self,
+        dataset: SizedDataset,
+        transform: Transform,
+        seed: int,
+        name: str,
+        on_skip: Callable[[str], None] | None = None,
+    ) -> None:
         if len(dataset) == 0:
             raise ValueError(f"the data set of the {name!r} stream is empty")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
         self.name = name
+        self._skipped: list[str] = []
+        self._on_skip = on_skip or self._skipped.append
         self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,7 +85,7 @@ class DrawStream:
 
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
-        entry = self.dataset[self.index(draw)]
+        entry = self._entry(draw)
         image, label = entry if isinstance(entry, tuple) else (entry, None)
         state = torch.get_rng_state()
         # The CPU generator alone: torch.manual_seed would reset those of all devices.
@@ -69,26 +95,68 @@ class DrawStream:
         finally:
             torch.set_rng_state(state)
 
+    def take_skipped(self) -> list[str]:
+        """Returns why images were skipped since the last call, a message each."""
+        taken = list(self._skipped)
+        self._skipped.clear()
+        return taken
 
-class PairedDraws(Dataset[dict[str, Tensor]]):
+    def _entry(self, draw: int) -> Any:
+        """The data set's entry of a draw."""
+        index = self.index(draw)
+        for attempt in range(_MAX_REPLACEMENTS):
+            entry = self._read(index)
+            if not isinstance(entry, CorruptImageError):
+                return entry
+            self._on_skip(str(entry))
+            index = stream_seed(self.seed, self.name, "replacement", draw, attempt) % len(self.dataset)
+        raise ValueError(
+            f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"
+            f" because {entry}"
+        )
+
+    def _read(self, index: int) -> Any:
+        try:
+            return self.dataset[index]
+        except CorruptImageError as error:
+            return error
+
+
+class PairedDraws(Dataset[dict[str, Any]]):
     """Whole training batches by their draw numbers, from several streams at once.
 
     Args:
         streams: Name → stream; stream ``gen`` gives the keys ``x_gen`` and, if its data set has labels, ``y_gen``.
     """
 
-    def __init__(self, streams: dict[str, DrawStream]) -> None:
+    def __init__(self, streams: Mapping[str, DrawSource]) -> None:
         self.streams = streams
 
-    def __getitem__(self, draws: Sequence[int]) -> dict[str, Tensor]:
-        """Returns the batch of the given draws, with their numbers under ``draw``."""
-        batch: dict[str, Tensor] = {"draw": torch.as_tensor(draws)}
+    def __getitem__(self, draws: Sequence[int]) -> dict[str, Any]:
+        """Returns the batch of the given draws, with their numbers under ``draw``.
+
+        Where images were corrupt, it has their messages under ``skipped``, a list of strings.
+        """
+        batch: dict[str, Any] = {"draw": torch.as_tensor(draws)}
+        skipped: list[str] = []
         for name, stream in self.streams.items():
             images, labels = zip(*(stream(draw) for draw in draws), strict=True)
-            batch[f"x_{name}"] = torch.stack(images)
+            batch[f"x_{name}"] = _stacked(images, name)
             if labels[0] is not None:
                 batch[f"y_{name}"] = torch.tensor(labels)
-        return batch
+            skipped += stream.take_skipped()
+        return batch | {"skipped": skipped} if skipped else batch
+
+
+def _stacked(images: Sequence[Tensor], name: str) -> Tensor:
+    """A batch of images, which must have one shape."""
+    shapes = {tuple(image.shape) for image in images}
+    if len(shapes) > 1:
+        raise ValueError(
+            f"the images of the {name!r} stream have several shapes, {sorted(shapes)[0]} and {sorted(shapes)[1]} among"
+            " them: its transform has to bring them to one size and number of channels"
+        )
+    return torch.stack(list(images))
 
 
 class DrawBatches(DistributedSampler[list[int]]):
@@ -130,20 +198,34 @@ class DrawBatches(DistributedSampler[list[int]]):
         return self.num_batches
 
 
-class EvaluationBatches(Dataset[dict[str, Tensor]]):
-    """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``y`` (N,) and ``index`` (N,)."""
+class EvaluationBatches(Dataset[dict[str, Any]]):
+    """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``y`` (N,) and ``index`` (N,).
+
+    Corrupt images are left out, and their messages are under ``skipped``, a list of strings.
+
+    Raises:
+        ValueError: On a batch, if all its images are corrupt.
+    """
 
     def __init__(self, dataset: SizedDataset, transform: Transform) -> None:
         self.dataset = dataset
         self.transform = transform
 
-    def __getitem__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        examples = []
+    def __getitem__(self, indices: Sequence[int]) -> dict[str, Any]:
+        images, labels, kept, skipped = [], [], [], []
         for index in indices:
-            image, label = self.dataset[index]
-            examples.append({"x": self.transform(image), "y": int(label), "index": index})
-        batch: dict[str, Tensor] = default_collate(examples)
-        return batch
+            try:
+                image, label = self.dataset[index]
+            except CorruptImageError as error:
+                skipped.append(str(error))
+                continue
+            images.append(self.transform(image))
+            labels.append(int(label))
+            kept.append(index)
+        if not kept:
+            raise ValueError(f"no image of an evaluation batch can be read: {'; '.join(skipped[:3])}")
+        batch = {"x": _stacked(images, "evaluation"), "y": torch.tensor(labels), "index": torch.tensor(kept)}
+        return batch | {"skipped": skipped} if skipped else batch
 
 
 class ShardedBatches(DistributedSampler[list[int]]):
@@ -180,7 +262,7 @@ class ShardedBatches(DistributedSampler[list[int]]):
         return self.num_batches
 
 
-class ResumableLoader(DataLoader[dict[str, Tensor]]):
+class ResumableLoader(DataLoader[dict[str, Any]]):
     """A DataLoader over whole batches that tells Lightning that it can continue in mid-epoch.
 
     The position itself belongs to the DataModule, which the sampler asks; Lightning merely looks for these two methods

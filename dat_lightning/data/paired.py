@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 from dat_lightning.core.fingerprint import SizedDataset, shared_images
 from dat_lightning.data.draws import (
     DrawBatches,
+    DrawSource,
     DrawStream,
     EvaluationBatches,
     PairedDraws,
@@ -17,6 +18,7 @@ from dat_lightning.data.draws import (
     ShardedBatches,
     Transform,
 )
+from dat_lightning.data.skipped import SkippedImages
 
 Stream = Literal["gen", "clf", "ood"]
 Split = Literal["train", "val", "test"]
@@ -38,10 +40,12 @@ class PairedDataModule(LightningDataModule):
         num_workers: Loader processes per rank; 0 loads in the training process.
         streams: Which parts a training batch has. Stage 1 needs ``clf`` alone.
         seed: Seed of data order and augmentation.
+        max_skipped_share: Share of images that may be corrupt; those are skipped and logged with their paths. More of
+            them stop the run.
 
     Raises:
         ValueError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
-            or there are none although ``ood`` is among the streams.
+            or there are none although ``ood`` is among the streams; during a run, if too many images are corrupt.
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class PairedDataModule(LightningDataModule):
         num_workers: int = 0,
         streams: Sequence[Stream] = ("gen", "clf", "ood"),
         seed: int = 0,
+        max_skipped_share: float = 0.01,
     ) -> None:
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -66,6 +71,7 @@ class PairedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.streams = tuple(streams)
         self.seed = seed
+        self.skipped = SkippedImages(max_skipped_share)
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
         self._start_draw = 0
         self._start_batch = 0
@@ -117,7 +123,7 @@ class PairedDataModule(LightningDataModule):
             ValueError: If the data have no OOD images.
         """
         dataset = self._require_ood("held_out")
-        return DrawStream(dataset, self.seed_transform(), self.seed, "held-out seeds")
+        return DrawStream(dataset, self.seed_transform(), self.seed, "held-out seeds", on_skip=self.skipped.add)
 
     def reference_data(self) -> EvaluationBatches:
         """Returns the training images as evaluation sees them: the reference of the Fréchet distance."""
@@ -147,7 +153,7 @@ class PairedDataModule(LightningDataModule):
                 f"trainer.overfit_batches={overfit} cannot work with an endless stream of draws; use a data set of"
                 " a few images, or trainer.limit_train_batches"
             )
-        streams: dict[str, DrawStream] = {name: self._stream(name) for name in self.streams}
+        streams: dict[str, DrawSource] = {name: self._stream(name) for name in self.streams}
         sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
         return self._loader(PairedDraws(streams), sampler)
 
@@ -162,6 +168,17 @@ class PairedDataModule(LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Returns the test split, this rank's share."""
         return self._evaluation_loader("test")
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Counts the corrupt images that loading a batch met, and returns the batch without their messages.
+
+        Raises:
+            ValueError: If they are more than ``max_skipped_share`` allows.
+        """
+        if isinstance(batch, dict):
+            loaded = sum(len(value) for key, value in batch.items() if key.startswith("x"))
+            self.skipped.update(batch.pop("skipped", ()), loaded)
+        return batch
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the data and the settings that give it its meaning."""
@@ -188,7 +205,7 @@ class PairedDataModule(LightningDataModule):
 
     # Parts.
 
-    def _stream(self, name: Stream) -> DrawStream:
+    def _stream(self, name: Stream) -> DrawSource:
         dataset = self._require_ood("train") if name == "ood" else self.in_distribution("train")
         return DrawStream(dataset, self.transform(name), self.seed, name)
 

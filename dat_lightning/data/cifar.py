@@ -1,0 +1,87 @@
+"""CIFAR-10 and CIFAR-100."""
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
+from torchvision.datasets.utils import check_integrity
+
+from dat_lightning.data.images import check_index
+
+_SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
+
+
+class CIFARImages(Dataset[tuple[Image.Image, int]]):
+    """The 50 000 training or 10 000 test images of CIFAR-10 or CIFAR-100, 32×32, with labels.
+
+    torchvision reads the published files, which are pickles; it compares their checksums first, so that nothing but
+    their known content is unpickled.
+
+    Args:
+        name: Which of the two.
+        root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
+        train: Training images, or else test images.
+        download: Whether to fetch the files if they are not there.
+
+    Attributes:
+        classes: Names of the classes by index.
+        labels: Class index of each image, int64.
+
+    Raises:
+        FileNotFoundError: If a file is missing and not to be downloaded.
+        ConnectionError: If the download fails.
+        ValueError: If a file is damaged, or ``name`` is unknown.
+    """
+
+    def __init__(
+        self, name: Literal["cifar10", "cifar100"], root: str | Path, train: bool, download: bool = False
+    ) -> None:
+        if name not in _SOURCES:
+            raise ValueError(f"name must be one of {list(_SOURCES)}, got {name!r}")
+        root = Path(root).expanduser()
+        source = _SOURCES[name]
+        try:
+            data = source(root, train=train, download=download)
+        except RuntimeError:
+            _check_files(root, source)
+            raise
+        except OSError as error:
+            raise ConnectionError(f"could not download {source.url} to {root}: {error}") from error
+        self.part = f"{name} {'train' if train else 'test'}"
+        self.classes = tuple(data.classes)
+        self.labels = np.asarray(data.targets, dtype=np.int64)
+        self._pixels = np.ascontiguousarray(data.data)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        """Returns image ``index`` as RGB, and its label."""
+        check_index(index, len(self))
+        return Image.fromarray(self._pixels[index]), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        """Returns data set, part and number of image ``index``."""
+        check_index(index, len(self))
+        return f"{self.part} image {index}"
+
+
+def _check_files(root: Path, source: type[CIFAR10]) -> None:
+    """Raises an error that says what is wrong, where torchvision would say that something is."""
+    files = [*source.train_list, *source.test_list, (source.meta["filename"], source.meta["md5"])]
+    folder = root / source.base_folder
+    missing = [name for name, _ in files if not (folder / name).is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{', '.join(missing)} missing in {folder}; `download: true` fetches {source.url} (170 MB), or unpack that"
+            f" file in {root}"
+        )
+    damaged = [name for name, checksum in files if not check_integrity(folder / name, checksum)]
+    if damaged:
+        raise ValueError(
+            f"{', '.join(damaged)} in {folder} differ from the published files (MD5); delete them and fetch"
+            f" {source.url} again"
+        )

@@ -1,0 +1,226 @@
+"""The DataModule of the CIFAR and ImageNet recipes: any labelled images, any seeds, the method's augmentations."""
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+from torch.utils.data import Dataset
+
+from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.random_streams import RandomPermutation
+from dat_lightning.data import transforms
+from dat_lightning.data.draws import DrawSource, DrawStream, EvaluationBatches, Transform
+from dat_lightning.data.images import exclusion_entry, image_name
+from dat_lightning.data.mixing import MixedStream
+from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream
+
+
+class RandomSlice(Dataset[Any]):
+    """Places ``start`` … ``stop``−1 of a data set in a random order that is a function of the seed.
+
+    Slices of one order that do not overlap share no image, and of two that begin alike the shorter is part of the
+    longer. No index list is kept, so a slice of 79 million images costs nothing.
+
+    Args:
+        dataset: Any data set; names of images are passed on.
+        start: First place.
+        stop: Place after the last.
+        seed: Parts that name the order.
+
+    Raises:
+        ValueError: If the places do not lie in the data set.
+    """
+
+    def __init__(self, dataset: SizedDataset, start: int, stop: int, seed: Sequence[int | str]) -> None:
+        if not 0 <= start <= stop <= len(dataset):
+            raise ValueError(f"places {start} … {stop} are outside a data set of {len(dataset)} images")
+        self.dataset = dataset
+        self.start = start
+        self.stop = stop
+        self._order = RandomPermutation(len(dataset), *seed)
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns the entry at a place."""
+        return self.dataset[self.place(index)]
+
+    def name(self, index: int) -> str:
+        """Returns the name of the image at a place."""
+        return image_name(self.dataset, self.place(index))
+
+    def exclusion_entry(self, index: int) -> str:
+        """Returns how exclusion lists call the image at a place."""
+        return exclusion_entry(self.dataset, self.place(index))
+
+    def place(self, index: int) -> int:
+        """Returns where in the whole data set an entry is."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"entry {index} is outside 0 … {len(self) - 1}")
+        return self._order[self.start + index]
+
+
+class ImageDataModule(PairedDataModule):
+    """Labelled images and OOD seeds of any source, with the augmentations of the CIFAR or the ImageNet recipes.
+
+    | batch key | ``cifar`` | ``imagenet`` |
+    |---|---|---|
+    | ``x_gen`` | crop after padding by 4, flip | resize, centre crop, flip |
+    | ``x_clf`` | the same, AutoAugment, Cutout of 16 pixels | random resized crop, flip |
+    | ``x_ood`` | crop after padding, flip | random resized crop, flip |
+
+    Validation images and held-out seeds are set aside by a fixed seed, not by ``seed``: runs stay comparable.
+
+    Args:
+        train: Labelled training images, such as :class:`~dat_lightning.data.CIFARImages` or
+            :class:`~dat_lightning.data.LabelledFolder`.
+        test: Labelled test images.
+        ood: OOD images, such as :class:`~dat_lightning.data.TinyImages`, :class:`~dat_lightning.data.ImageFolder`,
+            :class:`~dat_lightning.data.Unlabelled` or :class:`~dat_lightning.data.UniformNoise`; Stage 1 needs none.
+        held_out: OOD images for generation; by default ``num_held_out`` of ``ood``, which training then does without.
+        num_held_out: How many those are.
+        max_ood_samples: Use only so many of the OOD images in training; smaller choices are part of larger ones.
+        validation_size: How many training images are kept for validation; 0 trains on all and validates on ``test``.
+        generated: Labelled generated images that are mixed into ``x_clf``, such as
+            :class:`~dat_lightning.data.GeneratedImages`.
+        generated_fraction: Their share of each batch.
+        augmentation: The recipe, see above.
+        ood_augmentation: ``crop`` or ``resized_crop``, where it differs from the recipe's: crops of photographs as
+            seeds of 32×32 pixels need the latter.
+        image_size: Height and width that the network sees.
+        eval_resize: Short side to which evaluation resizes before its centre crop; by default ``image_size``.
+        batch_size: See :class:`PairedDataModule`, as for all that follow.
+        eval_batch_size: Likewise.
+        num_workers: Likewise.
+        streams: Likewise.
+        seed: Likewise.
+        max_skipped_share: Likewise.
+
+    Raises:
+        ValueError: If a number does not fit the data, or two arguments do not go together.
+
+    Source: DAT (arXiv 2510.13872), on its data; Cubuk et al. 2019 (arXiv 1805.09501); DeVries & Taylor 2017
+        (arXiv 1708.04552); Wang et al. 2023 (arXiv 2302.04638).
+    """
+
+    def __init__(
+        self,
+        train: SizedDataset,
+        test: SizedDataset,
+        ood: SizedDataset | None = None,
+        held_out: SizedDataset | None = None,
+        num_held_out: int = 10_000,
+        max_ood_samples: int | None = None,
+        validation_size: int = 0,
+        generated: SizedDataset | None = None,
+        generated_fraction: float = 0.0,
+        augmentation: Literal["cifar", "imagenet"] = "cifar",
+        ood_augmentation: Literal["crop", "resized_crop"] | None = None,
+        image_size: int = 32,
+        eval_resize: int | None = None,
+        batch_size: int = 128,
+        eval_batch_size: int = 256,
+        num_workers: int = 0,
+        streams: Sequence[Stream] = ("gen", "clf", "ood"),
+        seed: int = 0,
+        max_skipped_share: float = 0.01,
+    ) -> None:
+        super().__init__(batch_size, eval_batch_size, num_workers, streams, seed, max_skipped_share)
+        self.train_images = _sized(train, "train")
+        self.test_images = _sized(test, "test")
+        self.generated = None if generated is None else _sized(generated, "generated")
+        if augmentation not in ("cifar", "imagenet"):
+            raise ValueError(f"augmentation must be 'cifar' or 'imagenet', got {augmentation!r}")
+        if ood_augmentation not in (None, "crop", "resized_crop"):
+            raise ValueError(f"ood_augmentation must be 'crop' or 'resized_crop', got {ood_augmentation!r}")
+        if image_size < 1 or (eval_resize is not None and eval_resize < image_size):
+            raise ValueError(
+                f"image_size must be positive and eval_resize at least that, got {image_size}, {eval_resize}"
+            )
+        if not 0 <= validation_size < len(self.train_images):
+            raise ValueError(
+                f"validation_size must lie in 0 … {len(self.train_images) - 1}, the number of training images less one,"
+                f" got {validation_size}"
+            )
+        if not 0 <= generated_fraction < 1 or (generated_fraction > 0) != (generated is not None):
+            raise ValueError(
+                "generated and generated_fraction, in (0, 1), go together; got"
+                f" {type(generated).__name__} and {generated_fraction}"
+            )
+        self.generated_fraction = generated_fraction
+        self.validation_size = validation_size
+        self.augmentation = augmentation
+        self.ood_augmentation = ood_augmentation or ("crop" if augmentation == "cifar" else "resized_crop")
+        self.image_size = image_size
+        self.eval_resize = eval_resize
+        self.seeds, self.held_out_images = _split_seeds(ood, held_out, num_held_out, max_ood_samples)
+
+    def in_distribution(self, split: Split) -> SizedDataset:
+        """Returns a split of the labelled images."""
+        if split == "test" or (split == "val" and self.validation_size == 0):
+            return self.test_images
+        if self.validation_size == 0:
+            return self.train_images
+        start, stop = (0, self.validation_size) if split == "val" else (self.validation_size, len(self.train_images))
+        return RandomSlice(self.train_images, start, stop, (0, "validation split"))
+
+    def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
+        """Returns the seeds of training or of generation."""
+        return self.seeds if split == "train" else self.held_out_images
+
+    def transform(self, stream: Stream) -> Transform:
+        """Returns the recipe's augmentation of a stream."""
+        if stream == "ood":
+            resized = self.ood_augmentation == "resized_crop"
+            return transforms.imagenet_strong(self.image_size) if resized else transforms.cifar_weak(self.image_size)
+        if self.augmentation == "cifar":
+            strong = stream == "clf"
+            return transforms.cifar_strong(self.image_size) if strong else transforms.cifar_weak(self.image_size)
+        return (transforms.imagenet_strong if stream == "clf" else transforms.imagenet_weak)(self.image_size)
+
+    def evaluation_transform(self) -> Transform:
+        """Returns a resize to ``eval_resize`` and a centre crop."""
+        return transforms.evaluation_resize(self.image_size, self.eval_resize)
+
+    def reference_data(self) -> EvaluationBatches:
+        """Returns all training images, validation images among them, as ``x_gen`` without flips."""
+        return EvaluationBatches(self.train_images, transforms.evaluation_resize(self.image_size))
+
+    def _stream(self, name: Stream) -> DrawSource:
+        real = super()._stream(name)
+        if name != "clf" or self.generated is None:
+            return real
+        generated = DrawStream(self.generated, self.transform("clf"), self.seed, "generated")
+        return MixedStream(real, generated, self.generated_fraction)
+
+
+def _sized(dataset: Any, argument: str) -> SizedDataset:
+    """A data set that knows its length, and is not empty."""
+    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise TypeError(f"{argument} must be a data set with a length, got {type(dataset).__name__}")
+    if len(dataset) == 0:
+        raise ValueError(f"{argument} has no images")
+    sized: SizedDataset = dataset
+    return sized
+
+
+def _split_seeds(
+    ood: Any, held_out: Any, num_held_out: int, max_samples: int | None
+) -> tuple[SizedDataset | None, SizedDataset | None]:
+    """OOD images for training and for generation, without overlap."""
+    if max_samples is not None and max_samples < 1:
+        raise ValueError(f"max_ood_samples must be at least 1, got {max_samples}")
+    if ood is None:
+        return None, None if held_out is None else _sized(held_out, "held_out")
+    images, order = _sized(ood, "ood"), (0, "OOD split")
+    if held_out is not None:
+        start, seeds = 0, _sized(held_out, "held_out")
+    elif 0 < num_held_out < len(images):
+        start, seeds = num_held_out, RandomSlice(images, 0, num_held_out, order)
+    else:
+        raise ValueError(
+            f"num_held_out must lie in 1 … {len(images) - 1}, so that the {len(images)} OOD images give seeds for both"
+            f" training and generation, got {num_held_out}; or give held_out other images"
+        )
+    stop = len(images) if max_samples is None else min(len(images), start + max_samples)
+    return RandomSlice(images, start, stop, order), seeds

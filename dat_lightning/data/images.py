@@ -1,0 +1,199 @@
+"""Reading images, and views of data sets of images: what all image sources have in common."""
+
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+from torch.utils.data import Dataset
+
+from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.images import CorruptImageError
+
+# What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+class NamedImages(Protocol):
+    """A map-style data set that can say where an image comes from."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+    def name(self, index: int, /) -> str:
+        """Returns path or record of image ``index``."""
+        ...
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Returns the image in a file, decoded, as RGB with eight bits.
+
+    Grey is repeated, sixteen-bit grey is scaled, palettes and CMYK are converted, transparency is dropped, and of
+    several frames the first is taken. The orientation that a camera noted in EXIF is ignored, as torchvision does.
+
+    Raises:
+        CorruptImageError: If the file is missing, is no image, or is damaged.
+    """
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            return _rgb(image)
+    except UnidentifiedImageError as error:
+        raise CorruptImageError(str(path), f"it is none of {', '.join(_FORMATS)}") from error
+    except OSError as error:
+        raise CorruptImageError(str(path), error.strerror or str(error)) from error
+    except Exception as error:  # whatever a reader of damaged bytes stumbles over
+        raise CorruptImageError(str(path), f"{type(error).__name__}: {error}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        # Pillow would clip at 255. 65535 / 257 = 255; older versions read sixteen bits as "I".
+        grey = (np.asarray(image).astype(np.int64) + 128) // 257
+        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode!r} have no agreed white")
+    # Pillow warns that the transparency of a palette is lost, which is meant.
+    image.info.pop("transparency", None)
+    return image.convert("RGB")
+
+
+def check_index(index: int, size: int) -> None:
+    """Raises an IndexError unless an index lies in 0 … size − 1."""
+    if not 0 <= index < size:
+        raise IndexError(f"image {index} is outside 0 … {size - 1}")
+
+
+def image_name(dataset: SizedDataset, index: int) -> str:
+    """Returns where an image comes from: what the data set's ``name`` says, or else its type and the index."""
+    name = getattr(dataset, "name", None)
+    return str(name(index)) if callable(name) else f"{type(dataset).__name__} entry {index}"
+
+
+def exclusion_entry(dataset: SizedDataset, index: int) -> str:
+    """Returns how exclusion lists call an image: what the data set's ``exclusion_entry`` says, or else the index.
+
+    Raises:
+        TypeError: If the data set is a view of another one and does not say: the index would be another image there.
+    """
+    entry = getattr(dataset, "exclusion_entry", None)
+    if callable(entry):
+        return str(entry(index))
+    if hasattr(dataset, "dataset"):
+        raise TypeError(
+            f"{type(dataset).__name__} is a view of another data set and has no exclusion_entry(index), so that nobody"
+            " knows what exclusion lists call its images"
+        )
+    return str(index)
+
+
+class ImageSubset(Dataset[Any]):
+    """Some entries of a data set.
+
+    Args:
+        dataset: The whole.
+        indices: Which entries, in which order; a range or NumPy array is kept as it is.
+
+    Raises:
+        ValueError: If an index is no integer or outside the data set.
+    """
+
+    def __init__(self, dataset: SizedDataset, indices: Sequence[int] | np.ndarray) -> None:
+        # Of a range the ends are enough; it may be longer than memory.
+        ends: Sequence[int] | np.ndarray = [*indices[:1], *indices[-1:]] if isinstance(indices, range) else indices
+        ends = np.asarray(ends)
+        if ends.size and (ends.ndim != 1 or not np.issubdtype(ends.dtype, np.integer)):
+            raise ValueError(f"indices must be one row of integers, got {ends.dtype} of shape {ends.shape}")
+        if ends.size and not 0 <= ends.min() <= ends.max() < len(dataset):
+            raise ValueError(f"indices must lie in 0 … {len(dataset) - 1}, got {ends.min()} … {ends.max()}")
+        self.dataset = dataset
+        self.indices = indices if isinstance(indices, range) else np.asarray(indices)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns entry ``index`` of the subset."""
+        return self.dataset[self._original(index)]
+
+    def name(self, index: int) -> str:
+        """Returns where image ``index`` of the subset comes from."""
+        return image_name(self.dataset, self._original(index))
+
+    def exclusion_entry(self, index: int) -> str:
+        """Returns how exclusion lists call image ``index`` of the subset."""
+        return exclusion_entry(self.dataset, self._original(index))
+
+    def _original(self, index: int) -> int:
+        check_index(index, len(self))
+        return int(self.indices[index])
+
+
+class Unlabelled(Dataset[Any]):
+    """The images of another data set, without labels: out-of-distribution seeds from labelled data.
+
+    Args:
+        dataset: Entries are images, or pairs of image and label.
+    """
+
+    def __init__(self, dataset: SizedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns image ``index``."""
+        check_index(index, len(self))
+        entry = self.dataset[index]
+        return entry[0] if isinstance(entry, tuple) else entry
+
+    def name(self, index: int) -> str:
+        """Returns where image ``index`` comes from."""
+        check_index(index, len(self))
+        return image_name(self.dataset, index)
+
+    def exclusion_entry(self, index: int) -> str:
+        """Returns how exclusion lists call image ``index``."""
+        check_index(index, len(self))
+        return exclusion_entry(self.dataset, index)
+
+
+class RecordFile:
+    """Equally long records in a file of any size; each process opens it at its first read.
+
+    Records are read one by one instead of mapped into memory: a map reads far around each place, fills memory with
+    pages, and ends the process where the disk fails or the file shrinks.
+
+    Args:
+        path: The file.
+        record_size: Bytes of a record.
+        offset: Where the first record begins.
+    """
+
+    def __init__(self, path: Path, record_size: int, offset: int = 0) -> None:
+        self.path = path
+        self.record_size = record_size
+        self.offset = offset
+        self._descriptor: int | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptor": None}
+
+    def read(self, record: int) -> bytes:
+        """Returns record number ``record``, counted from 0.
+
+        Raises:
+            OSError: If the file is gone or cannot be read.
+            EOFError: If the file ends before the end of the record.
+        """
+        if self._descriptor is None:
+            self._descriptor = os.open(self.path, os.O_RDONLY)
+            weakref.finalize(self, os.close, self._descriptor)
+        data = os.pread(self._descriptor, self.record_size, self.offset + record * self.record_size)
+        if len(data) < self.record_size:
+            raise EOFError("the file has become shorter")
+        return data

@@ -1,0 +1,55 @@
+"""The count of images that could not be read: a few are skipped, too many stop the run."""
+
+import logging
+from collections.abc import Sequence
+
+logger = logging.getLogger(__name__)
+
+# Loaded images below which a share means little: two bad files among the first ten are no two in ten.
+_MIN_LOADED = 1000
+
+
+class SkippedImages:
+    """Counts images that were skipped because they are corrupt, and logs each once, with its path.
+
+    Args:
+        max_share: Largest share of loaded images that may be skipped, in [0, 1]; 0 allows none.
+
+    Attributes:
+        count: Images skipped so far by this process, once for every time one was met.
+        loaded: Images loaded so far.
+
+    Raises:
+        ValueError: If the share is outside [0, 1].
+    """
+
+    def __init__(self, max_share: float = 0.01) -> None:
+        if not 0 <= max_share <= 1:
+            raise ValueError(f"max_skipped_share must lie in [0, 1], got {max_share}")
+        self.max_share = max_share
+        self.count = 0
+        self.loaded = 0
+        self._known: set[str] = set()
+
+    def add(self, message: str) -> None:
+        """Adds the message of one skipped image."""
+        self.update([message])
+
+    def update(self, messages: Sequence[str], loaded: int = 0) -> None:
+        """Adds the messages of skipped images, and the number of images that were loaded.
+
+        Raises:
+            ValueError: If more than the allowed share was skipped, which counts from a thousand loaded images on.
+        """
+        self.loaded += loaded
+        self.count += len(messages)
+        for message in messages:
+            if message not in self._known:
+                self._known.add(message)
+                logger.warning("skipped an image (%d different ones so far): %s", len(self._known), message)
+        allowed = self.max_share * max(self.loaded, _MIN_LOADED)
+        if messages and self.count > allowed:
+            raise ValueError(
+                f"{self.count} of {self.loaded} loaded images could not be read, more than data.max_skipped_share"
+                f" {self.max_share:g} allows; the last one: {messages[-1]}"
+            )

@@ -1,0 +1,158 @@
+"""Augmentations of CIFAR and ImageNet, from PIL images to tensors in [0, 1]; all randomness is torch's.
+
+Each takes images of any size; besides PIL images, tensors (C, H, W), uint8 or float in [0, 1], such as noise.
+The geometry is done on uint8 tensors, which torchvision resizes about three times as fast as PIL images; the results
+differ by two levels of 255 at most, in about one pixel of a hundred. Evaluation and AutoAugment work on PIL images, as
+published results do.
+"""
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+from dat_lightning.data.draws import Transform
+
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+class Cutout(v2.Transform):  # type: ignore[misc]
+    """Covers a square around a random pixel of an image tensor (C, H, W) in [0, 1]; at the border a part of it.
+
+    Source: DeVries and Taylor 2017, arXiv 1708.04552, §3.2.
+
+    Args:
+        size: Side of the square, in pixels.
+        fill: Value inside the square; the source fills with the mean, which is 0 after its normalisation.
+
+    Raises:
+        ValueError: If the size is not positive, or the value outside [0, 1].
+    """
+
+    _transformed_types = (Tensor,)
+
+    def __init__(self, size: int, fill: float = 0.0) -> None:
+        super().__init__()
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        if not 0 <= fill <= 1:
+            raise ValueError(f"fill must lie in [0, 1], got {fill}")
+        self.size = size
+        self.fill = fill
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Returns the centre."""
+        height, width = v2.functional.get_size(flat_inputs[0])
+        return {"y": int(torch.randint(height, ())), "x": int(torch.randint(width, ()))}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Returns the image with the square covered."""
+        top, left = params["y"] - self.size // 2, params["x"] - self.size // 2
+        covered = inpt.clone()
+        covered[..., max(top, 0) : top + self.size, max(left, 0) : left + self.size] = self.fill
+        return covered
+
+
+class ToUnitRange(v2.Transform):  # type: ignore[misc]
+    """Makes a uint8 tensor a float tensor in [0, 1]; level k becomes the float nearest to k / 255.
+
+    torchvision's ToDtype multiplies by the rounded 1 / 255 instead, which is off in the last place for half of the
+    levels: images that other sources divide by 255 would not be equal to ours. Float tensors are clipped to [0, 1],
+    since bicubic interpolation overshoots.
+
+    Raises:
+        TypeError: If a tensor is of another type.
+    """
+
+    _transformed_types = (Tensor,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Returns the float tensor."""
+        if inpt.is_floating_point():
+            return inpt.clamp(0, 1)
+        if inpt.dtype != torch.uint8:
+            raise TypeError(f"images must be PIL images, uint8 tensors or float tensors in [0, 1], got {inpt.dtype}")
+        return inpt.float().div_(255)
+
+
+def cifar_weak(image_size: int = 32) -> Transform:
+    """Returns a shift by up to four pixels over a black border, and a flip."""
+    return _composed(v2.PILToTensor(), *_shift_and_flip(image_size))
+
+
+def cifar_strong(image_size: int = 32) -> Transform:
+    """Returns a shift, a flip, AutoAugment's policy for CIFAR-10 (arXiv 1805.09501), and a cutout of 16 pixels."""
+    policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)
+    return _composed(*_shift_and_flip(image_size), policy, v2.PILToTensor(), after=Cutout(16))
+
+
+def imagenet_weak(image_size: int, interpolation: Interpolation = "bilinear") -> Transform:
+    """Returns a resize of the shorter side to ``image_size``, the centre, and a flip."""
+    resize = _resize_and_crop(image_size, image_size, interpolation)
+    return _composed(v2.PILToTensor(), *resize, v2.RandomHorizontalFlip())
+
+
+def imagenet_strong(image_size: int, interpolation: Interpolation = "bilinear") -> Transform:
+    """Returns 8 % to all of the image's area, resized to ``image_size``, and a flip; for OOD seeds too."""
+    return seed_crop(image_size, (0.08, 1.0), interpolation)
+
+
+def seed_crop(
+    image_size: int, scale: tuple[float, float] = (0.08, 1.0), interpolation: Interpolation = "bilinear"
+) -> Transform:
+    """Returns a part of the image whose share of the area lies in ``scale``, resized to ``image_size``, and a flip.
+
+    Raises:
+        ValueError: If ``scale`` is no range of shares, or another argument is outside its range.
+    """
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise ValueError(f"scale must be a range within (0, 1], got {scale}")
+    size, mode = _checked_size(image_size), _mode(interpolation)
+    crop = v2.RandomResizedCrop(size, scale=tuple(scale), interpolation=mode, antialias=True)
+    return _composed(v2.PILToTensor(), crop, v2.RandomHorizontalFlip())
+
+
+def evaluation_resize(
+    image_size: int, resize_size: int | None = None, interpolation: Interpolation = "bicubic"
+) -> Transform:
+    """Returns a resize of the shorter side to ``resize_size``, by default ``image_size``, and the centre.
+
+    An image that has the size already keeps its pixels.
+
+    Raises:
+        ValueError: If ``resize_size`` is below ``image_size``, or another argument is outside its range.
+    """
+    resize = image_size if resize_size is None else resize_size
+    if resize < image_size:
+        raise ValueError(f"resize_size must be at least image_size {image_size}, got {resize}")
+    return _composed(*_resize_and_crop(image_size, resize, interpolation), v2.PILToTensor())
+
+
+def _resize_and_crop(image_size: int, resize_size: int, interpolation: Interpolation) -> list[v2.Transform]:
+    size, mode = _checked_size(image_size), _mode(interpolation)
+    return [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(size)]
+
+
+def _shift_and_flip(image_size: int) -> list[v2.Transform]:
+    # The resize leaves CIFAR's own images as they are; it is for other sources.
+    resize = _resize_and_crop(image_size, image_size, "bicubic")
+    return [*resize, v2.RandomCrop(image_size, padding=4), v2.RandomHorizontalFlip()]
+
+
+def _composed(*transforms: v2.Transform, after: v2.Transform | None = None) -> Transform:
+    """Transforms of eight-bit images, the conversion to [0, 1], and one of the result."""
+    composed: Transform = v2.Compose([*transforms, ToUnitRange(), *([] if after is None else [after])])
+    return composed
+
+
+def _checked_size(image_size: int) -> int:
+    if image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    return image_size
+
+
+def _mode(interpolation: Interpolation) -> v2.InterpolationMode:
+    if interpolation not in get_args(Interpolation):
+        raise ValueError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
+    return v2.InterpolationMode(interpolation)

@@ -1,0 +1,342 @@
+import logging
+from itertools import islice
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dat_lightning.core.images import CorruptImageError
+from dat_lightning.data import (
+    ImageDataModule,
+    ImageFolder,
+    ImageSubset,
+    MixedStream,
+    RandomSlice,
+    TinyImages,
+    UniformNoise,
+    Unlabelled,
+)
+from dat_lightning.data.draws import DrawStream, EvaluationBatches, PairedDraws
+from tests.recipes import write_folders, write_tiny_images
+
+
+class Flat(Dataset[Any]):
+    """Image i is of the one grey level ``offset`` + i, its label i modulo 5; some images are corrupt."""
+
+    def __init__(self, size: int, offset: int = 0, labelled: bool = True, corrupt: tuple[int, ...] = ()) -> None:
+        self.size, self.offset, self.labelled, self.corrupt = size, offset, labelled, corrupt
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.corrupt:
+            raise CorruptImageError(self.name(index), "made so")
+        image = Image.new("RGB", (40, 36), (self.offset + index,) * 3)
+        return (image, index % 5) if self.labelled else image
+
+    def name(self, index: int) -> str:
+        return f"flat/{self.offset + index}.png"
+
+
+def level(images: Tensor) -> list[int]:
+    """The grey level at the centre of each image."""
+    centre = images[:, 0, images.shape[2] // 2, images.shape[3] // 2]
+    return [round(value * 255) for value in centre.tolist()]
+
+
+def pairs(**kwargs: Any) -> ImageDataModule:
+    defaults: dict[str, Any] = {
+        "train": Flat(60),
+        "test": Flat(20, offset=60),
+        "ood": Flat(100, offset=100, labelled=False),
+        "num_held_out": 30,
+        "batch_size": 10,
+        "image_size": 8,
+    }
+    return ImageDataModule(**{**defaults, **kwargs})
+
+
+def names(dataset: Any) -> list[str]:
+    return [dataset.name(i) for i in range(len(dataset))]
+
+
+@pytest.mark.parametrize("augmentation", ["cifar", "imagenet"])
+def test_a_batch_has_all_parts_at_the_size_of_the_network(augmentation: Any) -> None:
+    data = pairs(augmentation=augmentation, image_size=16)
+    batch = next(iter(data.train_dataloader()))
+    assert set(batch) == {"draw", "x_gen", "y_gen", "x_clf", "y_clf", "x_ood"}
+    for key in ("x_gen", "x_clf", "x_ood"):
+        assert batch[key].shape == (10, 3, 16, 16)
+        assert batch[key].dtype == torch.float32
+        assert batch[key].min() >= 0
+        assert batch[key].max() <= 1
+    assert all(100 <= value < 200 for value in level(batch["x_ood"]))
+    assert [value % 5 for value in level(batch["x_gen"])] == batch["y_gen"].tolist()
+
+
+def test_streams_have_the_recipes_augmentations() -> None:
+    cifar, imagenet = pairs(), pairs(augmentation="imagenet")
+    assert "AutoAugment" in repr(cifar.transform("clf"))
+    assert "Cutout" in repr(cifar.transform("clf"))
+    for stream in ("gen", "ood"):
+        assert "AutoAugment" not in repr(cifar.transform(cast(Any, stream)))
+        assert "RandomCrop" in repr(cifar.transform(cast(Any, stream)))
+    assert "RandomResizedCrop" in repr(imagenet.transform("clf"))
+    assert "RandomResizedCrop" in repr(imagenet.transform("ood"))
+    assert "RandomResizedCrop" not in repr(imagenet.transform("gen"))
+    assert "RandomHorizontalFlip" in repr(imagenet.transform("gen"))
+    assert "RandomResizedCrop" in repr(pairs(ood_augmentation="resized_crop").transform("ood"))
+    assert "Random" not in repr(cifar.evaluation_transform())
+
+
+def test_evaluation_resizes_before_its_crop_and_the_reference_does_not() -> None:
+    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
+    data = pairs(train=Flat(10), augmentation="imagenet", image_size=16, eval_resize=32)
+    # The short side becomes 32, of which the middle half is kept: columns 16 … 48 of 64.
+    seen = data.evaluation_transform()(image)[0, 8] * 255
+    assert seen[0].item() == pytest.approx(4 * 16.5, abs=4)
+    assert seen[-1].item() == pytest.approx(4 * 46.5, abs=4)
+    reference = data.reference_data().transform(image)[0, 8] * 255
+    assert reference[0].item() == pytest.approx(4 * 1.5, abs=4)
+    assert len(cast(Any, data.reference_data().dataset)) == 10
+
+
+def test_training_and_validation_share_no_image_and_lose_none() -> None:
+    data = pairs(validation_size=15)
+    train, val = names(data.in_distribution("train")), names(data.in_distribution("val"))
+    assert len(val) == 15
+    assert sorted(train + val) == sorted(names(Flat(60)))
+    assert val == names(pairs(validation_size=15, seed=7).in_distribution("val"))
+    assert names(data.in_distribution("test")) == names(Flat(20, offset=60))
+    assert val != names(Flat(60))[:15]
+
+
+def test_without_validation_images_the_test_images_validate() -> None:
+    data = pairs()
+    assert names(data.in_distribution("val")) == names(Flat(20, offset=60))
+    assert len(data.in_distribution("train")) == 60
+
+
+def test_held_out_seeds_are_no_training_seeds_and_smaller_sets_are_part_of_larger_ones() -> None:
+    seeds = {size: names(pairs(max_ood_samples=size).out_of_distribution("train")) for size in (1, 10, 50, None)}
+    held_out = names(pairs().out_of_distribution("held_out"))
+    assert len(held_out) == 30
+    assert len(set(held_out)) == 30
+    assert sorted(seeds[None] + held_out) == sorted(names(Flat(100, offset=100)))
+    assert [len(chosen) for chosen in seeds.values()] == [1, 10, 50, 70]
+    assert seeds[10][:1] == seeds[1]
+    assert seeds[50][:10] == seeds[10]
+    assert names(pairs(max_ood_samples=10).out_of_distribution("held_out")) == held_out
+
+
+def test_held_out_images_of_their_own_leave_all_others_to_training() -> None:
+    data = pairs(held_out=Flat(7, offset=220, labelled=False))
+    assert names(data.out_of_distribution("held_out")) == names(Flat(7, offset=220))
+    assert sorted(names(data.out_of_distribution("train"))) == sorted(names(Flat(100, offset=100)))
+    assert level(data.held_out_seeds()(0)[0][None])[0] >= 220
+
+
+def test_noise_can_be_a_seed() -> None:
+    batch = next(iter(pairs(ood=UniformNoise(50, (3, 8, 8)), num_held_out=10).train_dataloader()))
+    assert batch["x_ood"].shape == (10, 3, 8, 8)
+    assert batch["x_ood"].std() > 0.2
+
+
+def test_stage_1_needs_no_seeds_and_stage_2_says_that_it_does() -> None:
+    data = pairs(ood=None, streams=["clf"])
+    data.setup("fit")
+    assert set(next(iter(data.train_dataloader()))) == {"draw", "x_clf", "y_clf"}
+    with pytest.raises(ValueError, match="no out-of-distribution images"):
+        pairs(ood=None).setup("fit")
+
+
+def test_training_images_as_seeds_are_refused() -> None:
+    with pytest.raises(ValueError, match="are the training images"):
+        pairs(ood=Flat(60, labelled=False)).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"validation_size": 60}, r"validation_size must lie in 0 … 59, .*got 60"),
+        ({"num_held_out": 100}, r"num_held_out must lie in 1 … 99, .*got 100"),
+        ({"num_held_out": 0}, r"got 0"),
+        ({"max_ood_samples": 0}, r"max_ood_samples must be at least 1, got 0"),
+        ({"augmentation": "mnist"}, r"augmentation must be .*'mnist'"),
+        ({"ood_augmentation": "flip"}, r"ood_augmentation must be .*'flip'"),
+        ({"image_size": 0}, r"image_size must be positive"),
+        ({"image_size": 32, "eval_resize": 16}, r"eval_resize at least that, got 32, 16"),
+        ({"generated_fraction": 0.5}, r"generated and generated_fraction.*NoneType and 0.5"),
+        ({"generated": Flat(5)}, r"generated and generated_fraction.*Flat and 0.0"),
+        ({"generated": Flat(5), "generated_fraction": 1.0}, r"Flat and 1.0"),
+        ({"train": Flat(0)}, r"train has no images"),
+        ({"max_skipped_share": 1.5}, r"max_skipped_share must lie in \[0, 1\], got 1.5"),
+    ],
+)
+def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        pairs(**kwargs)
+
+
+def test_a_data_set_without_a_length_is_refused() -> None:
+    with pytest.raises(TypeError, match="train must be a data set with a length, got list_iterator"):
+        pairs(train=iter([1]))
+
+
+# Generated images.
+
+
+@pytest.mark.parametrize("fraction", [0.1, 0.3, 0.5, 0.7, 0.99])
+def test_every_run_of_draws_has_its_share_of_generated_images(fraction: float) -> None:
+    def stream(offset: int, labelled: bool = True) -> DrawStream:
+        return DrawStream(Flat(50, offset, labelled), pairs().evaluation_transform(), 0, str(offset))
+
+    mixed = MixedStream(stream(0), stream(100), fraction)
+    generated = [level(mixed(draw)[0][None])[0] >= 100 for draw in range(400)]
+    for length in (10, 16, 100):
+        counts = [sum(generated[first : first + length]) for first in range(400 - length)]
+        assert max(abs(count - fraction * length) for count in counts) < 1 + 1e-9
+    # Either stream is drawn from in order, without gaps.
+    real = [mixed(draw) for draw in range(100) if not generated[draw]]
+    assert [level(image[None]) for image, _ in real] == [level(stream(0)(n)[0][None]) for n in range(len(real))]
+
+
+def test_generated_images_reach_the_classifier_alone() -> None:
+    data = pairs(generated=Flat(40, offset=210), generated_fraction=0.3, batch_size=20, augmentation="imagenet")
+    generated: list[int] = []
+    for batch in islice(data.train_dataloader(), 3):
+        assert all(value < 60 for value in level(batch["x_gen"]))
+        assert all(100 <= value < 200 for value in level(batch["x_ood"]))
+        levels = level(batch["x_clf"])
+        assert [value % 5 for value in levels] == batch["y_clf"].tolist()
+        new = [value for value in levels if value >= 210]
+        assert len(new) == 6
+        generated += new
+    assert len(set(generated)) == 18
+
+
+# Corrupt images.
+
+
+def test_a_corrupt_image_is_replaced_by_a_readable_one_that_the_draw_decides() -> None:
+    whole = DrawStream(Flat(20), pairs().evaluation_transform(), 3, "gen")
+    holed = DrawStream(Flat(20, corrupt=(4, 9)), pairs().evaluation_transform(), 3, "gen")
+    again = DrawStream(Flat(20, corrupt=(4, 9)), pairs().evaluation_transform(), 3, "gen")
+    for draw in range(60):
+        index = whole.index(draw)
+        image = holed(draw)[0]
+        if index not in (4, 9):
+            assert torch.equal(image, whole(draw)[0])
+        else:
+            assert level(image[None])[0] not in (4, 9)
+    for draw in reversed(range(60)):
+        assert torch.equal(again(draw)[0], holed(draw)[0])
+    messages = holed.take_skipped()
+    assert set(messages) == {f"flat/{n}.png is not a readable image: made so" for n in (4, 9)}
+    assert holed.take_skipped() == []
+
+
+def test_a_source_of_which_nothing_is_readable_ends_with_the_last_reason() -> None:
+    stream = DrawStream(Flat(20, corrupt=tuple(range(20))), pairs().evaluation_transform(), 0, "ood")
+    with pytest.raises(ValueError, match=r"images of the 'ood' stream cannot be read: 100 in a row.*flat/\d+\.png"):
+        stream(0)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_skipped_images_are_counted_and_logged_once_with_their_path(
+    num_workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = pairs(train=Flat(30, corrupt=(7,)), streams=["gen"], num_workers=num_workers)
+    caplog.set_level(logging.WARNING)
+    for _ in range(2):
+        for batch in data.train_dataloader():
+            left = data.on_before_batch_transfer(batch, 0)
+            assert set(left) == {"draw", "x_gen", "y_gen"}
+            assert left["x_gen"].shape == (10, 3, 8, 8)
+    assert data.skipped.count >= 2
+    assert data.skipped.loaded == 60
+    assert [r.message for r in caplog.records] == [
+        "skipped an image (1 different ones so far): flat/7.png is not a readable image: made so"
+    ]
+
+
+def test_too_many_corrupt_images_stop_the_run() -> None:
+    data = pairs(train=Flat(60, corrupt=tuple(range(0, 60, 3))), streams=["gen"], max_skipped_share=0.005)
+
+    def epoch(data: ImageDataModule) -> None:
+        for batch in data.train_dataloader():
+            data.on_before_batch_transfer(batch, 0)
+
+    with pytest.raises(ValueError, match=r"\d+ of \d+ loaded images could not be read.*max_skipped_share 0.005.*flat/"):
+        epoch(data)
+    patient = pairs(train=Flat(60, corrupt=tuple(range(0, 60, 3))), streams=["gen"], max_skipped_share=1.0)
+    epoch(patient)
+    assert patient.skipped.count > 10
+
+
+def test_evaluation_leaves_corrupt_images_out_and_keeps_the_others_indices() -> None:
+    data = pairs(test=Flat(20, offset=60, corrupt=(3, 8)), eval_batch_size=5)
+    batches = [dict(data.on_before_batch_transfer(batch, 0)) for batch in data.test_dataloader()]
+    assert all(set(batch) == {"x", "y", "index"} for batch in batches)
+    indices = torch.cat([batch["index"] for batch in batches]).tolist()
+    assert indices == [i for i in range(20) if i not in (3, 8)]
+    assert level(torch.cat([batch["x"] for batch in batches])) == [60 + i for i in indices]
+    assert torch.cat([batch["y"] for batch in batches]).tolist() == [i % 5 for i in indices]
+    assert data.skipped.count == 2
+
+
+def test_an_evaluation_batch_without_a_readable_image_is_an_error() -> None:
+    batches = EvaluationBatches(Flat(4, corrupt=(0, 1, 2, 3)), pairs().evaluation_transform())
+    with pytest.raises(ValueError, match=r"no image of an evaluation batch can be read: flat/0\.png"):
+        batches[range(4)]
+
+
+def test_a_held_out_seed_that_is_corrupt_is_counted() -> None:
+    data = pairs(held_out=Flat(5, offset=220, labelled=False, corrupt=(2,)), augmentation="imagenet")
+    seeds = data.held_out_seeds()
+    assert all(level(seeds(i)[0][None])[0] >= 220 for i in range(5))
+    assert data.skipped.count == 1
+
+
+def test_images_of_several_sizes_that_the_transform_leaves_are_named() -> None:
+    stream = DrawStream(Flat(5), lambda image: torch.rand(1, 2, 2 + int(torch.randint(3, ()))), 0, "gen")
+    with pytest.raises(ValueError, match=r"images of the 'gen' stream have several shapes, \(1, 2, 2\) and"):
+        PairedDraws({"gen": stream})[range(20)]
+
+
+def test_a_slice_refuses_places_outside_its_data_set() -> None:
+    with pytest.raises(ValueError, match="places 3 … 61 are outside a data set of 60 images"):
+        RandomSlice(Flat(60), 3, 61, (0,))
+    with pytest.raises(IndexError):
+        RandomSlice(Flat(60), 3, 5, (0,))[2]
+
+
+def test_what_a_view_calls_an_image_in_an_exclusion_list_removes_that_image(tmp_path: Path) -> None:
+    write_folders(tmp_path / "photographs", 3, 5, (40, 36), seed=0)
+    data = pairs(ood=ImageFolder(tmp_path / "photographs"), num_held_out=4)
+    seeds: Any = data.out_of_distribution("train")
+    held_out: Any = data.out_of_distribution("held_out")
+    entries = [seeds.exclusion_entry(2), held_out.exclusion_entry(3), Unlabelled(seeds).exclusion_entry(0)]
+    removed = {seeds.name(2), held_out.name(3), seeds.name(0)}
+    (tmp_path / "exclude.txt").write_text("\n".join(entries), encoding="utf-8")
+    left = ImageFolder(tmp_path / "photographs", exclude=[tmp_path / "exclude.txt"])
+    assert set(names(ImageFolder(tmp_path / "photographs"))) - set(names(left)) == removed
+    assert len(removed) == 3
+
+
+@pytest.mark.parametrize("first_record", [0, 1])
+def test_records_of_tiny_images_are_excluded_by_the_number_they_are_called(tmp_path: Path, first_record: Any) -> None:
+    write_tiny_images(tmp_path, 40)
+    (tmp_path / "first.txt").write_text("5\n6\n", encoding="utf-8")
+    tiny = TinyImages(tmp_path / "tiny_images.bin", [tmp_path / "first.txt"], first_record)
+    view = ImageSubset(tiny, [30, 7])
+    (tmp_path / "second.txt").write_text(view.exclusion_entry(1), encoding="utf-8")
+    lists = [tmp_path / "first.txt", tmp_path / "second.txt"]
+    left = TinyImages(tmp_path / "tiny_images.bin", lists, first_record)
+    assert set(names(tiny)) - set(names(left)) == {view.name(1)}

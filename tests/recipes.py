@@ -1,0 +1,74 @@
+"""The files that the CIFAR and ImageNet recipes expect, small and in their real formats, in the current folder."""
+
+import hashlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from torchvision.datasets import CIFAR10, CIFAR100
+
+CIFAR: dict[str, tuple[Any, str, dict[str, int], str]] = {
+    "cifar10": (
+        CIFAR10,
+        "cifar-10-batches-py",
+        {**{f"data_batch_{k}": 12 for k in range(1, 6)}, "test_batch": 20},
+        "labels",
+    ),
+    "cifar100": (CIFAR100, "cifar-100-python", {"train": 60, "test": 20}, "fine_labels"),
+}
+
+
+def write_cifar(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes pickled batches, and makes torchvision expect their checksums."""
+    source, folder, sizes, key = CIFAR[name]
+    rng = np.random.default_rng(0)
+    files: dict[str, Any] = {
+        file: {key: (np.arange(size) % 10).tolist(), "data": rng.integers(0, 256, (size, 3072), dtype=np.uint8)}
+        for file, size in sizes.items()
+    }
+    files[source.meta["filename"]] = {source.meta["key"]: [f"class {k}" for k in range(int(name[5:]))]}
+    (root / folder).mkdir(parents=True)
+    checksums = {}
+    for file, content in files.items():
+        data = pickle.dumps(content)
+        (root / folder / file).write_bytes(data)
+        checksums[file] = hashlib.md5(data).hexdigest()
+    for part in ("train_list", "test_list"):
+        monkeypatch.setattr(source, part, [[file, checksums[file]] for file, _ in getattr(source, part)])
+    monkeypatch.setattr(source, "meta", {**source.meta, "md5": checksums[source.meta["filename"]]})
+
+
+def write_tiny_images(root: Path, records: int = 120) -> None:
+    """Writes the file of 80M Tiny Images, and lists of records to exclude."""
+    root.mkdir(parents=True, exist_ok=True)
+    np.random.default_rng(1).integers(0, 256, (records, 3072), dtype=np.uint8).tofile(root / "tiny_images.bin")
+    for name in CIFAR:
+        (root / f"tiny_images_{name}.txt").write_text("3\n7\n", encoding="utf-8")
+
+
+def write_folders(root: Path, classes: int, per_class: int, size: tuple[int, int], seed: int) -> None:
+    """Writes JPEG files ``class<k>/<n>.jpg`` of random blocks."""
+    rng = np.random.default_rng(seed)
+    for k in range(classes):
+        folder = root / f"class{k}"
+        folder.mkdir(parents=True)
+        for n in range(per_class):
+            blocks = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+            blocks.resize(size, Image.Resampling.BICUBIC).save(folder / f"{n}.jpg")
+
+
+def write_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writes everything below ``root``, which stands for the configurations' ``data``."""
+    for name in CIFAR:
+        write_cifar(name, root, monkeypatch)
+    write_tiny_images(root)
+    write_folders(root / "imagenet" / "train", 10, 3, (40, 36), 2)
+    write_folders(root / "imagenet" / "val", 10, 2, (40, 36), 3)
+    write_folders(root / "openimages" / "train", 2, 30, (50, 36), 4)
+    write_folders(root / "openimages" / "held_out", 2, 10, (36, 50), 5)
+    write_folders(root / "cifar10" / "train", 10, 6, (32, 32), 6)
+    write_folders(root / "cifar10" / "test", 10, 2, (32, 32), 7)
+    write_folders(root / "photographs", 3, 30, (60, 48), 8)
