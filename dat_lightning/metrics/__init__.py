@@ -1,5 +1,6 @@
 """What evaluation measures with: feature extractors."""
 
+from dat_lightning.metrics.classifier_features import ClassifierFeatures
 from dat_lightning.metrics.features import DigitsFeatures, TorchFidelityFeatures
 
-__all__ = ["DigitsFeatures", "TorchFidelityFeatures"]
+__all__ = ["ClassifierFeatures", "DigitsFeatures", "TorchFidelityFeatures"]

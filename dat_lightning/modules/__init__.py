@@ -1,7 +1,8 @@
-"""LightningModules, one per way of training: Stage 1, Stage 2 and what they share."""
+"""LightningModules, one per way of training: Stage 1 in two ways, Stage 2, and what they share."""
 
 from dat_lightning.modules.base import EnergyModule
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.robust_classifier import RobustClassifierModule
+from dat_lightning.modules.trades import TradesModule
 
-__all__ = ["DualAdversarialModule", "EnergyModule", "JointLogits", "RobustClassifierModule"]
+__all__ = ["DualAdversarialModule", "EnergyModule", "JointLogits", "RobustClassifierModule", "TradesModule"]

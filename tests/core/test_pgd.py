@@ -468,6 +468,44 @@ def test_the_ball_is_around_the_image_not_around_the_start() -> None:
     assert (result - x).flatten(1).norm(dim=1).max() <= 0.2 + 1e-12
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_walk_may_begin_elsewhere_in_the_ball(norm: Norm) -> None:
+    network, (x, y) = TanhNetwork(), images()
+    threat = ThreatModel(norm, eps=0.2, step_size=0.05, num_steps=3)
+    inside = (x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()).clamp(0, 1)
+    states = ascend_snapshots(network, x, y, cross_entropy, threat, (0, 1), start=inside)
+    torch.testing.assert_close(states[0], inside, rtol=0, atol=1e-15)
+    first = torch.stack(
+        [
+            torch.from_numpy(
+                plain_ascent(network, i.numpy(), int(k), cross_entropy, ThreatModel(norm, math.inf, 0.05, 1))
+            )
+            for i, k in zip(inside, y, strict=True)
+        ]
+    )
+    torch.testing.assert_close(states[1], first, rtol=0, atol=1e-11)
+    assert torch.equal(ascend(network, x, y, cross_entropy, threat, num_steps=1, start=inside), states[1])
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_start_outside_the_ball_is_projected_onto_it(norm: Norm) -> None:
+    x, y = torch.full((1, 3, 2, 2), 0.5, dtype=torch.float64), torch.zeros(1).long()
+    far = x + torch.linspace(0.05, 0.4, 12, dtype=torch.float64).view(1, 3, 2, 2)
+    threat = ThreatModel(norm, eps=0.2, num_steps=0)
+    (delta,) = (ascend(TanhNetwork(), x, y, cross_entropy, threat, start=far) - x).flatten(1)
+    steps = torch.linspace(0.05, 0.4, 12, dtype=torch.float64)
+    expected = steps.clamp(max=0.2) if norm == "Linf" else steps * 0.2 / steps.square().sum().sqrt()
+    torch.testing.assert_close(delta, expected)
+
+
+def test_a_start_that_cannot_be_is_refused() -> None:
+    x, y = images()
+    with pytest.raises(ValueError, match=r"start must have the shape of x, \(5, 3, 2, 2\), got \(1, 3, 2, 2\)"):
+        ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(), start=x[:1])
+    with pytest.raises(ValueError, match="a walk has one start"):
+        ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(random_start=True), start=x)
+
+
 def test_train_mode_restores_any_buffer_that_a_pass_changes() -> None:
     norm = nn.InstanceNorm2d(1, track_running_stats=True)
     linear = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 3))
