@@ -1,6 +1,14 @@
 """PyTorch Lightning modules for Dual Adversarial Training: a robust classifier and a generator in one network."""
 
-from dat_lightning.backbones import SmallResNet, WideResNet
+from dat_lightning.backbones import (
+    SmallResNet,
+    WideResNet,
+    convnext_convstem,
+    resnet50,
+    timm_model,
+    wide_resnet50_2,
+    wide_resnet50_4,
+)
 from dat_lightning.callbacks import (
     Diagnostics,
     ExponentialMovingAverage,
@@ -12,14 +20,39 @@ from dat_lightning.callbacks import (
     SampleWriter,
     SamplingPlan,
 )
-from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, ascend, ascend_snapshots, unbounded_ascent
-from dat_lightning.data import DigitsDataModule, PairedDataModule
-from dat_lightning.metrics import DigitsFeatures, TorchFidelityFeatures
-from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule
+from dat_lightning.core import (
+    AUCCurriculum,
+    EnergyModel,
+    ThreatModel,
+    architecture_of,
+    ascend,
+    ascend_snapshots,
+    build_architecture,
+    register_architecture,
+    unbounded_ascent,
+)
+from dat_lightning.data import (
+    CIFARImages,
+    CorruptImageError,
+    DigitsDataModule,
+    GeneratedImages,
+    ImageDataModule,
+    ImageFolder,
+    LabelledFolder,
+    PairedDataModule,
+    TinyImages,
+    UniformNoise,
+    Unlabelled,
+)
+from dat_lightning.metrics import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures
+from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
 from dat_lightning.version import __version__
 
 __all__ = [
     "AUCCurriculum",
+    "CIFARImages",
+    "ClassifierFeatures",
+    "CorruptImageError",
     "Diagnostics",
     "DigitsDataModule",
     "DigitsFeatures",
@@ -28,6 +61,10 @@ __all__ = [
     "EnergyModule",
     "ExponentialMovingAverage",
     "FrechetDistance",
+    "GeneratedImages",
+    "ImageDataModule",
+    "ImageFolder",
+    "LabelledFolder",
     "PGDSampler",
     "PairedDataModule",
     "RobustClassifierModule",
@@ -38,10 +75,22 @@ __all__ = [
     "SamplingPlan",
     "SmallResNet",
     "ThreatModel",
+    "TinyImages",
     "TorchFidelityFeatures",
+    "TradesModule",
+    "UniformNoise",
+    "Unlabelled",
     "WideResNet",
     "__version__",
+    "architecture_of",
     "ascend",
     "ascend_snapshots",
+    "build_architecture",
+    "convnext_convstem",
+    "register_architecture",
+    "resnet50",
+    "timm_model",
     "unbounded_ascent",
+    "wide_resnet50_2",
+    "wide_resnet50_4",
 ]

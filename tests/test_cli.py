@@ -15,7 +15,7 @@ from dat_lightning import DualAdversarialModule, RobustClassifierModule
 from dat_lightning.cli import main, one_sentence
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = sorted(p for p in (ROOT / "configs").rglob("*.yaml") if "trainer" not in p.parts)
+CONFIGS = sorted((ROOT / "configs" / "digits").glob("*.yaml"))  # tests/test_configs.py has the others
 STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"stage{n}.yaml") for n in (1, 2))
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 

@@ -98,7 +98,7 @@ class PGDSampler(Callback):
         batch_size: Samples per batch and rank.
         every_n_epochs: During fit, sample after each n-th epoch only.
         stages: The evaluations that sample.
-        precision: Precision of the chain's passes.
+        precision: Precision of the chain's passes; by default the Trainer's.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -115,7 +115,7 @@ class PGDSampler(Callback):
         batch_size: int = 250,
         every_n_epochs: int = 1,
         stages: Sequence[Stage] = ("val", "test", "predict"),
-        precision: Literal["float32", "bfloat16"] = "float32",
+        precision: Literal["float32", "bfloat16"] | None = None,
     ) -> None:
         positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
         for name, value in positive.items():
@@ -175,7 +175,8 @@ class PGDSampler(Callback):
         silent = not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
         for indices in tqdm(chunks, desc="Generating", leave=False, disable=silent):
             images = torch.stack([seeds(i)[0] for i in indices]).to(like)
-            batch = self.generate(pl_module, images, torch.tensor(indices), num_classes)
+            with trainer.precision_plugin.forward_context():
+                batch = self.generate(pl_module, images, torch.tensor(indices), num_classes)
             for consumer in consumers:
                 consumer.on_samples_batch(trainer, pl_module, batch)
         for consumer in consumers:
@@ -184,7 +185,7 @@ class PGDSampler(Callback):
     def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
         """Returns the samples with the given global indices (N,) from their seeds (N, C, H, W)."""
         labels = (indices % num_classes).to(seeds.device)
-        dtype = None if self.precision == "float32" else _DTYPES[self.precision]
+        dtype = None if self.precision is None else _DTYPES[self.precision]
         images = ascend_snapshots(
             logits, seeds, labels, targeted_logit, self.chain, self.num_steps, autocast_dtype=dtype
         )

@@ -1,0 +1,266 @@
+"""Shipped recipes: each says what the method's table says, instantiates as it is, and trains at reduced size."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from torch import Tensor, nn
+
+import dat_lightning
+from dat_lightning import DualAdversarialModule, EnergyModule, ImageDataModule, RobustClassifierModule
+from dat_lightning.cli import DATCLI, DATArgumentParser, main
+from tests.recipes import write_all
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = ROOT / "configs"
+RECIPES = sorted(
+    path
+    for folder in ("cifar10", "cifar100", "cifar10_small", "imagenet")
+    for path in (CONFIGS / folder).glob("*.yaml")
+)
+FRAGMENTS = sorted([*(CONFIGS / "trainer").glob("*.yaml"), *(CONFIGS / "data").glob("*.yaml")])
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+
+# The method's table: T_max, AUC threshold, η, learning rate, L2 attack (ε, step, steps), batch size, millions of
+# parameters of the network.
+STAGE2 = {
+    "cifar10/stage2_T40": (50, 0.8, 0.1, 1e-3, (0.5, 0.1, 10), 128, 46.16),
+    "cifar10/stage2_T50": (100, 0.7, 0.1, 1e-3, (0.5, 0.1, 10), 128, 46.16),
+    "cifar100/stage2_T45": (50, 0.8, 0.1, 1e-2, (0.5, 0.1, 10), 128, 46.22),
+    "cifar100/stage2_T50": (50, 0.75, 0.1, 1e-2, (0.5, 0.1, 10), 128, 46.22),
+    "imagenet/resnet50_T15": (15, 0.4, 2.0, 1e-3, (3.0, 2.0, 3), 512, 25.56),
+    "imagenet/resnet50_T30": (30, 0.4, 2.0, 1e-3, (3.0, 2.0, 3), 512, 25.56),
+    "imagenet/wrn50_4_T30": (30, 0.2, 2.0, 1e-3, (3.0, 2.0, 3), 512, 223.4),
+    "imagenet/wrn50_4_T65": (65, 0.2, 2.0, 1e-3, (3.0, 2.0, 3), 512, 223.4),
+    "imagenet/convnext_l_T110": (110, 0.2, 3.0, 3e-4, (3.0, 2.0, 3), 512, 198.1),
+}
+
+
+class Means(nn.Module):
+    """Stands in for Inception, whose weights are not at hand: the mean of each channel."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.float().mean((2, 3))
+
+
+@pytest.fixture(autouse=True)
+def _data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(dat_lightning, "TorchFidelityFeatures", Means)
+    write_all(tmp_path / "data", monkeypatch)
+
+
+def name_of(recipe: Path) -> str:
+    return f"{recipe.parent.name}/{recipe.stem}"
+
+
+def instantiate(recipe: Path, *args: str) -> Any:
+    """The program's objects, with weights that take no memory."""
+    with torch.device("meta"):
+        return DATCLI(
+            EnergyModule,
+            LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=None,
+            parser_class=DATArgumentParser,
+            run=False,
+            args=["--config", str(recipe), "--data.init_args.validation_size=5", *args],
+        )
+
+
+def small_data(recipe: Path) -> list[str]:
+    return [] if recipe.parent.name == "imagenet" else ["--data.init_args.num_held_out=20"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_a_recipe_instantiates_and_is_what_the_method_says(recipe: Path) -> None:
+    cli = instantiate(recipe, *small_data(recipe))
+    model, data = cli.model, cli.datamodule
+    assert isinstance(data, ImageDataModule)
+    assert data.batch_size == (512 if recipe.parent.name == "imagenet" else 128)
+    assert recipe.stem in cli.trainer.default_root_dir
+    optimizer = model.configure_optimizers()
+    optimizer = optimizer["optimizer"] if isinstance(optimizer, dict) else optimizer
+    settings = optimizer.param_groups[0]
+    if name_of(recipe) in STAGE2:
+        max_steps, threshold, eta, lr, attack, batch_size, millions = STAGE2[name_of(recipe)]
+        assert isinstance(model, DualAdversarialModule)
+        assert (model.curriculum.max_steps, model.curriculum.auc_threshold) == (max_steps, threshold)
+        assert model.contrastive_chain.step_size == eta
+        assert settings["lr"] == lr
+        threat = model.threat_model
+        assert (threat.eps, threat.step_size, threat.num_steps, threat.random_start) == (*attack, False)
+        assert data.batch_size == batch_size
+        assert sum(p.numel() for p in model.energy_model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
+        assert set(data.streams) == {"gen", "clf", "ood"}
+        assert model.init_from is not None
+    if "convnext" in recipe.stem:
+        assert isinstance(optimizer, torch.optim.AdamW)
+        assert (settings["betas"], settings["weight_decay"]) == ((0.9, 0.95), 0.05)
+        assert model.energy_model.mean is None
+    else:
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert (settings["momentum"], settings["nesterov"], settings["weight_decay"]) == (0.9, True, 5e-4)
+        assert model.energy_model.mean is not None
+    logits = model.energy_model(torch.empty(2, 3, data.image_size, data.image_size, device="meta"))
+    assert logits.shape == (2, {"cifar100": 100, "imagenet": 1000}.get(recipe.parent.name, 10))
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_stage_1_trains_as_the_method_says(name: str) -> None:
+    recipe = CONFIGS / name / "stage1.yaml"
+    cli = instantiate(recipe, "--data.init_args.num_held_out=20")
+    assert isinstance(cli.model, RobustClassifierModule)
+    assert cli.trainer.max_epochs == 300
+    threat = cli.model.threat_model
+    assert (threat.norm, threat.eps, threat.step_size, threat.num_steps) == ("L2", 0.5, 0.1, 10)
+    configured: Any = cli.model.configure_optimizers()
+    schedule = configured["lr_scheduler"]
+    assert isinstance(schedule["scheduler"], torch.optim.lr_scheduler.CosineAnnealingLR)
+    assert (schedule["scheduler"].T_max, schedule["interval"]) == (300, "epoch")
+    assert schedule["scheduler"].optimizer.param_groups[0]["lr"] == 0.1
+
+
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem != "features"], ids=name_of)
+def test_the_best_checkpoints_by_fid_and_by_robust_accuracy_are_kept(recipe: Path) -> None:
+    callbacks = yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["callbacks"]
+    kept = [c["init_args"] for c in callbacks if c["class_path"].endswith("ModelCheckpoint")]
+    watched = {c["monitor"]: (c["mode"], c["filename"]) for c in kept if "monitor" in c}
+    assert watched == {
+        "val/fid": ("min", "best_fid"),
+        "val/robust_accuracy": ("max", "best_robust_accuracy"),
+    }
+    assert [c["save_last"] for c in kept if "monitor" not in c] == [True]
+    (sampler,) = (c["init_args"] for c in callbacks if c["class_path"].endswith("PGDSampler"))
+    assert sampler["num_samples"] == 10_000
+    assert sampler["step_size"] == (8.0 if recipe.parent.name == "imagenet" else 0.2)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=name_of)
+def test_the_head_of_a_recipe_says_what_it_needs(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    comment = "\n".join(line for line in text.splitlines() if line.startswith("#"))
+    assert "Global batch size" in comment
+    assert "Expected: " in comment
+    assert f"dat-lightning fit --config {recipe.relative_to(ROOT).as_posix()}" in comment
+    if recipe.parent.name != "cifar10_small":
+        assert "Row of the paper" in comment
+
+
+@pytest.mark.parametrize("fragment", FRAGMENTS, ids=name_of)
+def test_fragments_compose_with_a_recipe(fragment: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = CONFIGS / "cifar10" / "stage2_T40.yaml"
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config", str(recipe), "--config", str(fragment), "--print_config"])
+    assert stop.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    wanted = yaml.safe_load(fragment.read_text(encoding="utf-8"))
+
+    def agrees(found: Any, expected: Any) -> bool:
+        if isinstance(expected, dict):
+            return all(agrees(found[key], value) for key, value in expected.items())
+        if isinstance(expected, list):
+            return len(found) == len(expected) and all(map(agrees, found, expected))
+        return bool(found == expected)
+
+    assert agrees(printed, wanted)
+    # What the fragment does not name stays the recipe's.
+    assert printed["model"]["init_args"]["curriculum"]["init_args"]["max_steps"] == 50
+    assert printed["data"]["init_args"]["batch_size"] == 128
+
+
+def small_network(recipe: Path) -> list[str]:
+    """Arguments that make the recipe's network small, of the same family."""
+    path = "--model.init_args.energy_model.init_args.backbone"
+    if recipe.parent.name == "imagenet":
+        classes = ["--data.init_args.image_size=32", "--data.init_args.eval_resize=36"]
+        if "convnext" in recipe.stem:
+            return [f"{path}.init_args.size=tiny", f"{path}.init_args.num_classes=10", *classes]
+        return [f"{path}=dat_lightning.timm_model", f"{path}.name=resnet10t", f"{path}.num_classes=10", *classes]
+    return [f"{path}.init_args.depth=10", f"{path}.init_args.widen_factor=1"]
+
+
+@pytest.mark.parametrize("recipe", ["cifar10/stage1", "cifar100/stage2_T50", "imagenet/convnext_l_T110"])
+def test_a_recipe_trains_samples_and_keeps_its_checkpoints(recipe: str, tmp_path: Path) -> None:
+    """Two steps and one evaluation as shipped, but for sizes."""
+    path = CONFIGS / f"{recipe}.yaml"
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    for callback in config["trainer"]["callbacks"]:
+        if callback["class_path"] == "dat_lightning.PGDSampler":
+            callback["init_args"] |= {"num_samples": 8, "num_steps": [0, 1], "batch_size": 4}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    attack = ["--model.init_args.threat_model.num_steps=1"]
+    init = [] if "stage1" in recipe else ["--model.init_args.init_from=null"]
+    data = ["batch_size=4", "eval_batch_size=4", "num_workers=0", "validation_size=8"]
+    held_out = [] if "imagenet" in recipe else ["--data.init_args.num_held_out=20"]
+    main(
+        [
+            "fit",
+            "--config",
+            str(tmp_path / "small.yaml"),
+            *small_network(path),
+            *attack,
+            *init,
+            *held_out,
+            *(f"--data.init_args.{setting}" for setting in data),
+            "--trainer.max_epochs=1",
+            "--trainer.limit_train_batches=2",
+            "--trainer.check_val_every_n_epoch=1",
+            "--trainer.val_check_interval=2",
+            "--trainer.enable_progress_bar=false",
+            "--trainer.log_every_n_steps=1",
+        ]
+    )
+    run = tmp_path / "runs" / recipe
+    saved = {file.stem: torch.load(file, weights_only=True) for file in (run / "checkpoints").glob("*.ckpt")}
+    assert set(saved) == {"last", "best_fid", "best_robust_accuracy"}
+    assert all(checkpoint["global_step"] == 2 for checkpoint in saved.values())
+    raw, average = saved["last"]["current_model_state"], saved["last"]["state_dict"]
+    assert any(not torch.equal(raw[name], average[name]) for name in raw)
+    assert list((run / "samples").glob("*.png"))
+
+
+def test_the_small_recipes_run_from_one_script(tmp_path: Path) -> None:
+    """The script trains a feature network and both stages, and tests them; here with a network of almost nothing."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "cifar10_small").mkdir()
+    for recipe in (CONFIGS / "cifar10_small").glob("*.yaml"):
+        text = recipe.read_text(encoding="utf-8").replace("depth: 16", "depth: 10").replace(": 4\n", ": 1\n")
+        text = text.replace("num_samples: 10000", "num_samples: 20").replace("[10, 15, 20, 25, 30, 35, 40]", "[1, 2]")
+        (tmp_path / "configs" / "cifar10_small" / recipe.name).write_text(text, encoding="utf-8")
+    # What every command gets: folders instead of torchvision's files, whose checksums another process would check.
+    folders = CONFIGS / "data" / "cifar10_folders.yaml"
+    small = ["batch_size=8", "num_workers=0", "validation_size=10", "num_held_out=20"]
+    arguments = ["--config", str(folders), *(f"--data.init_args.{setting}" for setting in small)]
+    arguments += ["--trainer.limit_test_batches=1", "--model.init_args.threat_model.num_steps=1"]
+    program = tmp_path / "bin" / "dat-lightning"
+    program.parent.mkdir()
+    # `test` has no limit on training, and `fit` trains two batches of one epoch.
+    python = Path(sys.executable)
+    program.write_text(
+        f'#!/usr/bin/env bash\n[ "$1" = fit ] && set -- "$@" --trainer.max_epochs 1 --trainer.limit_train_batches 2 '
+        f'--trainer.check_val_every_n_epoch 1\nexec {python} -m dat_lightning "$@"\n',
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    run = subprocess.run(
+        [str(ROOT / "docs" / "examples" / "small_cifar10.sh"), *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": f"{program.parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("test/robust_accuracy") == 2
+    assert run.stdout.count("test/fid ") >= 2
