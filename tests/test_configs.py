@@ -179,6 +179,16 @@ def test_fragments_compose_with_a_recipe(fragment: Path, capsys: pytest.CaptureF
     assert printed["data"]["init_args"]["batch_size"] == 128
 
 
+@pytest.mark.parametrize("fragment", [f for f in FRAGMENTS if f.parent.name == "data"], ids=name_of)
+def test_a_data_fragment_leaves_nothing_of_the_recipes_seeds(fragment: Path, tmp_path: Path) -> None:
+    for file in (tmp_path / "data").glob("tiny_images*"):
+        file.unlink()
+    recipe = CONFIGS / "cifar10" / "stage2_T40.yaml"
+    cli = instantiate(recipe, "--config", str(fragment), "--data.init_args.num_held_out=20")
+    x_ood = cli.datamodule.held_out_seeds()(0)[0]
+    assert x_ood.shape == (3, 32, 32)
+
+
 def small_network(recipe: Path) -> list[str]:
     """Arguments that make the recipe's network small, of the same family."""
     path = "--model.init_args.energy_model.init_args.backbone"
