@@ -13,7 +13,7 @@ from dat_lightning.checkpoints import load_weights
 from dat_lightning.core.energy import EnergyModel, marginal_energy
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
-from dat_lightning.core.pgd import AttackMode, ascend
+from dat_lightning.core.pgd import AttackMode, ascend, no_trace
 from dat_lightning.core.threat_model import ThreatModel
 
 Batch = Mapping[str, Tensor]
@@ -75,6 +75,7 @@ class EnergyModule(LightningModule):
         self.compile_network = compile
         self.seed = seed
         self._initialized = False
+        self._labels_checked = False
         if memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
 
@@ -177,6 +178,22 @@ class EnergyModule(LightningModule):
         """Loads the initial weights."""
         self._load_initial_weights()
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Checks the labels of the first batch against the network, before a GPU fails on one that is too large.
+
+        Raises:
+            ValueError: If a label is not below the number of logits.
+        """
+        self._check_labels(batch)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Checks the labels, likewise."""
+        self._check_labels(batch)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Checks the labels, likewise."""
+        self._check_labels(batch)
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule."""
         optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
@@ -206,6 +223,22 @@ class EnergyModule(LightningModule):
         if not self._initialized and self.init_from is not None:
             load_weights(self.energy_model, self.init_from, new_head=self.new_head)
         self._initialized = True
+
+    def _check_labels(self, batch: Any) -> None:
+        if self._labels_checked or not isinstance(batch, Mapping):
+            return
+        parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
+        for name in parts:
+            with torch.no_grad(), no_trace(self.energy_model):
+                # Past __call__, so that no graph is compiled for a single image.
+                num_classes = self.energy_model.forward(batch[f"x{name}"][:1]).shape[1]
+            labels = batch[f"y{name}"]
+            if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+                raise ValueError(
+                    f"the network has {num_classes} logits, but y{name} has labels {int(labels.min())} …"
+                    f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
+                )
+        self._labels_checked = bool(parts)
 
     def part(self, batch: Batch, key: str) -> Tensor:
         """Returns an entry of the batch.

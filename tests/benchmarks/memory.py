@@ -2,11 +2,12 @@
 
     python -m tests.benchmarks.memory --images DIR [--nets resnet50 convnext_l] [--batch_sizes 2 4] [--json FILE]
 
-``--images`` is a folder ``<class>/*`` of photographs. Every case runs in a process of its own: the recipe's module takes
-two Stage-2 steps at 256×256 with T contrastive steps through the Trainer, with the recipe's optimiser and average.
-Reported are the largest resident memory of the process, less what it had before the network was made, and the bytes
-that autograd keeps for the training pass and for one attack pass, counted tensor by tensor. The estimate for a GPU adds
-weights, gradients, optimiser state and average to the larger of the two passes, at the recipe's share of the batch.
+``--images`` is a folder ``<class>/*`` of photographs. Every case runs in a process of its own: the recipe's module
+takes two Stage-2 steps at 256×256 with T contrastive steps through the Trainer, with the recipe's optimiser and
+average. Reported are the largest resident memory of the process, less what it had before the network was made, and the
+bytes that autograd keeps for the training pass and for one attack pass, counted tensor by tensor. The estimate for a
+GPU adds weights, gradients, optimiser state and average to the larger of the two passes, at the recipe's share of the
+batch.
 """
 
 import argparse
@@ -94,8 +95,10 @@ def kept_bytes(forward: Callable[[], Any], module: torch.nn.Module) -> int:
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    del result, alive
-    return sum(seen.values())
+    total = sum(seen.values())
+    del result
+    alive.clear()
+    return total
 
 
 def measure(case: dict[str, Any]) -> dict[str, Any]:

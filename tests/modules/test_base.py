@@ -154,3 +154,14 @@ def test_a_second_fit_goes_on_in_the_data(tmp_path: Path) -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, datamodule=data)
     assert seen == [0, 32, 64, 96, 128, 160]
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_labels_that_the_network_has_no_logit_for_are_an_error_before_the_first_step(run: str, tmp_path: Path) -> None:
+    network = EnergyModel(SmallResNet(num_classes=7, widths=(4, 8)), mean=[0.3], std=[0.35])
+    module = tiny.stage1(energy_model=network)
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer = tiny.trainer(tmp_path, limit_val_batches=1, limit_test_batches=1)
+    with pytest.raises(ValueError, match=r"network has 7 logits, but y(_gen)? has labels 0 … 9.*num_classes"):
+        getattr(trainer, run)(module, datamodule=tiny.digits())
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
