@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback, Trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dat_lightning import DualAdversarialModule, RobustClassifierModule
@@ -95,6 +96,26 @@ def test_the_whole_way(tmp_path: Path) -> None:
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
     norm = "energy_model.backbone.norm.running_mean"
     assert torch.equal(saved[norm], torch.load(first, weights_only=True)["state_dict"][norm])
+
+
+class StopsInTheSecondEpoch(Callback):
+    """Stands for a crash."""
+
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if trainer.current_epoch == 1:
+            raise KeyError("a crash")
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+def test_a_run_that_dies_has_the_checkpoint_of_its_last_whole_epoch(config: Path, tmp_path: Path) -> None:
+    crash = f"--trainer.callbacks+={__name__}.StopsInTheSecondEpoch"
+    short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
+    with pytest.raises(KeyError, match="a crash"):
+        main(["fit", "--config", str(config), *short, crash])
+    (path,) = tmp_path.rglob("last.ckpt")
+    assert torch.load(path, weights_only=True)["global_step"] == 2
+    main(["fit", "--config", str(config), *short, "--ckpt_path", str(path)])
+    assert torch.load(path, weights_only=True)["global_step"] == 6
 
 
 def test_what_tensorboard_shows(tmp_path: Path) -> None:

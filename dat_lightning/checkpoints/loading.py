@@ -69,12 +69,11 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
     weights = _with_counters(found.weights, own)
     head = _head_of_other_classes(model, weights, own)
     kept = {name: own[name] for name in head} if new_head else {}
-    faults = _name_faults(weights, own, found)
-    faults += _value_faults({name: value for name, value in weights.items() if name not in kept}, own)
-    faults += _normalisation_faults(found, own)
+    elsewhere = _name_faults(weights, own, found) + _normalisation_faults(found, own)
+    faults = elsewhere + _value_faults({name: value for name, value in weights.items() if name not in kept}, own)
     if faults:
         hint = ""
-        if len(faults) == len(head):
+        if head and not new_head and not elsewhere and len(faults) == len(head):
             hint = "; only the number of classes differs: new_head=True (--model.new_head true) starts with a new head"
         raise ValueError(f"{path} does not fit the network: {_shortened(faults)}{hint}")
     if not found.strict:

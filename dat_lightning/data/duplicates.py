@@ -12,7 +12,7 @@ import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -172,17 +172,19 @@ def main(args: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if args is None else args)
     parser = ArgumentParser(prog="python -m dat_lightning.data.duplicates", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--config", required=True, help="configuration whose data section says which data")
+    help_text = "configuration whose data section says which data; of several, later ones win"
+    parser.add_argument("--config", required=True, action="append", help=help_text)
     parser.add_function_arguments(exclude_duplicates)
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    config = first.parse_known_args(arguments)[0].config
-    if config is not None:
-        try:
-            arguments = ["--data", json.dumps(data_section(config)), *arguments]
-        except (FileNotFoundError, ValueError) as error:
-            parser.error(str(error))
-    made = parser.instantiate_classes(parser.parse_args(arguments))
+    first.add_argument("--config", type=Path, action="append", default=[])
+    try:
+        sections = [data_section(config) for config in first.parse_known_args(arguments)[0].config]
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    arguments = [*chain.from_iterable(("--data", json.dumps(section)) for section in sections), *arguments]
+    # jsonargparse from 4.49 on has instantiate, and warns of the name that it had before.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    made = instantiate(parser.parse_args(arguments))
     exclude_duplicates(**{name: value for name, value in vars(made).items() if name != "config"})
 
 

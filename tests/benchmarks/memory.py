@@ -5,9 +5,10 @@
 ``--images`` is a folder ``<class>/*`` of photographs. Every case runs in a process of its own: the recipe's module
 takes two Stage-2 steps at 256×256 with T contrastive steps through the Trainer, with the recipe's optimiser and
 average. Reported are the largest resident memory of the process, less what it had before the network was made, and the
-bytes that autograd keeps for the training pass and for one attack pass, counted tensor by tensor. The estimate for a
-GPU adds weights, gradients, optimiser state and average to the larger of the two passes, at the recipe's share of the
-batch.
+bytes that autograd keeps for the training pass and for one attack pass, counted tensor by tensor, per image of the
+batch: the difference between B images and one, so that weights cast to bfloat16 do not count for every image. The
+estimate for a GPU adds weights, gradients, optimiser state, average and those casts to the larger of the two passes, at
+the recipe's share of the batch.
 """
 
 import argparse
@@ -133,15 +134,22 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
     batch = next(iter(data.train_dataloader()))
     x_gen, x_clf, y = batch["x_gen"], batch["x_clf"], batch["y_clf"]
     module.train()
+
+    def training(n: int) -> int:
+        return kept_bytes(lambda: module.joint_logits(x_gen[:n], x_gen[:n], x_clf[:n]), module)
+
+    def attack(n: int) -> int:
+        leaf = x_clf[:n].clone().requires_grad_(True)
+        with no_trace(module.energy_model):
+            return kept_bytes(lambda: cross_entropy(module(leaf), y[:n]), module)
+
     kept: dict[str, float] = {}
     for name, dtype in (("float32", None), ("bfloat16", torch.bfloat16)):
-        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-            training = kept_bytes(lambda: module.joint_logits(x_gen, x_gen, x_clf), module)
-            leaf = x_clf.clone().requires_grad_(True)
-            with no_trace(module.energy_model):
-                attack = kept_bytes(lambda: cross_entropy(module(leaf), y), module)  # noqa: B023
-        kept[f"training_pass_{name}"] = training / batch_size
-        kept[f"attack_pass_{name}"] = attack / batch_size
+        for kind, kept_of in (("training", training), ("attack", attack)):
+            with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+                one, all_of_them = kept_of(1), kept_of(batch_size)
+            kept[f"{kind}_pass_{name}"] = (all_of_them - one) / (batch_size - 1)
+            kept[f"{kind}_fixed_{name}"] = one - kept[f"{kind}_pass_{name}"]
     parameters = sum(p.numel() for p in module.parameters())
     # Weights, gradients and average in float32, and one (SGD) or two (AdamW) numbers of state.
     state = 2 if "AdamW" in str(module.configure_optimizers()) else 1
@@ -157,9 +165,12 @@ def measure(case: dict[str, Any]) -> dict[str, Any]:
 
 def gpu_estimate(figures: dict[str, Any], precision: str, share: int = GPU_SHARE) -> float:
     """Returns the bytes that a device needs for its share of the batch."""
-    training, attack = figures[f"training_pass_{precision}"], figures[f"attack_pass_{precision}"]
-    largest: float = max(training, attack) * share
-    return float(figures["fixed_bytes"]) + largest
+    passes = [
+        figures[f"{kind}_pass_{precision}"] * share + figures[f"{kind}_fixed_{precision}"]
+        for kind in ("training", "attack")
+    ]
+    total: float = figures["fixed_bytes"] + max(passes)
+    return total
 
 
 def report(figures: dict[str, Any]) -> str:
@@ -184,6 +195,8 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--grad_checkpointing", action="store_true")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(args)
+    if min(options.batch_sizes) < 2:
+        parser.error("batch sizes must be at least 2, since figures per image are differences")
     sys.stdout.write(
         f"{'net':11} {'B':>3}  {'how':29} {'peak':>12} {'kept per image, float32':>19} {'bfloat16':>19}"
         f" {f'GPU, {GPU_SHARE} images: fp32, bf16':>16}\n"

@@ -323,3 +323,14 @@ def test_damaged_safetensors_are_named(contents: bytes, tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "model.safetensors"):
         with pytest.raises(ValueError, match=f"{path} is not a readable checkpoint: it is (damaged|of another kind)"):
             load_weights(small_model(), path)
+
+
+def test_a_new_head_is_not_offered_for_a_fault_that_it_would_not_mend(tmp_path: Path) -> None:
+    """Two faults, as many as a head has parameters, but of the normaliser."""
+    torch.save({f"energy_model.{k}": v for k, v in small_model().state_dict().items()}, tmp_path / "a.ckpt")
+    model = small_model()
+    model.mean, model.std = torch.full((1, 1, 1, 1), 0.7), torch.full((1, 1, 1, 1), 0.9)
+    for new_head in (False, True):
+        with pytest.raises(ValueError, match="mean is") as error:
+            load_weights(model, tmp_path / "a.ckpt", new_head=new_head)
+        assert "new_head=True" not in str(error.value)

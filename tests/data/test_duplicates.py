@@ -476,3 +476,16 @@ def test_python_m_shows_its_help(capsys: pytest.CaptureFixture[str], monkeypatch
     assert stop.value.code == 0
     said = capsys.readouterr().out
     assert all(f"--{name}" in said for name in ("config", "output", "max_distance", "mirrored", "sheet", "extractor"))
+
+
+def test_a_later_config_wins(config: Path, tmp_path: Path) -> None:
+    """As for dat-lightning: a fragment names what differs and no class."""
+    fragment, path = tmp_path / "fragment.yaml", tmp_path / "list.txt"
+    fragment.write_text(yaml.safe_dump({"data": {"init_args": {"root": str(tmp_path / "none")}}}), encoding="utf-8")
+    with pytest.raises(ValueError, match="no out-of-distribution images"):
+        main(["--config", str(config), "--config", str(fragment), "--output", str(path)])
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump({"data": {"init_args": {"root": str(tmp_path)}}}), encoding="utf-8")
+    files = [part for file in (config, fragment, again) for part in ("--config", str(file))]
+    main([*files, "--output", str(path)])
+    assert listed(path) == ["a/mirror.png", "a/ü same.png", "b/darker.png"]
