@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from typing_extensions import override
 
@@ -56,6 +57,20 @@ class DATCLI(LightningCLI):
     def _parse_ckpt_path(self) -> None:
         # Lightning would put the hyperparameters in the checkpoint above those on the command line.
         return
+
+    def before_fit(self) -> None:
+        """Warns if checkpoints of an earlier run are about to be replaced."""
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            return
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        savers = [c for c in callbacks if isinstance(c, ModelCheckpoint) and not c._enable_version_counter]
+        folders = {Path(c.dirpath) for c in savers if c.dirpath is not None}
+        found = sorted(str(path) for folder in folders for path in folder.glob("*.ckpt"))
+        if found:
+            rank_zero_warn(
+                f"checkpoints of an earlier run, {found[0]} and {len(found) - 1} more, will be replaced by this one's:"
+                " to go on with that run stop and give --ckpt_path, to keep them choose another dirpath"
+            )
 
     def before_validate(self) -> None:
         """Warns if nothing says where the weights come from."""
@@ -153,6 +168,9 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
     What a library raises from inside is a bug or a surprise; it gives ``None`` and keeps its traceback.
     """
     package = Path(__file__).resolve().parent
+    worker = _WORKER.match(str(error))
+    if worker and package in Path(worker["file"]).resolve().parents:
+        return ValueError(worker["message"])
     current: BaseException | None = error
     while current is not None:
         frames = traceback.extract_tb(current.__traceback__)
@@ -164,6 +182,14 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
         current = current.__cause__
     return None
 
+
+# How torch's DataLoader hands over an error of a worker: the type, the traceback as text, the message at its end.
+_WORKER = re.compile(
+    r"Caught (ValueError|TypeError|FileNotFoundError) in DataLoader worker process .*"
+    r'File "(?P<file>[^"]+)", line \d+, in [^\n]*\n(?:    [^\n]*\n)*'
+    r"(?:dat_lightning\.[\w.]+|\w+): (?P<message>[^\n]*)\s*$",
+    re.DOTALL,
+)
 
 _PICKLE_REFUSED = "it is damaged or holds Python objects, which are not loaded because that could run code"
 

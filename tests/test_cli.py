@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dat_lightning import DualAdversarialModule, RobustClassifierModule
 from dat_lightning.cli import main, one_sentence
+from tests.recipes import write_folders
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted((ROOT / "configs" / "digits").glob("*.yaml"))  # tests/test_configs.py has the others
@@ -218,3 +219,30 @@ def test_python_m_is_the_same_program() -> None:
     )
     assert run.returncode == 2
     assert run.stderr.startswith("dat-lightning: error: argument subcommand: invalid choice: 'fti'")
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_an_error_of_a_loader_process_is_a_sentence_too(
+    num_workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folders(tmp_path / "images", 10, 3, (16, 16), seed=0)
+    for file in (tmp_path / "images").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    folder = {"class_path": "dat_lightning.LabelledFolder", "init_args": {"root": str(tmp_path / "images")}}
+    data = {"train": folder, "test": folder, "image_size": 16, "batch_size": 4, "streams": ["clf"]}
+    config = yaml.safe_load(Path(STAGE1).read_text(encoding="utf-8"))
+    config["data"] = {"class_path": "dat_lightning.ImageDataModule", "init_args": data | {"num_workers": num_workers}}
+    config["trainer"] |= {"callbacks": [], "logger": False, "max_epochs": 1}
+    config["model"]["init_args"]["lr_scheduler"] = None
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    said = refusal(capsys, "fit", "--config", str(tmp_path / "config.yaml"))
+    assert said.startswith("the images of the 'clf' stream cannot be read: 100 in a row failed, the last one because")
+    assert ".jpg is not a readable image" in said
+
+
+def test_a_run_into_the_folder_of_an_earlier_one_is_warned_of(tmp_path: Path) -> None:
+    main(["fit", "--config", STAGE1, "--config", TINY])
+    last = tmp_path / "runs" / "checkpoints" / "last.ckpt"
+    with pytest.warns(UserWarning, match=r"last\.ckpt and 0 more, will be replaced"):
+        main(["fit", "--config", STAGE1, "--config", TINY])
+    main(["fit", "--config", STAGE1, "--config", TINY, "--ckpt_path", str(last), "--trainer.max_epochs=2"])

@@ -13,8 +13,16 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor, nn
 
 import dat_lightning
-from dat_lightning import DualAdversarialModule, EnergyModule, ImageDataModule, RobustClassifierModule
+from dat_lightning import (
+    DualAdversarialModule,
+    EnergyModule,
+    ExponentialMovingAverage,
+    ImageDataModule,
+    PGDSampler,
+    RobustClassifierModule,
+)
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
+from dat_lightning.data.images import image_name
 from tests.recipes import write_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -40,6 +48,17 @@ STAGE2 = {
     "imagenet/wrn50_4_T30": (30, 0.2, 2.0, 1e-3, (3.0, 2.0, 3), 512, 223.4),
     "imagenet/wrn50_4_T65": (65, 0.2, 2.0, 1e-3, (3.0, 2.0, 3), 512, 223.4),
     "imagenet/convnext_l_T110": (110, 0.2, 3.0, 3e-4, (3.0, 2.0, 3), 512, 198.1),
+}
+
+
+# Base ± 3 sampling steps, where the method names a base.
+SWEEPS = {
+    "cifar10/stage1": (18, 22, 26),
+    "cifar10/stage2_T40": (30, 33, 36),
+    "cifar10/stage2_T50": (32, 35, 38),
+    "imagenet/resnet50_T30": (11, 14, 17),
+    "imagenet/wrn50_4_T65": (16, 19, 22),
+    "imagenet/convnext_l_T110": (33, 36, 39),
 }
 
 
@@ -112,6 +131,17 @@ def test_a_recipe_instantiates_and_is_what_the_method_says(recipe: Path) -> None
         assert isinstance(optimizer, torch.optim.SGD)
         assert (settings["momentum"], settings["nesterov"], settings["weight_decay"]) == (0.9, True, 5e-4)
         assert model.energy_model.mean is not None
+    imagenet = recipe.parent.name == "imagenet"
+    assert model.threat_model.norm == "L2"
+    assert (data.augmentation, data.image_size) == (("imagenet", 256) if imagenet else ("cifar", 32))
+    assert data.ood_augmentation == ("resized_crop" if imagenet else "crop")
+    assert data.eval_resize == (292 if imagenet else None)
+    (average,) = (c for c in cli.trainer.callbacks if isinstance(c, ExponentialMovingAverage))
+    assert (average.decay, average.warm_up) == (0.999, True)
+    for sampler in (c for c in cli.trainer.callbacks if isinstance(c, PGDSampler)):
+        assert SWEEPS.get(name_of(recipe), sampler.num_steps) == sampler.num_steps
+    names = [{image_name(part, i) for i in range(len(part))} for part in (data.train_images, data.test_images)]
+    assert not names[0] & names[1]
     logits = model.energy_model(torch.empty(2, 3, data.image_size, data.image_size, device="meta"))
     assert logits.shape == (2, {"cifar100": 100, "imagenet": 1000}.get(recipe.parent.name, 10))
 

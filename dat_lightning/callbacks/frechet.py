@@ -5,6 +5,7 @@ import itertools
 import logging
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from dat_lightning.core.fingerprint import data_fingerprint, image_digest, modul
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
 
+# Share of reference images that may be corrupt.
+_MAX_SKIPPED_SHARE = 0.01
+
 _logger = logging.getLogger(__name__)
 
 
@@ -35,8 +39,8 @@ class FrechetDistance(SampleConsumer):
     they are printed.
 
     Args:
-        extractor: Maps uint8 images (N, 3, H, W) to features (N, D), or to a tuple that begins with them, as
-            torch-fidelity's extractors do.
+        extractor: Maps uint8 images (N, 3, H, W) to features (N, D), or to a tuple or dictionary that begins with them,
+            as torch-fidelity's extractors do.
         reference: ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D); by default computed from the DataModule's
             ``reference_data()``, the training images.
         cache_dir: Where computed references are kept, under a key made of data, transform and extractor; by default
@@ -133,10 +137,11 @@ class FrechetDistance(SampleConsumer):
         cached = trainer.strategy.broadcast(cached)
         if cached is not None:
             return cached
-        moments = self._reference_moments(data, trainer, pl_module)
+        moments, num_skipped = self._reference_moments(data, trainer, pl_module)
         moments.all_reduce()
         gaussian = moments.gaussian()
-        if path is not None:
+        # What a disk could not give today must not stay in the cache.
+        if path is not None and num_skipped == 0:
             write_statistics(path, gaussian)
         return gaussian
 
@@ -149,7 +154,8 @@ class FrechetDistance(SampleConsumer):
             )
         return data()
 
-    def _reference_moments(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> FeatureMoments:
+    def _reference_moments(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> tuple[FeatureMoments, int]:
+        """This rank's moments, and how many images were corrupt on all ranks."""
         mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
         batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
         workers: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
@@ -163,15 +169,24 @@ class FrechetDistance(SampleConsumer):
             skipped += batch.get("skipped", ())
         if skipped:
             _logger.warning("%d reference images were skipped, the first: %s", len(skipped), skipped[0])
+        count = torch.tensor(float(len(skipped)), device=pl_module.device)
+        num_skipped = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        if num_skipped > _MAX_SKIPPED_SHARE * len(data.dataset):
+            raise ValueError(
+                f"{num_skipped} of {len(data.dataset)} reference images of the Fréchet distance could not be read; more"
+                f" than {_MAX_SKIPPED_SHARE:.0%} make it another reference"
+            )
         if moments is None:
             raise ValueError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
-        return moments
+        return moments, num_skipped
 
 
 def extract_features(extractor: nn.Module, images: Tensor) -> Tensor:
     """Returns an extractor's features (N, D) of images (N, C, H, W) in [0, 1], rounded to eight bits first."""
     with torch.no_grad():
         output = extractor(to_uint8_rgb(images))
+    if isinstance(output, Mapping):
+        output = tuple(output.values())
     features: Tensor = output[0] if isinstance(output, tuple) else output
     return features.flatten(1)
 

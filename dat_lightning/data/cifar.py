@@ -1,5 +1,7 @@
 """CIFAR-10 and CIFAR-100."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
 
@@ -44,7 +46,8 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
         root = Path(root).expanduser()
         source = _SOURCES[name]
         try:
-            data = source(root, train=train, download=download)
+            with _one_at_a_time(root) if download else nullcontext():
+                data = source(root, train=train, download=download)
         except RuntimeError:
             _check_files(root, source)
             raise
@@ -67,6 +70,20 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
         """Returns data set, part and number of image ``index``."""
         check_index(index, len(self))
         return f"{self.part} image {index}"
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Lets one of several processes download, and the others find what it got."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows
+        yield
+        return
+    with (folder / ".download.lock").open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _check_files(root: Path, source: type[CIFAR10]) -> None:

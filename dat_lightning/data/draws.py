@@ -30,6 +30,10 @@ class DrawSource(Protocol):
     def take_skipped(self) -> list[str]:
         """Returns why images were skipped since the last call, a message each."""
 
+    @property
+    def size(self) -> int:
+        """Number of images that are drawn from."""
+
 
 class DrawStream:
     """An endless, reshuffled, augmented view of a data set.
@@ -43,7 +47,6 @@ class DrawStream:
         transform: The augmentation.
         seed: Seed of the run.
         name: Name of the stream, so that two streams over one data set differ.
-        on_skip: Called with each corrupt image that is met; by default :meth:`take_skipped` gives them.
 
     Raises:
         ValueError: If the data set is empty; on a draw, if a hundred images in a row are corrupt.
@@ -55,7 +58,6 @@ class DrawStream:
         transform: Transform,
         seed: int,
         name: str,
-        on_skip: Callable[[str], None] | None = None,
     ) -> None:
         if len(dataset) == 0:
             raise ValueError(f"the data set of the {name!r} stream is empty")
@@ -64,7 +66,6 @@ class DrawStream:
         self.seed = seed
         self.name = name
         self._skipped: list[str] = []
-        self._on_skip = on_skip or self._skipped.append
         self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -95,6 +96,11 @@ class DrawStream:
         finally:
             torch.set_rng_state(state)
 
+    @property
+    def size(self) -> int:
+        """Number of images in a pass."""
+        return len(self.dataset)
+
     def take_skipped(self) -> list[str]:
         """Returns why images were skipped since the last call, a message each."""
         taken = list(self._skipped)
@@ -108,7 +114,7 @@ class DrawStream:
             entry = self._read(index)
             if not isinstance(entry, CorruptImageError):
                 return entry
-            self._on_skip(str(entry))
+            self._skipped.append(str(entry))
             index = stream_seed(self.seed, self.name, "replacement", draw, attempt) % len(self.dataset)
         raise ValueError(
             f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
 from torch.utils.data import Dataset
 
 from dat_lightning.core.fingerprint import SizedDataset
@@ -147,6 +148,7 @@ class ImageDataModule(PairedDataModule):
                 "generated and generated_fraction, in (0, 1), go together; got"
                 f" {type(generated).__name__} and {generated_fraction}"
             )
+        _check_classes(self.train_images, self.test_images)
         self.generated_fraction = generated_fraction
         self.validation_size = validation_size
         self.augmentation = augmentation
@@ -154,6 +156,13 @@ class ImageDataModule(PairedDataModule):
         self.image_size = image_size
         self.eval_resize = eval_resize
         self.seeds, self.held_out_images = _split_seeds(ood, held_out, num_held_out, max_ood_samples)
+
+    @property
+    def num_classes(self) -> int | None:
+        """Largest label of all labelled images, generated ones among them, plus one; ``None`` if one has none."""
+        sets = [self.train_images, self.test_images, *([] if self.generated is None else [self.generated])]
+        labels: list[Any] = [getattr(dataset, "labels", None) for dataset in sets]
+        return None if any(values is None for values in labels) else 1 + max(int(np.max(values)) for values in labels)
 
     def in_distribution(self, split: Split) -> SizedDataset:
         """Returns a split of the labelled images."""
@@ -202,6 +211,19 @@ def _sized(dataset: Any, argument: str) -> SizedDataset:
         raise ValueError(f"{argument} has no images")
     sized: SizedDataset = dataset
     return sized
+
+
+def _check_classes(train: SizedDataset, test: SizedDataset) -> None:
+    """Raises an error unless training and test images number the same classes alike."""
+    ours, theirs = (getattr(dataset, "classes", None) for dataset in (train, test))
+    if ours is None or theirs is None or list(ours) == list(theirs):
+        return
+    alone = sorted(set(ours) ^ set(theirs))
+    raise ValueError(
+        f"train has {len(ours)} classes and test {len(theirs)}, and their labels would not mean the same;"
+        f" {len(alone)} are in one of them alone, such as {', '.join(map(repr, alone[:3]))}. LabelledFolder's argument"
+        " classes chooses and orders them"
+    )
 
 
 def _split_seeds(

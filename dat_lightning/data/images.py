@@ -1,5 +1,6 @@
 """Reading images, and views of data sets of images: what all image sources have in common."""
 
+import errno
 import os
 import weakref
 from collections.abc import Sequence
@@ -15,6 +16,10 @@ from dat_lightning.core.images import CorruptImageError
 
 # What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+
+
+# Too many open files, no memory: the next image would fail as well, and skipping would change the data in silence.
+_NOT_THE_IMAGE_S_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class NamedImages(Protocol):
@@ -44,6 +49,8 @@ def read_image(path: str | Path) -> Image.Image:
     except UnidentifiedImageError as error:
         raise CorruptImageError(str(path), f"it is none of {', '.join(_FORMATS)}") from error
     except OSError as error:
+        if error.errno in _NOT_THE_IMAGE_S_FAULT:
+            raise
         raise CorruptImageError(str(path), error.strerror or str(error)) from error
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         raise CorruptImageError(str(path), f"{type(error).__name__}: {error}") from error

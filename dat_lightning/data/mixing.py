@@ -39,3 +39,8 @@ class MixedStream:
     def take_skipped(self) -> list[str]:
         """Returns why images of either stream were skipped since the last call."""
         return self.real.take_skipped() + self.generated.take_skipped()
+
+    @property
+    def size(self) -> int:
+        """Number of images that either stream draws from."""
+        return self.real.size + self.generated.size

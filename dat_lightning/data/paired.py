@@ -1,10 +1,11 @@
 """The base of all DataModules: in-distribution images paired with out-of-distribution seeds."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 
 from dat_lightning.core.fingerprint import SizedDataset, shared_images
@@ -18,7 +19,7 @@ from dat_lightning.data.draws import (
     ShardedBatches,
     Transform,
 )
-from dat_lightning.data.skipped import SkippedImages
+from dat_lightning.data.skipped import CountedStream, SkippedImages
 
 Stream = Literal["gen", "clf", "ood"]
 Split = Literal["train", "val", "test"]
@@ -72,9 +73,11 @@ class PairedDataModule(LightningDataModule):
         self.streams = tuple(streams)
         self.seed = seed
         self.skipped = SkippedImages(max_skipped_share)
+        self.skipped_seeds = SkippedImages(max_skipped_share)
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
         self._start_draw = 0
         self._start_batch = 0
+        self._stream_sizes: dict[str, int] = {}
 
     # What a subclass supplies.
 
@@ -101,6 +104,11 @@ class PairedDataModule(LightningDataModule):
     # What everybody else uses.
 
     @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the labelled images, where that is known without reading them; the modules check it."""
+        return None
+
+    @property
     def training_size(self) -> int:
         """Number of in-distribution training images, which define the epoch."""
         return len(self.in_distribution("train"))
@@ -123,7 +131,7 @@ class PairedDataModule(LightningDataModule):
             ValueError: If the data have no OOD images.
         """
         dataset = self._require_ood("held_out")
-        return DrawStream(dataset, self.seed_transform(), self.seed, "held-out seeds", on_skip=self.skipped.add)
+        return CountedStream(dataset, self.seed_transform(), self.seed, "held-out seeds", self.skipped_seeds)
 
     def reference_data(self) -> EvaluationBatches:
         """Returns the training images as evaluation sees them: the reference of the Fréchet distance."""
@@ -139,7 +147,7 @@ class PairedDataModule(LightningDataModule):
                     " those compared are equal. Stage 2 would push up the energy of its own data; use other images."
                 )
         if stage == "fit" and self._batches_processed() == 0:
-            self._start_draw, self._start_batch = 0, 0
+            self._start_draw, self._start_batch, self._stream_sizes = 0, 0, {}
 
     def train_dataloader(self) -> ResumableLoader:
         """Returns batches of the chosen streams, this rank's part.
@@ -154,6 +162,7 @@ class PairedDataModule(LightningDataModule):
                 " a few images, or trainer.limit_train_batches"
             )
         streams: dict[str, DrawSource] = {name: self._stream(name) for name in self.streams}
+        self._note_sizes(streams)
         sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
         return self._loader(PairedDraws(streams), sampler)
 
@@ -187,6 +196,7 @@ class PairedDataModule(LightningDataModule):
             "batches_processed": self._batches_processed(),
             "batch_size": self.batch_size,
             "seed": self.seed,
+            "stream_sizes": dict(self._stream_sizes),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -200,14 +210,28 @@ class PairedDataModule(LightningDataModule):
                 f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"
                 " not continue. Set it back, or start a new run from the weights alone (model.init_from)."
             )
+        self._stream_sizes = dict(state.get("stream_sizes", {}))
         self._start_draw = state["draws_consumed"]
         self._start_batch = state["batches_processed"]
 
     # Parts.
 
+    def _note_sizes(self, streams: Mapping[str, DrawSource]) -> None:
+        """Remembers how many images each stream has, which gives the position its meaning."""
+        before, self._stream_sizes = self._stream_sizes, {name: stream.size for name, stream in streams.items()}
+        now = self._stream_sizes
+        changed = [f"{name}: {before[name]} → {now[name]}" for name in now if before.get(name, now[name]) != now[name]]
+        if changed and self._start_draw > 0:
+            rank_zero_warn(
+                f"the number of images has changed since the checkpoint ({', '.join(changed)}): in the current pass"
+                " some come twice and others not at all; from the next one on all is as in a new run"
+            )
+
+    def _dataset(self, name: Stream) -> SizedDataset:
+        return self._require_ood("train") if name == "ood" else self.in_distribution("train")
+
     def _stream(self, name: Stream) -> DrawSource:
-        dataset = self._require_ood("train") if name == "ood" else self.in_distribution("train")
-        return DrawStream(dataset, self.transform(name), self.seed, name)
+        return DrawStream(self._dataset(name), self.transform(name), self.seed, name)
 
     def _require_ood(self, split: OODSplit) -> SizedDataset:
         dataset = self.out_of_distribution(split)

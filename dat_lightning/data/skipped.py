@@ -3,6 +3,11 @@
 import logging
 from collections.abc import Sequence
 
+from torch import Tensor
+
+from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.data.draws import DrawStream, Transform
+
 logger = logging.getLogger(__name__)
 
 # Loaded images below which a share means little: two bad files among the first ten are no two in ten.
@@ -31,10 +36,6 @@ class SkippedImages:
         self.loaded = 0
         self._known: set[str] = set()
 
-    def add(self, message: str) -> None:
-        """Adds the message of one skipped image."""
-        self.update([message])
-
     def update(self, messages: Sequence[str], loaded: int = 0) -> None:
         """Adds the messages of skipped images, and the number of images that were loaded.
 
@@ -53,3 +54,31 @@ class SkippedImages:
                 f"{self.count} of {self.loaded} loaded images could not be read, more than data.max_skipped_share"
                 f" {self.max_share:g} allows; the last one: {messages[-1]}"
             )
+
+
+class CountedStream(DrawStream):
+    """Draws in the process that counts, so that each draw is counted at once.
+
+    Args:
+        dataset: See :class:`DrawStream`, as for the next three.
+        transform: Likewise.
+        seed: Likewise.
+        name: Likewise.
+        counter: Gets every draw, and every corrupt image.
+    """
+
+    def __init__(
+        self, dataset: SizedDataset, transform: Transform, seed: int, name: str, counter: SkippedImages
+    ) -> None:
+        super().__init__(dataset, transform, seed, name)
+        self.counter = counter
+
+    def __call__(self, draw: int) -> tuple[Tensor, int | None]:
+        """Returns image and label of a draw.
+
+        Raises:
+            ValueError: If too many images were corrupt so far.
+        """
+        entry = super().__call__(draw)
+        self.counter.update(self.take_skipped(), loaded=1)
+        return entry

@@ -1,5 +1,6 @@
 """The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
@@ -159,12 +160,23 @@ class EnergyModule(LightningModule):
         """
         self._load_initial_weights()
         for config in self.trainer.lr_scheduler_configs:
+            self._check_cosine(config.scheduler, config.interval)
             total = getattr(config.scheduler, "total_steps", None)
             if total is not None and config.interval == "step" and total < self.trainer.estimated_stepping_batches:
                 raise ValueError(
                     f"lr_scheduler has total_steps={total}, but trainer.max_epochs and max_steps ask for"
                     f" {self.trainer.estimated_stepping_batches} steps; set total_steps to that"
                 )
+
+    def _check_cosine(self, scheduler: object, interval: str) -> None:
+        if not isinstance(scheduler, torch.optim.lr_scheduler.CosineAnnealingLR):
+            return
+        ends = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
+        if ends is not None and 0 < scheduler.T_max < ends < math.inf:
+            raise ValueError(
+                f"lr_scheduler has T_max={scheduler.T_max}, but training has {ends} {interval}s: the rate would rise"
+                " again after its minimum; set T_max to that"
+            )
 
     def on_validation_start(self) -> None:
         """Loads the initial weights."""
@@ -227,11 +239,17 @@ class EnergyModule(LightningModule):
     def _check_labels(self, batch: Any) -> None:
         if self._labels_checked or not isinstance(batch, Mapping):
             return
+        declared = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
         for name in parts:
             with torch.no_grad(), no_trace(self.energy_model):
                 # Past __call__, so that no graph is compiled for a single image.
                 num_classes = self.energy_model.forward(batch[f"x{name}"][:1]).shape[1]
+            if isinstance(declared, int) and declared > num_classes:
+                raise ValueError(
+                    f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
+                    " num_classes to that"
+                )
             labels = batch[f"y{name}"]
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 raise ValueError(

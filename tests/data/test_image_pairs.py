@@ -15,6 +15,7 @@ from dat_lightning.data import (
     ImageDataModule,
     ImageFolder,
     ImageSubset,
+    LabelledFolder,
     MixedStream,
     RandomSlice,
     TinyImages,
@@ -301,7 +302,7 @@ def test_a_held_out_seed_that_is_corrupt_is_counted() -> None:
     data = pairs(held_out=Flat(5, offset=220, labelled=False, corrupt=(2,)), augmentation="imagenet")
     seeds = data.held_out_seeds()
     assert all(level(seeds(i)[0][None])[0] >= 220 for i in range(5))
-    assert data.skipped.count == 1
+    assert (data.skipped_seeds.count, data.skipped_seeds.loaded) == (1, 5)
 
 
 def test_images_of_several_sizes_that_the_transform_leaves_are_named() -> None:
@@ -340,3 +341,52 @@ def test_records_of_tiny_images_are_excluded_by_the_number_they_are_called(tmp_p
     lists = [tmp_path / "first.txt", tmp_path / "second.txt"]
     left = TinyImages(tmp_path / "tiny_images.bin", lists, first_record)
     assert set(names(tiny)) - set(names(left)) == {view.name(1)}
+
+
+class Grey(Flat):
+    """Small images, of any number."""
+
+    def __getitem__(self, index: int) -> Any:
+        if index in self.corrupt:
+            raise CorruptImageError(self.name(index), "made so")
+        return Image.new("RGB", (2, 2))
+
+
+class Large(Flat):
+    """More images than anybody compares byte by byte."""
+
+    def __getitem__(self, index: int) -> Any:
+        image = Image.new("RGB", (2, 2), (index % 256, index // 256 % 256, index // 65536))
+        return (image, index % 5) if self.labelled else image
+
+
+@pytest.mark.parametrize("validation_size", [0, 1000])
+def test_training_images_as_seeds_are_refused_however_many_there_are(validation_size: int) -> None:
+    train = Large(30_000)
+    data = pairs(train=train, ood=Unlabelled(train), validation_size=validation_size)
+    with pytest.raises(ValueError, match=r"are the training images: (100|9\d)%"):
+        data.setup("fit")
+    pairs(train=train, ood=Large(30_000, offset=50_000, labelled=False)).setup("fit")
+
+
+def test_training_and_test_folders_must_number_the_same_classes(tmp_path: Path) -> None:
+    write_folders(tmp_path / "train", 3, 2, (32, 32), seed=0)
+    write_folders(tmp_path / "test", 3, 2, (32, 32), seed=1)
+    folders = {name: LabelledFolder(tmp_path / name) for name in ("train", "test")}
+    assert pairs(**folders).num_classes == 3
+    (tmp_path / "test" / "class0").rename(tmp_path / "test" / "class9")
+    with pytest.raises(ValueError, match=r"train has 3 classes and test 3, .*2 are in one of them.*'class0', 'class9'"):
+        pairs(train=folders["train"], test=LabelledFolder(tmp_path / "test"))
+    chosen = LabelledFolder(tmp_path / "train", classes=["class1", "class2"])
+    pairs(train=chosen, test=LabelledFolder(tmp_path / "test", classes=["class1", "class2"]))
+
+
+def test_corrupt_seeds_are_a_share_of_the_seeds_that_were_drawn() -> None:
+    """0.2 % of the seeds are corrupt, 1 % may be: any number of samples can be drawn."""
+    seeds = pairs(held_out=Flat(1000, labelled=False, corrupt=(3, 700)), max_skipped_share=0.01, image_size=2)
+    seeds.held_out_images = Grey(1000, labelled=False, corrupt=(3, 700))
+    stream = seeds.held_out_seeds()
+    for i in range(6000):
+        stream(i)
+    assert (seeds.skipped_seeds.count, seeds.skipped_seeds.loaded) == (12, 6000)
+    assert seeds.skipped.count == 0

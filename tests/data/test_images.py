@@ -1,3 +1,4 @@
+import errno
 import io
 import os
 import pickle
@@ -349,3 +350,16 @@ def test_a_record_file_opens_at_the_first_read_and_closes_with_its_object(tmp_pa
     assert open_files() == 0
     # What is pickled is not the open file, which another process does not have.
     assert again.read(2) == bytes(4)
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOMEM])
+def test_a_fault_of_the_process_is_not_called_a_corrupt_image(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(number, "no more of it")
+
+    monkeypatch.setattr(Image, "open", fail)
+    with pytest.raises(OSError, match="no more of it") as error:
+        read_image(tmp_path / "a.png")
+    assert not isinstance(error.value, ValueError)

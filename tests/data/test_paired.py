@@ -150,7 +150,7 @@ def test_training_resumes_in_mid_epoch_where_it_stopped() -> None:
     data.setup("fit")
     total.processed = 2
     state = data.state_dict()
-    assert state == {"draws_consumed": 8, "batches_processed": 2, "batch_size": 4, "seed": 0}
+    assert state == {"draws_consumed": 8, "batches_processed": 2, "batch_size": 4, "seed": 0, "stream_sizes": {}}
 
     resumed = ToyDataModule(batch_size=4)
     total = attach(resumed)
@@ -173,7 +173,27 @@ def test_another_batch_size_continues_from_the_same_draw() -> None:
     total.processed = 13
     assert data.draws_consumed == 40 + 3 * 6
     assert batches(data)[0]["draw"].tolist() == list(range(58, 64))
-    assert data.state_dict() == {"draws_consumed": 58, "batches_processed": 13, "batch_size": 6, "seed": 0}
+    sizes = {"gen": 25, "clf": 25, "ood": 11}
+    state = {"draws_consumed": 58, "batches_processed": 13, "batch_size": 6, "seed": 0, "stream_sizes": sizes}
+    assert data.state_dict() == state
+
+
+def test_a_resume_on_other_data_says_so() -> None:
+    first = ToyDataModule(batch_size=6)
+    total = attach(first)
+    first.setup("fit")
+    first.train_dataloader()
+    total.processed = 2
+    state = first.state_dict()
+    resumed = ToyDataModule(batch_size=6)
+    resumed.ood = Constant(12, 1000, labelled=False)
+    total = attach(resumed)
+    resumed.setup("fit")
+    resumed.load_state_dict(state)
+    total.processed = 2
+    with pytest.warns(UserWarning, match=r"number of images has changed since the checkpoint \(ood: 11 → 12\)"):
+        resumed.train_dataloader()
+    resumed.train_dataloader()
 
 
 def test_another_seed_cannot_continue() -> None:
@@ -207,6 +227,7 @@ def test_without_a_trainer_nothing_is_consumed() -> None:
         "batches_processed": 0,
         "batch_size": 128,
         "seed": 0,
+        "stream_sizes": {},
     }
 
 

@@ -165,3 +165,10 @@ def test_labels_that_the_network_has_no_logit_for_are_an_error_before_the_first_
     with pytest.raises(ValueError, match=r"network has 7 logits, but y(_gen)? has labels 0 … 9.*num_classes"):
         getattr(trainer, run)(module, datamodule=tiny.digits())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
+def test_a_cosine_schedule_that_would_rise_again_is_refused(tmp_path: Path) -> None:
+    module = tiny.stage1(lr_scheduler=partial(torch.optim.lr_scheduler.CosineAnnealingLR, T_max=2))
+    with pytest.raises(ValueError, match="T_max=2, but training has 3 epochs"):
+        tiny.trainer(tmp_path, max_epochs=3).fit(module, datamodule=tiny.digits())
+    tiny.trainer(tmp_path, max_epochs=2).fit(module, datamodule=tiny.digits())
