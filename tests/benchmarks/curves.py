@@ -55,8 +55,12 @@ def main(args: Sequence[str] | None = None) -> None:
     for axis, (stage, title, names) in zip(axes.flat, PANELS, strict=True):
         for k, name in enumerate(names):
             steps, values = scalars(options.logs[stage], name)
-            axis.plot(steps, values, color=f"C{k}", alpha=0.25, linewidth=1)
-            axis.plot(steps, smoothed(values), color=f"C{k}", label=name.removeprefix("train/").replace("_", " "))
+            label = name.removeprefix("train/").replace("_", " ")
+            # T is a count and needs no average.
+            exact = name == "train/contrastive_steps"
+            axis.plot(steps, values, color=f"C{k}", alpha=1 if exact else 0.25, linewidth=1)
+            if not exact:
+                axis.plot(steps, smoothed(values), color=f"C{k}", label=label)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
