@@ -9,6 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -59,8 +60,9 @@ class DATCLI(LightningCLI):
         return
 
     def before_fit(self) -> None:
-        """Warns if checkpoints of an earlier run are about to be replaced."""
+        """Checks the checkpoint to go on from; without one, warns if those of an earlier run will be replaced."""
         if self.config[self.subcommand].get("ckpt_path") is not None:
+            self._check_checkpoint()
             return
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         savers = [c for c in callbacks if isinstance(c, ModelCheckpoint) and not c._enable_version_counter]
@@ -89,7 +91,29 @@ class DATCLI(LightningCLI):
         export_logger.setLevel(logging.INFO)
         export_logger.handlers = [logging.StreamHandler(sys.stdout)]
 
+    def _check_checkpoint(self) -> None:
+        """Raises an error if a checkpoint is not one of this kind of run; damaged ones are left to the loader."""
+        path = Path(str(self.config[self.subcommand]["ckpt_path"]))
+        if not path.is_file():
+            return
+        try:
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
+            return
+        hint = "; for its weights alone use --model.init_from"
+        if not isinstance(contents, dict) or "pytorch-lightning_version" not in contents:
+            raise ValueError(f"--ckpt_path {path} is no checkpoint of a run of this program{hint}")
+        own, found = set(self.model.state_dict()), set(contents.get("state_dict", {}))
+        if own != found:
+            raise ValueError(
+                f"--ckpt_path {path} is a checkpoint of another kind of module or network than"
+                f" {type(self.model).__name__}: {len(own - found)} names missing, {len(found - own)} unexpected, such"
+                f" as {min(own ^ found)}{hint}"
+            )
+
     def _warn_of_random_weights(self) -> None:
+        if self.config[self.subcommand].get("ckpt_path") is not None:
+            self._check_checkpoint()
         if self.config[self.subcommand].get("ckpt_path") is None and getattr(self.model, "init_from", None) is None:
             rank_zero_warn(
                 "neither --ckpt_path nor model.init_from is set: the weights are random, and so are all figures"

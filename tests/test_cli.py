@@ -246,3 +246,19 @@ def test_a_run_into_the_folder_of_an_earlier_one_is_warned_of(tmp_path: Path) ->
     with pytest.warns(UserWarning, match=r"last\.ckpt and 0 more, will be replaced"):
         main(["fit", "--config", STAGE1, "--config", TINY])
     main(["fit", "--config", STAGE1, "--config", TINY, "--ckpt_path", str(last), "--trainer.max_epochs=2"])
+
+
+@pytest.mark.parametrize("command", ["fit", "test"])
+def test_a_checkpoint_of_another_kind_is_a_sentence(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    main(["fit", "--config", STAGE1, "--config", TINY])
+    first = tmp_path / "runs" / "checkpoints" / "last.ckpt"
+    said = refusal(capsys, command, "--config", STAGE2, "--config", TINY, "--ckpt_path", str(first))
+    assert "another kind of module or network than DualAdversarialModule: " in said
+    assert said.endswith("for its weights alone use --model.init_from")
+    plain = tmp_path / "plain.pt"
+    torch.save(torch.load(first, weights_only=True)["state_dict"], plain)
+    said = refusal(capsys, command, "--config", STAGE1, "--config", TINY, "--ckpt_path", str(plain))
+    assert said.startswith(f"ckpt_path {plain} is no checkpoint of a run of this program; ")
+    assert said.endswith("for its weights alone use --model.init_from")

@@ -184,6 +184,7 @@ def test_commands_on_the_pages_are_accepted(
         if name := re.search(r'title="([\w.-]+\.yaml)"', title):
             (tmp_path / name[1]).write_text(code)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "docs").symlink_to(ROOT / "docs")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(EXAMPLE.parent)
     for words in {tuple(words): words for words in commands(TEXTS[page])}.values():

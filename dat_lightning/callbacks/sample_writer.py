@@ -19,7 +19,8 @@ from dat_lightning.core.images import to_uint8_rgb
 class SampleWriter(SampleConsumer):
     """Writes every generated sample.
 
-    ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which ImageFolder and torch-fidelity read.
+    ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which ImageFolder reads, and torch-fidelity's program
+    with ``--samples-find-deep``.
     ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
     (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have
     to share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is

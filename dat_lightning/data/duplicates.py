@@ -107,6 +107,11 @@ def exclude_duplicates(
         FileExistsError: If there is a file ``output``.
         ValueError: If ``method`` is ``features`` without an extractor, or there are no OOD images.
     """
+    largest = bits if method == "features" else 64
+    if not 0 <= max_distance < largest:
+        raise ValueError(f"max_distance must lie in 0 … {largest - 1}, the bits of a hash less one, got {max_distance}")
+    if sheet is not None and Path(sheet).is_dir():
+        raise IsADirectoryError(f"sheet names {sheet}, which is a folder; expected a file to write")
     if Path(output).exists():
         raise FileExistsError(f"output names {output}, which exists; it may be in use, so name another file")
     if method == "features" and extractor is None:
@@ -188,5 +193,13 @@ def main(args: Sequence[str] | None = None) -> None:
     exclude_duplicates(**{name: value for name, value in vars(made).items() if name != "config"})
 
 
+def _program() -> None:
+    try:
+        main()
+    except (ValueError, TypeError, OSError) as error:
+        sys.stderr.write(f"python -m dat_lightning.data.duplicates: error: {error}\n")
+        sys.exit(1)
+
+
 if __name__ == "__main__":
-    main()
+    _program()

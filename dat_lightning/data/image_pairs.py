@@ -81,6 +81,7 @@ class ImageDataModule(PairedDataModule):
         held_out: OOD images for generation; by default ``num_held_out`` of ``ood``, which training then does without.
         num_held_out: How many those are.
         max_ood_samples: Use only so many of the OOD images in training; smaller choices are part of larger ones.
+        ood_seed: Seed of that choice; held-out seeds do not depend on it.
         validation_size: How many training images are kept for validation; 0 trains on all and validates on ``test``.
         generated: Labelled generated images that are mixed into ``x_clf``, such as
             :class:`~dat_lightning.data.GeneratedImages`.
@@ -112,6 +113,7 @@ class ImageDataModule(PairedDataModule):
         held_out: SizedDataset | None = None,
         num_held_out: int = 10_000,
         max_ood_samples: int | None = None,
+        ood_seed: int = 0,
         validation_size: int = 0,
         generated: SizedDataset | None = None,
         generated_fraction: float = 0.0,
@@ -155,7 +157,7 @@ class ImageDataModule(PairedDataModule):
         self.ood_augmentation = ood_augmentation or ("crop" if augmentation == "cifar" else "resized_crop")
         self.image_size = image_size
         self.eval_resize = eval_resize
-        self.seeds, self.held_out_images = _split_seeds(ood, held_out, num_held_out, max_ood_samples)
+        self.seeds, self.held_out_images = _split_seeds(ood, held_out, num_held_out, max_ood_samples, ood_seed)
 
     @property
     def num_classes(self) -> int | None:
@@ -227,7 +229,7 @@ def _check_classes(train: SizedDataset, test: SizedDataset) -> None:
 
 
 def _split_seeds(
-    ood: Any, held_out: Any, num_held_out: int, max_samples: int | None
+    ood: Any, held_out: Any, num_held_out: int, max_samples: int | None, seed: int
 ) -> tuple[SizedDataset | None, SizedDataset | None]:
     """OOD images for training and for generation, without overlap."""
     if max_samples is not None and max_samples < 1:
@@ -244,5 +246,9 @@ def _split_seeds(
             f"num_held_out must lie in 1 … {len(images) - 1}, so that the {len(images)} OOD images give seeds for both"
             f" training and generation, got {num_held_out}; or give held_out other images"
         )
-    stop = len(images) if max_samples is None else min(len(images), start + max_samples)
-    return RandomSlice(images, start, stop, order), seeds
+    training = RandomSlice(images, start, len(images), order)
+    if max_samples is None:
+        return training, seeds
+    if max_samples > len(training):
+        raise ValueError(f"max_ood_samples is {max_samples}, but there are only {len(training)} OOD images to train on")
+    return RandomSlice(training, 0, max_samples, (seed, "OOD choice")), seeds

@@ -11,8 +11,9 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from dat_lightning.demo.evaluation import Evaluation
-from dat_lightning.demo.plots import COLORS, NAMES, STYLE
+from dat_lightning.demo.plots import COLORS, NAMES
 from dat_lightning.demo.training import STAGES, Stage
+from dat_lightning.reports.drawing import STYLE
 
 GRID_ROWS = 10
 _DOTS = 100

@@ -1,8 +1,6 @@
-"""The report's diagrams, as SVG data URIs with one colour per stage."""
+"""The report's diagrams, with one colour per stage."""
 
-import base64
-import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,49 +18,8 @@ COLORS: Mapping[Stage, str] = {"stage1": "#c2701c", "stage2": "#1f5fae"}
 NAMES: Mapping[Stage, str] = {"stage1": "Stage 1: robust classifier", "stage2": "Stage 2: DAT"}
 REAL_COLOR = "#64748b"
 
-# Any: matplotlib lists every key it knows as a Literal.
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#cbd5e1",
-    "axes.grid": True,
-    "axes.labelcolor": "#475569",
-    "axes.labelsize": 9.5,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": "#0f172a",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.hspace": 0.08,
-    "figure.facecolor": "white",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9.5,
-    "grid.color": "#eef2f6",
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",
-    # Names inside the file would be random otherwise.
-    "svg.hashsalt": "dat_lightning",
-    "xtick.color": "#64748b",
-    "ytick.color": "#64748b",
-}
-
 # Batches that a training curve is averaged over, out of those logged.
 _SMOOTHING = 5
-
-
-def svg_uri(draw: Callable[[], Any]) -> str:
-    """Returns the figure that ``draw`` makes, as a data URI."""
-    with plt.rc_context(STYLE):
-        figure = draw()
-        buffer = io.BytesIO()
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-        plt.close(figure)
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def sweep_figure(evaluations: Mapping[Stage, Evaluation], real: Quality) -> Any:

@@ -7,10 +7,12 @@ from pathlib import Path
 from dat_lightning.demo.evaluation import ATTACK, CHANGE, Evaluation
 from dat_lightning.demo.galleries import chain_gallery, counterfactual_gallery, real_gallery, sample_gallery
 from dat_lightning.demo.judge import Judge, Quality
-from dat_lightning.demo.plots import NAMES, history_figure, robustness_figure, svg_uri, sweep_figure
+from dat_lightning.demo.plots import NAMES, history_figure, robustness_figure, sweep_figure
 from dat_lightning.demo.results import Outcome
 from dat_lightning.demo.style import CSS
 from dat_lightning.demo.training import STAGES
+from dat_lightning.reports.drawing import svg_uri
+from dat_lightning.reports.page import html_page
 
 _READ = '<span class="mark"></span>'
 
@@ -29,13 +31,7 @@ def write_report(path: Path, outcome: Outcome, judge: Judge) -> None:
         _limits(outcome),
         _next_steps(path.parent),
     ]
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>Dual Adversarial Training on digits</title>\n<style>{CSS}</style>\n</head>\n<body>\n<main>\n"
-        + "\n".join(sections)
-        + "\n</main>\n</body>\n</html>\n"
-    )
+    page = html_page("Dual Adversarial Training on digits", sections, CSS)
     path.write_text(page, encoding="utf-8")
 
 

@@ -17,8 +17,12 @@ EXCEPTIONS = {
     "metrics/classifier_features.py": {"checkpoints"},
     "callbacks/evaluation_report.py": {"reports", "version"},
     # The same figures from a sampler's callback and from files.
-    "callbacks/sample_metrics.py": {"metrics"},
     "metrics/sample_sets.py": {"callbacks"},
+    # Evaluators are callbacks around the functions of metrics.
+    **{
+        f"callbacks/{name}.py": {"metrics"}
+        for name in ("calibration", "memorisation", "ood_detection", "sample_metrics")
+    },
     **{path.relative_to(PACKAGE).as_posix(): {"checkpoints"} for path in PACKAGE.glob("modules/**/*.py")},
 }
 

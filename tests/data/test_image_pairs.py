@@ -134,6 +134,10 @@ def test_held_out_seeds_are_no_training_seeds_and_smaller_sets_are_part_of_large
     assert seeds[10][:1] == seeds[1]
     assert seeds[50][:10] == seeds[10]
     assert names(pairs(max_ood_samples=10).out_of_distribution("held_out")) == held_out
+    other = pairs(max_ood_samples=10, ood_seed=1)
+    assert set(names(other.out_of_distribution("train"))) != set(seeds[10])
+    assert not set(names(other.out_of_distribution("train"))) & set(held_out)
+    assert names(other.out_of_distribution("held_out")) == held_out
 
 
 def test_held_out_images_of_their_own_leave_all_others_to_training() -> None:
@@ -169,6 +173,7 @@ def test_training_images_as_seeds_are_refused() -> None:
         ({"num_held_out": 100}, r"num_held_out must lie in 1 … 99, .*got 100"),
         ({"num_held_out": 0}, r"got 0"),
         ({"max_ood_samples": 0}, r"max_ood_samples must be at least 1, got 0"),
+        ({"max_ood_samples": 71}, r"max_ood_samples is 71, but there are only 70 OOD images"),
         ({"augmentation": "mnist"}, r"augmentation must be .*'mnist'"),
         ({"ood_augmentation": "flip"}, r"ood_augmentation must be .*'flip'"),
         ({"image_size": 0}, r"image_size must be positive"),

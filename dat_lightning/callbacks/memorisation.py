@@ -1,0 +1,262 @@
+"""Memorisation: are generated samples nearer to training images than real images that the network never saw?"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from dat_lightning.callbacks.evaluator import Figure, Values, gather, is_silent
+from dat_lightning.callbacks.frechet import extract_features
+from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
+from dat_lightning.callbacks.picture_grids import Shortlist, Tile, write_captioned_grid
+from dat_lightning.callbacks.training_features import reference_data, training_features
+from dat_lightning.core.images import to_uint8_rgb
+from dat_lightning.metrics.neighbours import NeighbourMetric, nearest_neighbours
+
+_LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
+_MAX_LISTED = 100
+_GROUPS = 2
+
+
+class Memorisation(SampleConsumer):
+    """Finds the nearest training images of each generated sample, and flags samples that lie suspiciously near.
+
+    Distances are those of features, which ranks share the work of computing; the search is exact, in float64. A sample
+    is flagged if it is nearer to a training image than all but a share ``quantile`` of real test images are: were
+    samples as far from the training images as these, about that share would be flagged. Images are rounded to eight
+    bits first. Features of all training images stay in memory, on every rank.
+
+    Logged: ``{stage}/memorised_share`` and ``{stage}/nearest_training_distance``, the median.
+
+    Args:
+        extractor: Maps uint8 images (N, 3, H, W) to features, as in :class:`~dat_lightning.callbacks.FrechetDistance`.
+        num_neighbours: Training images shown and listed beside each sample.
+        num_pictures: Samples shown, those nearest to a training image.
+        dirpath: Folder for ``{stage}_memorisation_{steps}_steps.png``; ``None`` draws nothing.
+        metric: Euclidean distance, or one minus the cosine.
+        quantile: Of the distances of real test images; nearer samples are flagged.
+        num_steps: Step count of the snapshot to look at; by default the longest chain of the sampler's sweep.
+        stages: The evaluations that look.
+        batch_size: Training images per pass of the extractor.
+
+    Attributes:
+        figures: Results of the last evaluation, on every rank.
+
+    Raises:
+        ValueError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
+            no snapshot at ``num_steps``, training images are too few, or test batches lack ``x`` or ``index``.
+        TypeError: When sampling starts, if the DataModule has no ``reference_data()``.
+    """
+
+    def __init__(
+        self,
+        extractor: nn.Module,
+        num_neighbours: int = 3,
+        num_pictures: int = 16,
+        dirpath: str | None = None,
+        metric: NeighbourMetric = "L2",
+        quantile: float = 0.01,
+        num_steps: int | None = None,
+        stages: Sequence[Stage] = ("test",),
+        batch_size: int = 250,
+    ) -> None:
+        positive = {"num_neighbours": num_neighbours, "num_pictures": num_pictures, "batch_size": batch_size}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if metric not in ("L2", "cosine"):
+            raise ValueError(f"metric must be 'L2' or 'cosine', got {metric!r}")
+        if not 0 < quantile < 1:
+            raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
+        self.extractor = extractor.requires_grad_(False).eval()
+        self.num_neighbours = num_neighbours
+        self.num_pictures = num_pictures
+        self.dirpath = dirpath
+        self.metric: NeighbourMetric = metric
+        self.quantile = quantile
+        self.num_steps = num_steps
+        self.stages = tuple(stages)
+        self.batch_size = batch_size
+        self.figures: list[Figure] = []
+        self._plan: SamplingPlan | None = None
+        self._training: Values = {}
+        self._held_out = torch.empty(0)
+        self._found: list[Values] = []
+        self._closest = Shortlist(num_pictures)
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks for a sampler, and forgets earlier data."""
+        super().setup(trainer, pl_module, stage)
+        self._training = {}
+
+    @override
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Computes the features of training images, and how far from them test images are; once for a Trainer."""
+        self._plan = plan if plan.stage in self.stages else None
+        if self._plan is None:
+            return
+        if self.num_steps is not None and self.num_steps not in plan.num_steps:
+            raise ValueError(
+                f"Memorisation.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
+            )
+        self.figures = []
+        self._found = []
+        self._closest = Shortlist(self.num_pictures)
+        self.extractor.to(pl_module.device)
+        if not self._training:
+            batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Memorisation")
+            training = gather(list(batches), "reference_data() of the DataModule gave no image")
+            if len(training["index"]) < self.num_neighbours:
+                raise ValueError(
+                    f"num_neighbours must be at most the number of training images {len(training['index'])}, got"
+                    f" {self.num_neighbours}"
+                )
+            self._held_out = self._held_out_distances(trainer, pl_module, training["features"])
+            self._training = training
+
+    @override
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Finds the neighbours of this batch's samples, and keeps the images of the nearest."""
+        if self._plan is None:
+            return
+        images = batch.images[self._steps(self._plan)]
+        distances, places = nearest_neighbours(
+            extract_features(self.extractor, images), self._training["features"], self.num_neighbours, self.metric
+        )
+        values = {"distances": distances, "neighbours": self._training["index"][places], "y": batch.labels.cpu()}
+        self._found.append({"index": batch.indices.cpu(), **values})
+        indices: list[int] = batch.indices.tolist()
+        self._closest.add(distances[:, 0].tolist(), indices, {**values, "image": to_uint8_rgb(images)})
+
+    @override
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Puts the ranks together, draws, and logs the figures."""
+        if self._plan is None:
+            return
+        found = gather(self._found)
+        closest = self._closest.gathered()
+        self._found = []
+        threshold = float(torch.quantile(self._held_out, self.quantile))
+        # Batches composed differently make a copy's features differ in their last bits.
+        size = float(self._training["features"].double().norm(dim=1).mean()) if self.metric == "L2" else 1e-4
+        if threshold <= 1e-5 * size:
+            threshold = 0.0
+            rank_zero_warn(
+                "Memorisation: test images are at distance 0 from training images, so that no sample is flagged;"
+                " is the test set part of the training set?"
+            )
+        picture = None
+        if self.dirpath is not None:
+            picture = Path(self.dirpath) / f"{self._plan.stage}_memorisation_{self._steps(self._plan)}_steps.png"
+            if trainer.is_global_zero:
+                self._draw(trainer, picture, closest, threshold)
+        self.figures = self._summarize(found, threshold, picture)
+        if self._plan.stage == "predict":
+            told = ", ".join(f"{figure.name} {figure.value:.4g}" for figure in self.figures)
+            rank_zero_info(f"Memorisation: {told}")
+            return
+        for figure in self.figures:
+            # The same number on every rank, so there is nothing to reduce.
+            pl_module.log(f"{self._plan.stage}/{figure.name}", figure.value, sync_dist=False)
+
+    # Parts.
+
+    def _steps(self, plan: SamplingPlan) -> int:
+        return plan.num_steps[-1] if self.num_steps is None else self.num_steps
+
+    def _held_out_distances(self, trainer: Trainer, pl_module: LightningModule, training: Tensor) -> Tensor:
+        """Distances of all test images to their nearest training images, (N,) in float64."""
+        values = []
+        loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
+        for batch in tqdm(loader, desc="Memorisation: test images", leave=False, disable=is_silent(trainer)):
+            if "x" not in batch or "index" not in batch:
+                raise ValueError(
+                    f"Memorisation needs x and index in test batches, got {sorted(batch)}; an evaluation loader of"
+                    " PairedDataModule gives both"
+                )
+            features = extract_features(self.extractor, batch["x"].to(pl_module.device))
+            distances, _ = nearest_neighbours(features, training, 1, self.metric)
+            values.append({"index": batch["index"].cpu(), "distance": distances[:, 0]})
+        held_out = gather(values, "test_dataloader() of the DataModule gave no batch")["distance"]
+        if len(held_out) * self.quantile < 1:
+            rank_zero_warn(
+                f"Memorisation: {len(held_out)} test images are few for the quantile {self.quantile:g}; the threshold"
+                " is close to the smallest of their distances"
+            )
+        return held_out
+
+    def _summarize(self, found: Values, threshold: float, picture: Path | None) -> list[Figure]:
+        if self._plan is None:
+            raise RuntimeError("samples ended before on_samples_start")
+        nearest = found["distances"][:, 0]
+        flagged = nearest < threshold
+        levels = torch.tensor(_LEVELS, dtype=torch.float64)
+        order = nearest.argsort(stable=True)[: min(_MAX_LISTED, int(flagged.sum()))].tolist()
+        listed = [
+            {
+                "sample": int(found["index"][i]),
+                "class": int(found["y"][i]),
+                "distances": found["distances"][i].tolist(),
+                "training_images": found["neighbours"][i].tolist(),
+            }
+            for i in order
+        ]
+        settings = {
+            "metric": self.metric,
+            "extractor": type(self.extractor).__name__,
+            "num_sampling_steps": self._steps(self._plan),
+            "sampling_step_size": self._plan.step_size,
+            "num_training_images": len(self._training["index"]),
+            "num_test_images": len(self._held_out),
+            "threshold": threshold,
+            "quantile_levels": list(_LEVELS),
+            "sample_quantiles": torch.quantile(nearest, levels).tolist(),
+            "test_image_quantiles": torch.quantile(self._held_out, levels).tolist(),
+        }
+        where = (
+            f"{self.metric} distance to the nearest training image in features of {type(self.extractor).__name__},"
+            f" samples after {self._steps(self._plan)} steps"
+        )
+        share = (
+            f"share of samples nearer than the {self.quantile:g} quantile of {len(self._held_out)} real test images;"
+            f" {where}"
+        )
+        pictures = [] if picture is None else [str(picture)]
+        details = {**settings, "quantile": self.quantile, "flagged": listed, "pictures": pictures}
+        return [
+            Figure("memorised_share", float(flagged.double().mean()), share, len(nearest), details),
+            Figure("nearest_training_distance", float(nearest.median()), f"median {where}", len(nearest), settings),
+        ]
+
+    def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float) -> None:
+        data = reference_data(trainer, "Memorisation")
+        batch = data[sorted(set(closest["neighbours"].flatten().tolist()))]
+        images = dict(zip(batch["index"].tolist(), to_uint8_rgb(batch["x"]), strict=True))
+        labels = dict(zip(batch["index"].tolist(), batch["y"].tolist(), strict=True))
+        groups: list[list[Tile | None]] = []
+        for row, index in enumerate(closest["index"].tolist()):
+            distances: list[float] = closest["distances"][row].tolist()
+            near = distances[0] < threshold
+            group: list[Tile | None] = [
+                Tile(closest["image"][row], f"sample {index}\nclass {int(closest['y'][row])}", near)
+            ]
+            for neighbour, distance in zip(closest["neighbours"][row].tolist(), distances, strict=True):
+                group.append(Tile(images[neighbour], f"training {labels[neighbour]}\n{distance:.3g}"))
+            groups.append(group)
+        rows = []
+        for first in range(0, len(groups), _GROUPS):
+            parted = [[*group, None] for group in groups[first : first + _GROUPS]]
+            rows.append([tile for group in parted for tile in group][:-1])
+        where = f"{self.metric}, in features of {type(self.extractor).__name__}"
+        title = (
+            f"The {len(groups)} samples nearest to training images, closest first, row by row, each with its"
+            f" {self.num_neighbours} nearest, their classes and distances ({where}).\n"
+            f"Red frame: nearer than {threshold:.3g}, the {self.quantile:g} quantile of real test images."
+        )
+        write_captioned_grid(path, rows, title)

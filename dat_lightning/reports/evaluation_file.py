@@ -1,0 +1,175 @@
+"""The file ``evaluation.json``: what it holds, how it is written and read back."""
+
+import json
+import math
+import os
+import re
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+FORMAT = "dat_lightning evaluation"
+SCHEMA_VERSION = 1
+
+# JSON has no numbers for these.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of an evaluation file.
+
+    Attributes:
+        name: What it is, such as ``fid``; no two entries of a file share one.
+        value: The number; it may be NaN or infinite.
+        protocol: How it was measured, in words.
+        num_samples: Number of images that entered.
+        source: Class of the callback or module that measured it.
+        details: Further primitives. ``pictures`` lists PNG files, absolute or relative to the file's folder,
+            ``captions`` says what is on them, ``warnings`` lists sentences.
+    """
+
+    name: str
+    value: float
+    protocol: str
+    num_samples: int
+    source: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Contents of an evaluation file.
+
+    Attributes:
+        name: Label of the run in tables and plots.
+        entries: The figures.
+        provenance: Where they come from: checkpoint, weights, versions, seeds, device, date.
+    """
+
+    name: str
+    entries: Sequence[Entry]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def entry(self, name: str) -> Entry | None:
+        """Returns the figure of that name, if there is one."""
+        return next((entry for entry in self.entries if entry.name == name), None)
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Writes an evaluation as JSON; a crash leaves the old file or the new one, never half of one."""
+    contents = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "note": "NaN, Infinity and -Infinity are written as strings",
+        "name": evaluation.name,
+        "figures": [asdict(entry) for entry in evaluation.entries],
+        "provenance": evaluation.provenance,
+    }
+    write_text(path, json.dumps(primitive(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Returns the evaluation in a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, no evaluation, or of another schema version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no evaluation file at {path}")
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON, so it is damaged or no evaluation: {error}") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise ValueError(f"{path} is no evaluation file: expected one that EvaluationReport has written")
+    version = contents.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}: evaluate anew")
+    try:
+        names = [each.name for each in fields(Entry)]
+        entries = [Entry(**{name: restored(figure[name]) for name in names}) for figure in contents["figures"]]
+        evaluation = Evaluation(contents["name"], entries, contents["provenance"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a damaged evaluation file: a figure or an entry lacks {error}") from error
+    wrong = [entry.name for entry in entries if not _well_formed(entry)]
+    if wrong or not isinstance(evaluation.name, str):
+        raise ValueError(f"{path} is a damaged evaluation file: name or figure {wrong} has an entry of a wrong type")
+    return evaluation
+
+
+def is_of_one_step_count(name: str) -> bool:
+    """Returns whether a figure belongs to one number of sampling steps of a sweep, such as ``fid_20_steps``."""
+    return re.search(r"_\d+_steps$", name) is not None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
+        temporary = Path(file.name)
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        except BaseException:
+            temporary.unlink()
+            raise
+    # Temporary files are for the owner's eyes alone; this one is to be read like any other.
+    temporary.chmod(0o666 & ~_umask())
+    temporary.replace(path)
+
+
+def primitive(value: Any) -> Any:
+    """Returns a value as JSON takes it: numbers that are not finite, and objects, as text, tensors as lists."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return primitive(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): primitive(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [primitive(each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted((primitive(each) for each in value), key=repr)
+    return str(value)
+
+
+def restored(value: Any) -> Any:
+    """Returns a value from JSON with its numbers that are not finite."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: restored(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [restored(each) for each in value]
+    return value
+
+
+def _well_formed(entry: Entry) -> bool:
+    texts = (entry.name, entry.protocol, entry.source)
+    numbers = (entry.value, entry.num_samples)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        and isinstance(entry.details, dict)
+    )
+
+
+def _umask() -> int:
+    """The process's mask, which can only be read by setting it."""
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

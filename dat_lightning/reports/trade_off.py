@@ -1,0 +1,95 @@
+"""The trade-off plot: two figures of several runs against each other, a labelled point for each run."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dat_lightning.reports.comparison import Column, Comparison
+from dat_lightning.reports.drawing import NEUTRAL, PALETTE, label, require_matplotlib
+
+_MARKERS = "osD^vP*X"
+# Where a label may stand beside its point, in points, best first, with its alignments.
+_PLACES = (
+    (8, 0, "left", "center"),
+    (-8, 0, "right", "center"),
+    (0, 8, "center", "bottom"),
+    (0, -8, "center", "top"),
+    (6, 7, "left", "bottom"),
+    (-6, 7, "right", "bottom"),
+    (6, -7, "left", "top"),
+    (-6, -7, "right", "top"),
+)
+
+
+def default_axes(comparison: Comparison) -> tuple[str | None, str | None]:
+    """Returns the figures that the plot shows if nobody chooses: distance of samples, and accuracy under attack."""
+    names = [column.name for column in comparison.columns]
+    x = next((name for name in ("fid", *names) if name in names and name.startswith("fid")), None)
+    robust = [name for name in names if name.startswith(("autoattack", "robust_accuracy"))]
+    y = "robust_accuracy" if "robust_accuracy" in robust else next(iter(robust), None)
+    return x, y
+
+
+def trade_off_figure(comparison: Comparison, x: Column, y: Column) -> Any:
+    """Returns the plot of column ``y`` against column ``x``; runs that lack either are left out.
+
+    Runs whose numbers cannot be compared, because they were measured in another way, have markers of another shape.
+    """
+    figure, axes = require_matplotlib().subplots(figsize=(7.2, 4.8), layout="constrained")
+    axes.margins(0.18)
+    points: list[tuple[float, float]] = []
+    labels: list[str] = []
+    ways: list[tuple[int | None, int | None]] = []
+    for k, run in enumerate(comparison.runs):
+        one, other = x.entries[k], y.entries[k]
+        if one is None or other is None or not (math.isfinite(one.value) and math.isfinite(other.value)):
+            continue
+        points.append((one.value, other.value))
+        labels.append(run.replace("$", r"\$"))
+        ways.append((x.groups[k], y.groups[k]))
+    order = list(dict.fromkeys(ways))
+    for (across, up), way in zip(points, ways, strict=True):
+        place = order.index(way)
+        marker, color = _MARKERS[place % len(_MARKERS)], PALETTE[place % len(PALETTE)]
+        axes.plot(across, up, marker, color=color, ms=8, markeredgewidth=0)
+    axes.set(xlabel=axis_label(x), ylabel=axis_label(y))
+    _label(figure, axes, points, labels)
+    return figure
+
+
+def axis_label(column: Column) -> str:
+    """Returns the name of a figure and what is better."""
+    better = "" if column.direction is None else f" ({column.direction} is better)"
+    return label(column.name) + better
+
+
+def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
+    """Writes each label where it covers no point and no other label, if there is such a place."""
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    taken = [_box(axes.transData.transform(point), 6) for point in points]
+    for k, (point, text) in enumerate(zip(points, labels, strict=True)):
+        tried = []
+        for dx, dy, horizontal, vertical in _PLACES:
+            written = axes.annotate(
+                text, point, (dx, dy), textcoords="offset points", ha=horizontal, va=vertical, fontsize=9
+            )
+            box = written.get_window_extent()
+            others = taken[:k] + taken[k + 1 :]
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            tried.append((sum(box.overlaps(other) for other in others) + outside, written, box))
+            if tried[-1][0] == 0:
+                break
+        best = min(tried, key=lambda each: each[0])
+        for _, written, _ in tried:
+            if written is not best[1]:
+                written.remove()
+        best[1].set_color(NEUTRAL if best[0] else axes.yaxis.label.get_color())
+        taken.append(best[2])
+
+
+def _box(center: Any, radius: float) -> Any:
+    from matplotlib.transforms import Bbox
+
+    x, y = center
+    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)
