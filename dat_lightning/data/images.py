@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,11 @@ _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 # Too many open files, no memory: the next image would fail as well, and skipping would change the data in silence.
 _NOT_THE_IMAGE_S_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
+
+# What a file server says when it is away for a moment, and the seconds before it is asked again.
+_MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_PAUSES = (0.5, 2.0, 8.0)
 
 
 class NamedImages(Protocol):
@@ -41,11 +47,18 @@ def read_image(path: str | Path) -> Image.Image:
     several frames the first is taken. The orientation that a camera noted in EXIF is ignored, as torchvision does.
 
     Raises:
-        CorruptImageError: If the file is missing, is no image, or is damaged.
+        CorruptImageError: If the file is missing, is no image, or is damaged; or a file server fails several times.
+        OSError: If the process has too many open files or too little memory.
     """
     try:
-        with Image.open(path, formats=_FORMATS) as image:
-            return _rgb(image)
+        for pause in _PAUSES:
+            try:
+                return _decoded(path)
+            except OSError as error:
+                if error.errno not in _MAY_PASS:
+                    raise
+            time.sleep(pause)
+        return _decoded(path)
     except UnidentifiedImageError as error:
         raise CorruptImageError(str(path), f"it is none of {', '.join(_FORMATS)}") from error
     except OSError as error:
@@ -54,6 +67,11 @@ def read_image(path: str | Path) -> Image.Image:
         raise CorruptImageError(str(path), error.strerror or str(error)) from error
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         raise CorruptImageError(str(path), f"{type(error).__name__}: {error}") from error
+
+
+def _decoded(path: str | Path) -> Image.Image:
+    with Image.open(path, formats=_FORMATS) as image:
+        return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:

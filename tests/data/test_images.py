@@ -363,3 +363,26 @@ def test_a_fault_of_the_process_is_not_called_a_corrupt_image(
     with pytest.raises(OSError, match="no more of it") as error:
         read_image(tmp_path / "a.png")
     assert not isinstance(error.value, ValueError)
+
+
+def test_a_file_server_that_is_away_for_a_moment_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Image.new("RGB", (3, 2), (1, 2, 3)).save(tmp_path / "a.png")
+    original, left = Image.open, [2]
+    pauses: list[float] = []
+
+    def unsteady(*args: Any, **kwargs: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, "stale file handle")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(Image, "open", unsteady)
+    monkeypatch.setattr("dat_lightning.data.images.time.sleep", pauses.append)
+    assert read_image(tmp_path / "a.png").size == (3, 2)
+    assert pauses == [0.5, 2.0]
+    left[0] = 100
+    with pytest.raises(CorruptImageError, match="stale file handle"):
+        read_image(tmp_path / "a.png")
+    assert left[0] == 96
