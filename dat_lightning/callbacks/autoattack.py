@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, is_silent, require_parts
+from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, all_ranks, check_test_batch, is_silent
 from dat_lightning.callbacks.masking import share_of, square_signs, wilson_interval
 from dat_lightning.callbacks.robustness import float_logits
 from dat_lightning.core.pgd import Logits, no_trace
@@ -138,9 +138,7 @@ class AutoAttack(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the images; they are attacked after the last batch."""
-        if dataloader_idx > 0:
-            raise ValueError("AutoAttack evaluates one test loader, got several; test them one by one")
-        require_parts(batch, "AutoAttack")
+        check_test_batch(batch, "AutoAttack", dataloader_idx)
         for index, image, label in zip(batch["index"].tolist(), batch["x"].cpu(), batch["y"].cpu(), strict=True):
             # Copies, for a view would keep the whole batch.
             self._images[index] = (image.clone(), label.clone())
@@ -229,10 +227,7 @@ class AutoAttack(Evaluator):
 
     def _chunks(self, trainer: Trainer) -> list[dict[str, Tensor]]:
         """This rank's chunks, put together from the images of all ranks."""
-        owned: list[list[int]] = [sorted(self._images)]
-        if trainer.world_size > 1:
-            owned = [[] for _ in range(trainer.world_size)]
-            torch.distributed.all_gather_object(owned, sorted(self._images))
+        owned = all_ranks(sorted(self._images))
         chosen = self._chosen({index for indices in owned for index in indices})
         chunks = []
         for number, first in enumerate(range(0, len(chosen), self.batch_size)):

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import io
 import json
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from dat_lightning.core.files import written_whole
 from dat_lightning.core.fingerprint import module_fingerprint
 
 Values = dict[str, Tensor]
@@ -146,9 +146,7 @@ class Evaluator(Callback, ABC):
         Raises:
             ValueError: If the batch lacks a part, or comes from a second test loader.
         """
-        if dataloader_idx > 0:
-            raise ValueError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
-        require_parts(batch, type(self).__name__)
+        check_test_batch(batch, type(self).__name__, dataloader_idx)
         values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
         self._values.append({"index": batch["index"].cpu(), **values})
 
@@ -200,6 +198,13 @@ def gather(batches: list[Values], otherwise: str = "the test loader gave no batc
     return {name: value[order] for name, value in everything.items()} | {"index": torch.from_numpy(index)}
 
 
+def check_test_batch(batch: Any, evaluator: str, dataloader_idx: int) -> None:
+    """Raises a ValueError unless a batch has ``x, y, index`` and comes from the only test loader."""
+    if dataloader_idx > 0:
+        raise ValueError(f"{evaluator} evaluates one test loader, got several; test them one by one")
+    require_parts(batch, evaluator)
+
+
 def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", "index")) -> None:
     """Raises a ValueError unless a batch is a mapping with the given parts."""
     missing = [key for key in parts if not (isinstance(batch, Mapping) and key in batch)]
@@ -249,15 +254,8 @@ def _write(path: Path, values: Values) -> None:
     """Writes values, behind a hash of them; a crash leaves no half-written file of that name."""
     arrays = io.BytesIO()
     np.savez(arrays, **{name: value.numpy() for name, value in values.items()})  # type: ignore[arg-type]
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        try:
-            file.write(hashlib.sha256(arrays.getvalue()).digest() + arrays.getvalue())
-            # A full disk may show here only.
-            file.flush()
-        except BaseException:
-            Path(file.name).unlink()
-            raise
-    Path(file.name).replace(path)
+    with written_whole(path) as file:
+        file.write(hashlib.sha256(arrays.getvalue()).digest() + arrays.getvalue())
 
 
 def _weights(module: LightningModule) -> str:

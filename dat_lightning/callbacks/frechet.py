@@ -2,9 +2,7 @@
 
 import hashlib
 import itertools
-import logging
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,18 +12,17 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
+from dat_lightning.core.files import written_whole
 from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
 
 # Share of reference images that may be corrupt.
 _MAX_SKIPPED_SHARE = 0.01
-
-_logger = logging.getLogger(__name__)
 
 
 class FrechetDistance(SampleConsumer):
@@ -122,7 +119,8 @@ class FrechetDistance(SampleConsumer):
     def _find_reference(self, trainer: Trainer, pl_module: LightningModule) -> Gaussian:
         if self.reference is not None:
             return read_statistics(Path(self.reference))
-        data = self._reference_data(trainer)
+        need = "FrechetDistance needs reference statistics: name a .npz as reference, or"
+        data = reference_data(trainer, need)
         path: Path | None = None
         cached: Gaussian | None = None
         if trainer.is_global_zero:
@@ -140,37 +138,20 @@ class FrechetDistance(SampleConsumer):
         moments, num_skipped = self._reference_moments(data, trainer, pl_module)
         moments.all_reduce()
         gaussian = moments.gaussian()
-        # What a disk could not give today must not stay in the cache.
         if path is not None and num_skipped == 0:
             write_statistics(path, gaussian)
         return gaussian
 
-    def _reference_data(self, trainer: Trainer) -> Any:
-        data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
-        if not callable(data):
-            raise TypeError(
-                "FrechetDistance needs reference statistics: name a .npz as reference, or use a DataModule with"
-                " reference_data(), as PairedDataModule has it"
-            )
-        return data()
-
     def _reference_moments(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> tuple[FeatureMoments, int]:
         """This rank's moments, and how many images were corrupt on all ranks."""
-        mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
-        batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
-        workers: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
+        images = ReferenceImages(trainer, data, self.batch_size, "FrechetDistance")
         moments: FeatureMoments | None = None
-        skipped: list[str] = []
-        for batch in DataLoader(data, batch_size=None, sampler=batches, num_workers=workers):
+        for batch in images:
             features = self.features(batch["x"].to(pl_module.device))
             if moments is None:
                 moments = _moments_on(features.device, features.shape[1])
             moments.update(features)
-            skipped += batch.get("skipped", ())
-        if skipped:
-            _logger.warning("%d reference images were skipped, the first: %s", len(skipped), skipped[0])
-        count = torch.tensor(float(len(skipped)), device=pl_module.device)
-        num_skipped = int(trainer.strategy.reduce(count, reduce_op="sum"))
+        num_skipped = images.num_skipped()
         if num_skipped > _MAX_SKIPPED_SHARE * len(data.dataset):
             raise ValueError(
                 f"{num_skipped} of {len(data.dataset)} reference images of the Fréchet distance could not be read; more"
@@ -250,7 +231,5 @@ def read_statistics(path: Path) -> Gaussian:
 
 def write_statistics(path: Path, gaussian: Gaussian) -> None:
     """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".npz", delete=False) as file:
+    with written_whole(path) as file:
         np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())
-    Path(file.name).replace(path)

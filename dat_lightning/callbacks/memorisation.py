@@ -14,7 +14,8 @@ from dat_lightning.callbacks.evaluator import Figure, Values, gather, is_silent
 from dat_lightning.callbacks.frechet import extract_features
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.callbacks.picture_grids import Shortlist, Tile, write_captioned_grid
-from dat_lightning.callbacks.training_features import reference_data, training_features
+from dat_lightning.callbacks.reference_images import reference_data
+from dat_lightning.callbacks.training_features import training_features
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.metrics.neighbours import NeighbourMetric, nearest_neighbours
 
@@ -235,7 +236,7 @@ class Memorisation(SampleConsumer):
         ]
 
     def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float) -> None:
-        data = reference_data(trainer, "Memorisation")
+        data = reference_data(trainer, "Memorisation compares with training images:")
         batch = data[sorted(set(closest["neighbours"].flatten().tolist()))]
         images = dict(zip(batch["index"].tolist(), to_uint8_rgb(batch["x"]), strict=True))
         labels = dict(zip(batch["index"].tolist(), batch["y"].tolist(), strict=True))

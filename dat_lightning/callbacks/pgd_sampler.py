@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.pgd import Logits, ascend_snapshots, unbounded_ascent
 
@@ -172,8 +173,7 @@ class PGDSampler(Callback):
         for consumer in consumers:
             consumer.on_samples_start(trainer, pl_module, plan)
         chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
-        silent = not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
-        for indices in tqdm(chunks, desc="Generating", leave=False, disable=silent):
+        for indices in tqdm(chunks, desc="Generating", leave=False, disable=is_silent(trainer)):
             images = torch.stack([seeds(i)[0] for i in indices]).to(like)
             with trainer.precision_plugin.forward_context():
                 batch = self.generate(pl_module, images, torch.tensor(indices), num_classes)

@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import logging
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,13 +13,14 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Figure, Values, gather, is_silent
+from dat_lightning.callbacks.evaluator import Figure, Values, all_ranks, gather, is_silent
 from dat_lightning.callbacks.frechet import FrechetDistance, default_cache_dir, reference_key
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
+from dat_lightning.core.files import written_whole
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.metrics.fidelity import (
     FidelitySettings,
@@ -172,7 +172,7 @@ class SampleMetrics(SampleConsumer):
         sweep: dict[int, dict[str, float]] = {}
         for steps in tqdm(list(mine), desc="Measuring samples", leave=False, disable=is_silent(trainer)):
             sweep[steps] = fidelity_scores(self.metrics, self.settings, mine.pop(steps), self._reference)
-        sweep = _merged(sweep)
+        sweep = {steps: scores for part in all_ranks(sweep) for steps, scores in part.items()}
         self.figures = self._figures(sweep, self._plan)
         best = int(self.figures[0].details["num_steps"])
         stage = self._plan.stage
@@ -219,13 +219,8 @@ class SampleMetrics(SampleConsumer):
             return Reference("nothing")
         if self.reference is not None:
             return self._reference_from_file(Path(self.reference), trainer, pl_module)
-        data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
-        if not callable(data):
-            raise TypeError(
-                "SampleMetrics needs reference images: name a folder or .npz as reference, or use a DataModule with"
-                " reference_data(), as PairedDataModule has it"
-            )
-        return self._reference_from_data(data(), trainer, pl_module)
+        need = "SampleMetrics needs reference images: name a folder or .npz as reference, or"
+        return self._reference_from_data(reference_data(trainer, need), trainer, pl_module)
 
     def _reference_from_file(self, path: Path, trainer: Trainer, pl_module: LightningModule) -> Reference:
         # A program that is built on this callback; it knows the files.
@@ -252,24 +247,18 @@ class SampleMetrics(SampleConsumer):
         # Caches may differ between machines; what rank zero found counts.
         features = trainer.strategy.broadcast(features)
         if features is None:
-            features = self._read_data(data, trainer, pl_module)
-            if path is not None:
-                _write_features(path, features)
+            images = ReferenceImages(trainer, data, self.batch_size, "SampleMetrics")
+            features = self._read(images, pl_module)
+            if images.num_skipped() == 0 and path is not None:
+                with written_whole(path) as file:
+                    np.save(file, features.numpy())
         return Reference(name, len(features), None, features)
 
-    def _read_data(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> Tensor:
-        mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
-        batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
-        workers: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
-        loader = DataLoader(data, batch_size=None, sampler=batches, num_workers=workers)
+    def _read(self, images: ReferenceImages, pl_module: LightningModule) -> Tensor:
         values: list[Values] = []
-        skipped: list[str] = []
-        for batch in tqdm(loader, desc="Reference", leave=False, disable=is_silent(trainer)):
+        for batch in images:
             x = batch["x"].to(pl_module.device)
             values.append({"index": batch["index"], **self.reader.read(to_uint8_rgb(x))})
-            skipped += batch.get("skipped", ())
-        if skipped:
-            _logger.warning("%d reference images were skipped, the first: %s", len(skipped), skipped[0])
         return gather(values, "reference_data() has no images")["features"]
 
 
@@ -315,15 +304,6 @@ def by_class(values: Values) -> Values:
     return {name: value[order] for name, value in values.items()}
 
 
-def _merged(mine: dict[int, dict[str, float]]) -> dict[int, dict[str, float]]:
-    """The scores of all ranks."""
-    parts: list[dict[int, dict[str, float]]] = [mine]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        parts = [{}] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, mine)
-    return {steps: scores for part in parts for steps, scores in part.items()}
-
-
 def _read_features(path: Path) -> Tensor | None:
     """Cached features; ``None`` if there are none, or the file is damaged."""
     try:
@@ -333,11 +313,3 @@ def _read_features(path: Path) -> Tensor | None:
     except (OSError, ValueError, EOFError) as error:
         rank_zero_warn(f"{path} is not a readable .npy: {error}; computing the features anew")
         return None
-
-
-def _write_features(path: Path, features: Tensor) -> None:
-    """Writes features; a crash leaves no half-written file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as file:
-        np.save(file, features.numpy())
-    Path(file.name).replace(path)

@@ -2,37 +2,18 @@
 
 import logging
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dat_lightning.callbacks.evaluator import Values, gather, is_silent
 from dat_lightning.callbacks.frechet import extract_features
+from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 
 _logger = logging.getLogger(__name__)
-
-
-def reference_data(trainer: Trainer, who: str) -> Any:
-    """Returns the DataModule's training images as evaluation sees them.
-
-    Args:
-        trainer: Has the DataModule.
-        who: The callback that asks, for the message.
-
-    Raises:
-        TypeError: If the DataModule cannot say.
-    """
-    data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
-    if not callable(data):
-        raise TypeError(
-            f"{who} compares with training images: use a DataModule with reference_data(), as PairedDataModule has it"
-        )
-    return data()
 
 
 def training_features(
@@ -49,18 +30,10 @@ def training_features(
         batch_size: Images per pass.
         who: The callback that asks, for messages.
     """
-    data = reference_data(trainer, who)
-    mine = range(trainer.global_rank, len(data.dataset), trainer.world_size)
-    batches = [mine[first : first + batch_size] for first in range(0, len(mine), batch_size)]
-    workers: int = getattr(trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
-    skipped: list[str] = []
-    loader = DataLoader(data, batch_size=None, sampler=batches, num_workers=workers)
-    for batch in tqdm(loader, desc=f"{who}: training images", leave=False, disable=is_silent(trainer)):
+    data = reference_data(trainer, f"{who} compares with training images:")
+    for batch in ReferenceImages(trainer, data, batch_size, who):
         features = extract_features(extractor, batch["x"].to(pl_module.device))
         yield {"index": batch["index"], "y": batch["y"], "features": features.float().cpu()}
-        skipped += batch.get("skipped", ())
-    if skipped:
-        _logger.warning("%s skipped %d training images, the first: %s", who, len(skipped), skipped[0])
 
 
 def class_gaussians(

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms
 from dat_lightning.data.draws import DrawSource, DrawStream, EvaluationBatches, Transform
-from dat_lightning.data.images import exclusion_entry, image_name
+from dat_lightning.data.images import ImageView
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream
 
 
-class RandomSlice(Dataset[Any]):
+class RandomSlice(ImageView):
     """Places ``start`` … ``stop``−1 of a data set in a random order that is a function of the seed.
 
     Slices of one order that do not overlap share no image, and of two that begin alike the shorter is part of the
@@ -34,7 +33,7 @@ class RandomSlice(Dataset[Any]):
     def __init__(self, dataset: SizedDataset, start: int, stop: int, seed: Sequence[int | str]) -> None:
         if not 0 <= start <= stop <= len(dataset):
             raise ValueError(f"places {start} … {stop} are outside a data set of {len(dataset)} images")
-        self.dataset = dataset
+        super().__init__(dataset)
         self.start = start
         self.stop = stop
         self._order = RandomPermutation(len(dataset), *seed)
@@ -42,23 +41,9 @@ class RandomSlice(Dataset[Any]):
     def __len__(self) -> int:
         return self.stop - self.start
 
-    def __getitem__(self, index: int) -> Any:
-        """Returns the entry at a place."""
-        return self.dataset[self.place(index)]
-
-    def name(self, index: int) -> str:
-        """Returns the name of the image at a place."""
-        return image_name(self.dataset, self.place(index))
-
-    def exclusion_entry(self, index: int) -> str:
-        """Returns how exclusion lists call the image at a place."""
-        return exclusion_entry(self.dataset, self.place(index))
-
     def place(self, index: int) -> int:
         """Returns where in the whole data set an entry is."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"entry {index} is outside 0 … {len(self) - 1}")
-        return self._order[self.start + index]
+        return self._order[self.start + super().place(index)]
 
 
 class ImageDataModule(PairedDataModule):

@@ -115,7 +115,40 @@ def exclusion_entry(dataset: SizedDataset, index: int) -> str:
     return str(index)
 
 
-class ImageSubset(Dataset[Any]):
+class ImageView(Dataset[Any]):
+    """Entries of another data set under other indices; names and exclusion entries are the other's.
+
+    Subclasses say how many entries they have, and override :meth:`place` where they are not all in the same order.
+
+    Args:
+        dataset: The other data set.
+    """
+
+    def __init__(self, dataset: SizedDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        """Returns entry ``index`` of the view."""
+        return self.dataset[self.place(index)]
+
+    def place(self, index: int) -> int:
+        """Returns where in the other data set an entry is; an IndexError if the view has no such entry."""
+        check_index(index, len(self))
+        return index
+
+    def name(self, index: int) -> str:
+        """Returns where image ``index`` comes from."""
+        return image_name(self.dataset, self.place(index))
+
+    def exclusion_entry(self, index: int) -> str:
+        """Returns how exclusion lists call image ``index``."""
+        return exclusion_entry(self.dataset, self.place(index))
+
+
+class ImageSubset(ImageView):
     """Some entries of a data set.
 
     Args:
@@ -134,57 +167,28 @@ class ImageSubset(Dataset[Any]):
             raise ValueError(f"indices must be one row of integers, got {ends.dtype} of shape {ends.shape}")
         if ends.size and not 0 <= ends.min() <= ends.max() < len(dataset):
             raise ValueError(f"indices must lie in 0 … {len(dataset) - 1}, got {ends.min()} … {ends.max()}")
-        self.dataset = dataset
+        super().__init__(dataset)
         self.indices = indices if isinstance(indices, range) else np.asarray(indices)
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, index: int) -> Any:
-        """Returns entry ``index`` of the subset."""
-        return self.dataset[self._original(index)]
-
-    def name(self, index: int) -> str:
-        """Returns where image ``index`` of the subset comes from."""
-        return image_name(self.dataset, self._original(index))
-
-    def exclusion_entry(self, index: int) -> str:
-        """Returns how exclusion lists call image ``index`` of the subset."""
-        return exclusion_entry(self.dataset, self._original(index))
-
-    def _original(self, index: int) -> int:
-        check_index(index, len(self))
-        return int(self.indices[index])
+    def place(self, index: int) -> int:
+        """Returns where in the whole an entry is."""
+        return int(self.indices[super().place(index)])
 
 
-class Unlabelled(Dataset[Any]):
+class Unlabelled(ImageView):
     """The images of another data set, without labels: out-of-distribution seeds from labelled data.
 
     Args:
         dataset: Entries are images, or pairs of image and label.
     """
 
-    def __init__(self, dataset: SizedDataset) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
     def __getitem__(self, index: int) -> Any:
         """Returns image ``index``."""
-        check_index(index, len(self))
-        entry = self.dataset[index]
+        entry = super().__getitem__(index)
         return entry[0] if isinstance(entry, tuple) else entry
-
-    def name(self, index: int) -> str:
-        """Returns where image ``index`` comes from."""
-        check_index(index, len(self))
-        return image_name(self.dataset, index)
-
-    def exclusion_entry(self, index: int) -> str:
-        """Returns how exclusion lists call image ``index``."""
-        check_index(index, len(self))
-        return exclusion_entry(self.dataset, index)
 
 
 class RecordFile:

@@ -2,9 +2,7 @@
 
 import json
 import math
-import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from dat_lightning.core.files import written_whole
 
 FORMAT = "dat_lightning evaluation"
 SCHEMA_VERSION = 1
@@ -111,19 +111,8 @@ def is_of_one_step_count(name: str) -> bool:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".tmp", delete=False, encoding="utf-8") as file:
-        temporary = Path(file.name)
-        try:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        except BaseException:
-            temporary.unlink()
-            raise
-    # Temporary files are for the owner's eyes alone; this one is to be read like any other.
-    temporary.chmod(0o666 & ~_umask())
-    temporary.replace(path)
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
 
 
 def primitive(value: Any) -> Any:
@@ -166,10 +155,3 @@ def _well_formed(entry: Entry) -> bool:
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         and isinstance(entry.details, dict)
     )
-
-
-def _umask() -> int:
-    """The process's mask, which can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

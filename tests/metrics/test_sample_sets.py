@@ -245,12 +245,15 @@ def test_protocols_and_details_say_how(sets: dict[str, Path]) -> None:
 
 
 def test_an_npz_and_its_png_files_have_the_same_figures(sets: dict[str, Path]) -> None:
-    """The npz is in the order of indices; its labels put it in that of the files."""
+    """The npz is in the order of indices; its labels put it in that of the files.
+
+    An image's features depend on its place in a batch by float noise.
+    """
     found = [
         values(measure_sample_set(sets[kind], sets["real"], DigitsLayers(), settings=SETTINGS, silent=True))
         for kind in ("samples", "npz")
     ]
-    assert found[0] == found[1]
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_an_npz_without_labels_stays_in_its_order(tmp_path: Path) -> None:
