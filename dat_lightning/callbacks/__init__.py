@@ -7,7 +7,7 @@ from dat_lightning.callbacks.diagnostics import Diagnostics, TrainingFailureErro
 from dat_lightning.callbacks.ema import ExponentialMovingAverage
 from dat_lightning.callbacks.energy_statistics import EnergyStatistics
 from dat_lightning.callbacks.evaluation_report import EvaluationReport
-from dat_lightning.callbacks.evaluator import Evaluator, Figure
+from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.callbacks.frechet import FrechetDistance
 from dat_lightning.callbacks.memorisation import Memorisation
 from dat_lightning.callbacks.ood_detection import OODDetection
@@ -16,6 +16,7 @@ from dat_lightning.callbacks.robustness import RobustAccuracy
 from dat_lightning.callbacks.sample_grid import SampleGrid
 from dat_lightning.callbacks.sample_metrics import SampleMetrics
 from dat_lightning.callbacks.sample_writer import SampleWriter
+from dat_lightning.core.figures import Figure
 
 __all__ = [
     "AutoAttack",

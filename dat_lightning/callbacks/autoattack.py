@@ -14,9 +14,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, all_ranks, check_test_batch, is_silent
+from dat_lightning.callbacks.evaluator import Evaluator, check_test_batch, is_silent
 from dat_lightning.callbacks.masking import share_of, square_signs, wilson_interval
 from dat_lightning.callbacks.robustness import float_logits
+from dat_lightning.core.figures import Figure, Values, all_ranks
 from dat_lightning.core.pgd import Logits, no_trace
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm

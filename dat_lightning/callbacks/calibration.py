@@ -13,7 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, gather, is_silent, require_parts
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent, require_parts
+from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.fingerprint import image_digest
 from dat_lightning.metrics.calibration import fit_temperature, reliability, require_finite
 

@@ -11,9 +11,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from dat_lightning.callbacks.evaluator import Figure, Values
 from dat_lightning.callbacks.picture_grids import Tile, signed_difference, write_captioned_grid
 from dat_lightning.callbacks.training_features import class_gaussians, frechet_distances
+from dat_lightning.core.figures import Figure, Values
 from dat_lightning.core.images import to_uint8_rgb
 
 Target = Literal["next", "uniform", "all"]

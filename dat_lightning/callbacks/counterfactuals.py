@@ -12,10 +12,11 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.callbacks.counterfactual_figures import Search, Target, class_distances, draw_counterfactuals
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, is_silent
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent
 from dat_lightning.callbacks.frechet import extract_features
 from dat_lightning.callbacks.picture_grids import Shortlist
 from dat_lightning.callbacks.training_features import training_features
+from dat_lightning.core.figures import Figure, Values
 from dat_lightning.core.fingerprint import module_fingerprint
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.core.objectives import targeted_logit

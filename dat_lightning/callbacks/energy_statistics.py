@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, gather
+from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.callbacks.ood_detection import (
     Transform,
     attack_words,
@@ -21,6 +21,7 @@ from dat_lightning.callbacks.ood_detection import (
 )
 from dat_lightning.callbacks.pgd_sampler import PGDSampler, SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy

@@ -16,10 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure
+from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.callbacks.frechet import FrechetDistance
 from dat_lightning.callbacks.pgd_sampler import PGDSampler, SampleConsumer
 from dat_lightning.callbacks.sample_grid import SampleGrid
+from dat_lightning.core.figures import Figure
 from dat_lightning.core.fingerprint import module_fingerprint
 from dat_lightning.reports.drawing import require_matplotlib
 from dat_lightning.reports.evaluation_file import Entry, Evaluation, primitive, write_evaluation

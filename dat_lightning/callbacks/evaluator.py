@@ -6,7 +6,6 @@ import io
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,32 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.files import written_whole
 from dat_lightning.core.fingerprint import module_fingerprint
 
-Values = dict[str, Tensor]
-"""Name → per-example values, first dimension N, on the CPU."""
-
 _DIGEST_SIZE = hashlib.sha256().digest_size
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of an evaluation, with what it takes to understand and repeat it.
-
-    Attributes:
-        name: What it is, such as ``accuracy`` or ``ece``; logged as ``{stage}/{name}``.
-        value: The number.
-        protocol: How it was measured, in words: attack, norm, ε, steps, bins, reference.
-        num_samples: Number of images that entered.
-        details: Further primitives: settings, seeds, confidence intervals, curves as lists.
-    """
-
-    name: str
-    value: float
-    protocol: str
-    num_samples: int
-    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Evaluator(Callback, ABC):
@@ -180,24 +158,6 @@ class Evaluator(Callback, ABC):
         return self._folder / f"{part}-{int(index.min())}-{int(index.max())}-{seen.hexdigest()[:16]}.values"
 
 
-def gather(batches: list[Values], otherwise: str = "the test loader gave no batch") -> Values:
-    """Returns the values of all ranks, each example once, sorted by ``index``; every rank must call it.
-
-    Raises:
-        ValueError: If there are no examples, and ``otherwise`` says why.
-    """
-    names = batches[0].keys() if batches else ()
-    mine = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-    filled = [part for part in all_ranks(mine) if part]
-    if not filled:
-        raise ValueError(f"there are no examples to evaluate: {otherwise}")
-    everything = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
-    # A sampler of another project may pad with repeated examples.
-    index, first = np.unique(everything["index"].numpy(), return_index=True)
-    order = torch.from_numpy(first)
-    return {name: value[order] for name, value in everything.items()} | {"index": torch.from_numpy(index)}
-
-
 def check_test_batch(batch: Any, evaluator: str, dataloader_idx: int) -> None:
     """Raises a ValueError unless a batch has ``x, y, index`` and comes from the only test loader."""
     if dataloader_idx > 0:
@@ -219,15 +179,6 @@ def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", 
 def is_silent(trainer: Trainer) -> bool:
     """Returns whether progress is not to be shown: on other ranks, or where the Trainer shows none."""
     return not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
-
-
-def all_ranks(mine: Any) -> list[Any]:
-    """Returns what each rank holds; every rank must call it."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [mine]
-    parts = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(parts, mine)
-    return parts
 
 
 def _on_cpu(value: Tensor) -> Tensor:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
@@ -16,9 +15,14 @@ from typing_extensions import override
 
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
-from dat_lightning.core.files import written_whole
 from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
-from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
+from dat_lightning.core.gaussian_stats import (
+    FeatureMoments,
+    Gaussian,
+    frechet_distance,
+    read_statistics,
+    write_statistics,
+)
 from dat_lightning.core.images import to_uint8_rgb
 
 # Share of reference images that may be corrupt.
@@ -206,30 +210,3 @@ def _device(module: nn.Module) -> torch.device:
     """Where a module's tensors live."""
     tensor = next(itertools.chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if tensor is None else tensor.device
-
-
-def read_statistics(path: Path) -> Gaussian:
-    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any float type.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it has no such entries or they do not fit each other.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no statistics file at {path}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
-    except KeyError as error:
-        raise ValueError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable .npz: {error}") from error
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
-    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
-
-
-def write_statistics(path: Path, gaussian: Gaussian) -> None:
-    """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
-    with written_whole(path) as file:
-        np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Figure, Values, gather, is_silent
+from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.frechet import extract_features
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.callbacks.picture_grids import Shortlist, Tile, write_captioned_grid
 from dat_lightning.callbacks.reference_images import reference_data
 from dat_lightning.callbacks.training_features import training_features
+from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.metrics.neighbours import NeighbourMetric, nearest_neighbours
 

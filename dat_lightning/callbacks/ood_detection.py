@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, all_ranks, gather, is_silent
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent
+from dat_lightning.core.figures import Figure, Values, all_ranks, gather
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.images import CorruptImageError
 from dat_lightning.core.pgd import ascend

@@ -8,7 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from dat_lightning.callbacks.evaluator import Values, gather
+from dat_lightning.core.figures import Values, gather
 from dat_lightning.core.images import to_uint8_rgb
 
 _TILE_SIDE = 96

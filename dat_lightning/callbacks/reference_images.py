@@ -8,7 +8,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dat_lightning.callbacks.evaluator import all_ranks, is_silent
+from dat_lightning.callbacks.evaluator import is_silent
+from dat_lightning.core.figures import all_ranks
 
 _logger = logging.getLogger(__name__)
 

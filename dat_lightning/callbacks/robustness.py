@@ -11,8 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values
+from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.callbacks.masking import attack_name, masking_signs, share_of, wilson_interval
+from dat_lightning.core.figures import Figure, Values
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.pgd import Logits, ascend, input_gradient, no_trace
 from dat_lightning.core.random_streams import stream_seed

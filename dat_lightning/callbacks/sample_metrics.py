@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +16,28 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Figure, Values, all_ranks, gather, is_silent
+from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.frechet import FrechetDistance, default_cache_dir, reference_key
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
+from dat_lightning.core.figures import Figure, Values, all_ranks, gather
 from dat_lightning.core.files import written_whole
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.metrics.fidelity import (
     FidelitySettings,
-    LayerReader,
     Metric,
     Reference,
+    by_class,
     check_metrics,
     check_sizes,
     check_values,
     fidelity_scores,
-    protocol,
+    make_figures,
 )
+from dat_lightning.metrics.image_sets import read_images, read_set
+from dat_lightning.metrics.layers import LayerReader
 
 _logger = logging.getLogger(__name__)
-
-# The settings that a score depends on.
-_SETTINGS = {
-    "fid": (),
-    "kid": ("kid_subsets", "kid_subset_size", "seed"),
-    "inception_score": ("isc_splits", "seed"),
-    "precision": ("prc_neighborhood",),
-    "recall": ("prc_neighborhood",),
-}
 
 
 class SampleMetrics(SampleConsumer):
@@ -197,7 +191,8 @@ class SampleMetrics(SampleConsumer):
         reference = self._reference if self._reference is not None else Reference("nothing")
         made: dict[int, list[Figure]] = {}
         for steps, scores in sweep.items():
-            origin = f"num_steps={steps}, step_size={plan.step_size:g}"
+            # The number of steps is a result of the sweep, and stands in the details.
+            origin = f"generated with steps of {plan.step_size:g}"
             made[steps] = make_figures(scores, self.settings, self.reader, reference, plan.num_samples, origin)
         steps_of = sorted(made)
         figures: list[Figure] = []
@@ -223,9 +218,6 @@ class SampleMetrics(SampleConsumer):
         return self._reference_from_data(reference_data(trainer, need), trainer, pl_module)
 
     def _reference_from_file(self, path: Path, trainer: Trainer, pl_module: LightningModule) -> Reference:
-        # A program that is built on this callback; it knows the files.
-        from dat_lightning.metrics.sample_sets import read_images, read_set
-
         images, gaussian = read_set(path)
         features: Tensor | None = None
         if images is not None and (gaussian is None or set(self.metrics) & {"kid", "prc"}):
@@ -260,48 +252,6 @@ class SampleMetrics(SampleConsumer):
             x = batch["x"].to(pl_module.device)
             values.append({"index": batch["index"], **self.reader.read(to_uint8_rgb(x))})
         return gather(values, "reference_data() has no images")["features"]
-
-
-def make_figures(
-    scores: Mapping[str, float],
-    settings: FidelitySettings,
-    reader: LayerReader,
-    reference: Reference,
-    num_samples: int,
-    origin: str,
-) -> list[Figure]:
-    """Returns a figure for each score of :func:`~dat_lightning.metrics.fidelity.fidelity_scores`.
-
-    Args:
-        scores: What it gave; deviations go into the figures' details.
-        settings: Its settings, which go there, too.
-        reader: Says what features and logits are.
-        reference: What was compared with.
-        num_samples: Number of samples.
-        origin: Where the samples come from, in words.
-    """
-    features, logits = reader.describe()
-    figures: list[Figure] = []
-    for name, value in scores.items():
-        if name.endswith("_std"):
-            continue
-        all_settings = asdict(settings)
-        details = {key: all_settings[key] for key in _SETTINGS[name]}
-        if name != "inception_score":
-            details |= {"reference": reference.name, "num_reference": reference.num_images}
-        if f"{name}_std" in scores:
-            details["std"] = scores[f"{name}_std"]
-        words = protocol(name, settings, reference.name, features, logits)
-        figures.append(Figure(name, value, f"{words}; {num_samples} samples, {origin}", num_samples, details))
-    return figures
-
-
-def by_class(values: Values) -> Values:
-    """Returns values in the order class (``label``), then index: that of files in one folder per class."""
-    if "label" not in values:
-        return values
-    order = torch.argsort(values["label"], stable=True)
-    return {name: value[order] for name, value in values.items()}
 
 
 def _read_features(path: Path) -> Tensor | None:

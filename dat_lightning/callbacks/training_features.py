@@ -8,9 +8,10 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dat_lightning.callbacks.evaluator import Values, gather, is_silent
+from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.frechet import extract_features
 from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
+from dat_lightning.core.figures import Values, gather
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 
 _logger = logging.getLogger(__name__)

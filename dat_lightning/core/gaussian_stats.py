@@ -1,10 +1,14 @@
 """Mergeable float64 moments of features, and the Fréchet distance between the Gaussians that they describe."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dat_lightning.core.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -91,3 +95,30 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     trace_root = product.clamp_min(0).sqrt().sum()
     distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
     return max(0.0, float(distance))
+
+
+def read_statistics(path: Path) -> Gaussian:
+    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any float type.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no such entries or they do not fit each other.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no statistics file at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+    except KeyError as error:
+        raise ValueError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable .npz: {error}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
+    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def write_statistics(path: Path, gaussian: Gaussian) -> None:
+    """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
+    with written_whole(path) as file:
+        np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())

@@ -3,14 +3,8 @@
 from dat_lightning.metrics.calibration import Reliability, fit_temperature, reliability
 from dat_lightning.metrics.classifier_features import ClassifierFeatures
 from dat_lightning.metrics.features import DigitsFeatures, TorchFidelityFeatures
-from dat_lightning.metrics.fidelity import (
-    DigitsLayers,
-    FidelitySettings,
-    Metric,
-    Reference,
-    TorchFidelityLayers,
-    fidelity_scores,
-)
+from dat_lightning.metrics.fidelity import FidelitySettings, Metric, Reference, fidelity_scores
+from dat_lightning.metrics.layers import DigitsLayers, TorchFidelityLayers
 from dat_lightning.metrics.neighbours import nearest_neighbours
 from dat_lightning.metrics.ood import auroc, detection_scores, false_positive_rate
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from dat_lightning import DigitsFeatures
 from dat_lightning.callbacks import Counterfactuals
-from dat_lightning.callbacks.evaluator import Figure, Values
+from dat_lightning.core.figures import Figure, Values
 from dat_lightning.data.digits import load_images, split_indices
 from tests import tiny
 

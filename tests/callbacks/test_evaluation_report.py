@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dat_lightning import DigitsFeatures, FrechetDistance, PGDSampler, SampleConsumer, SampleGrid
 from dat_lightning.callbacks import EvaluationReport, evaluation_report
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values
+from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.cli import main
+from dat_lightning.core.figures import Figure, Values
 from dat_lightning.reports import Evaluation, read_evaluation
 from tests import tiny
 from tests.reports.page import Page

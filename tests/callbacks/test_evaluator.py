@@ -12,8 +12,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat_lightning.callbacks.evaluator import Evaluator, Figure, Values, _read, _write, gather
+from dat_lightning.callbacks.evaluator import Evaluator, _read, _write
 from dat_lightning.core import ThreatModel
+from dat_lightning.core.figures import Figure, Values, gather
 from tests import tiny
 
 Batch = dict[str, Tensor]

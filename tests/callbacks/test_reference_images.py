@@ -12,7 +12,8 @@ from dat_lightning import DigitsFeatures, FrechetDistance, PGDSampler, SampleMet
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data.draws import EvaluationBatches
-from dat_lightning.metrics.fidelity import DigitsLayers, FidelitySettings
+from dat_lightning.metrics.fidelity import FidelitySettings
+from dat_lightning.metrics.layers import DigitsLayers
 from tests import tiny
 
 

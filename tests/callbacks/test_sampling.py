@@ -27,8 +27,9 @@ from dat_lightning import (
     ascend,
     unbounded_ascent,
 )
-from dat_lightning.callbacks.frechet import read_statistics, reference_key, write_statistics
+from dat_lightning.callbacks.frechet import reference_key
 from dat_lightning.core import Gaussian, targeted_logit
+from dat_lightning.core.gaussian_stats import read_statistics, write_statistics
 from dat_lightning.data.draws import EvaluationBatches
 from tests import tiny
 

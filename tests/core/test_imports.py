@@ -16,8 +16,6 @@ EXCEPTIONS = {
     "metrics/train_digits_features.py": {"data"},
     "metrics/classifier_features.py": {"checkpoints"},
     "callbacks/evaluation_report.py": {"reports", "version"},
-    # The same figures from a sampler's callback and from files.
-    "metrics/sample_sets.py": {"callbacks"},
     # Evaluators are callbacks around the functions of metrics.
     **{
         f"callbacks/{name}.py": {"metrics"}

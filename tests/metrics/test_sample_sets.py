@@ -18,8 +18,10 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dat_lightning.data import digits
 from dat_lightning.metrics import DigitsFeatures, DigitsLayers, FidelitySettings, Metric, TorchFidelityLayers
-from dat_lightning.metrics.fidelity import LayerReader, Reference, fidelity_scores
-from dat_lightning.metrics.sample_sets import ArrayImages, FolderImages, main, measure_sample_set, read_set
+from dat_lightning.metrics.fidelity import Reference, fidelity_scores
+from dat_lightning.metrics.image_sets import ArrayImages, FolderImages, read_set
+from dat_lightning.metrics.layers import LayerReader
+from dat_lightning.metrics.sample_sets import main, measure_sample_set
 
 INCEPTION_MODULE = sys.modules[FeatureExtractorInceptionV3.__module__]
 SETTINGS = FidelitySettings(isc_splits=3, kid_subsets=4, kid_subset_size=20)

@@ -1,0 +1,58 @@
+"""What an evaluation gives: values per example, gathered from all ranks, and the figures made of them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Values = dict[str, Tensor]
+"""Name → per-example values, first dimension N, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of an evaluation, with what it takes to understand and repeat it.
+
+    Attributes:
+        name: What it is, such as ``accuracy`` or ``ece``; logged as ``{stage}/{name}``.
+        value: The number.
+        protocol: How it was measured, in words: attack, norm, ε, steps, bins, reference.
+        num_samples: Number of images that entered.
+        details: Further primitives: settings, seeds, confidence intervals, curves as lists.
+    """
+
+    name: str
+    value: float
+    protocol: str
+    num_samples: int
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+def gather(batches: list[Values], otherwise: str = "the test loader gave no batch") -> Values:
+    """Returns the values of all ranks, each example once, sorted by ``index``; every rank must call it.
+
+    Raises:
+        ValueError: If there are no examples, and ``otherwise`` says why.
+    """
+    names = batches[0].keys() if batches else ()
+    mine = {name: torch.cat([batch[name] for batch in batches]) for name in names}
+    filled = [part for part in all_ranks(mine) if part]
+    if not filled:
+        raise ValueError(f"there are no examples to evaluate: {otherwise}")
+    everything = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
+    # A sampler of another project may pad with repeated examples.
+    index, first = np.unique(everything["index"].numpy(), return_index=True)
+    order = torch.from_numpy(first)
+    return {name: value[order] for name, value in everything.items()} | {"index": torch.from_numpy(index)}
+
+
+def all_ranks(mine: Any) -> list[Any]:
+    """Returns what each rank holds; every rank must call it."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    parts = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(parts, mine)
+    return parts
