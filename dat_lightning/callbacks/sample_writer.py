@@ -1,8 +1,11 @@
 """Generated samples as files: PNG folders and the ``.npz`` of the ADM evaluator."""
 
+import os
 import shutil
 import zipfile
+from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +18,9 @@ from typing_extensions import override
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.core.images import to_uint8_rgb
 
+# Batches whose files may still be written while the next ones are generated.
+_MAX_WAITING = 4
+
 
 class SampleWriter(SampleConsumer):
     """Writes every generated sample.
@@ -24,7 +30,7 @@ class SampleWriter(SampleConsumer):
     ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
     (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have
     to share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is
-    replaced; other files stay.
+    replaced; other files stay. Threads write, while the next batch is generated.
 
     Args:
         dirpath: Folder of this set.
@@ -34,6 +40,7 @@ class SampleWriter(SampleConsumer):
 
     Raises:
         ValueError: If a format is unknown; when sampling starts, if the sampler takes no snapshot at ``num_steps``.
+        OSError: With a later batch or at the end, if a file cannot be written.
     """
 
     def __init__(
@@ -50,6 +57,8 @@ class SampleWriter(SampleConsumer):
         self.num_steps = num_steps
         self.stages = tuple(stages)
         self._plan: SamplingPlan | None = None
+        self._threads: ThreadPoolExecutor | None = None
+        self._waiting: deque[list[Future[None]]] = deque()
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
@@ -76,21 +85,46 @@ class SampleWriter(SampleConsumer):
             return
         steps = self._plan.num_steps[-1] if self.num_steps is None else self.num_steps
         pixels = to_uint8_rgb(batch.images[steps]).permute(0, 2, 3, 1).contiguous().cpu().numpy()
-        labels = batch.labels.cpu()
+        labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
+        if self._threads is None:
+            self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "SampleWriter")
+        writing: list[Future[None]] = []
         if "png" in self.formats:
-            for index, label, image in zip(batch.indices.tolist(), labels.tolist(), pixels, strict=True):
+            for label in set(labels.tolist()):
+                (self.dirpath / "png" / f"{label:04d}").mkdir(parents=True, exist_ok=True)
+            for index, label, image in zip(indices.tolist(), labels.tolist(), pixels, strict=True):
                 path = self.dirpath / "png" / f"{label:04d}" / f"{index:06d}.png"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                Image.fromarray(image).save(path)
+                writing.append(self._threads.submit(Image.fromarray(image).save, path))
         if "npz" in self.formats:
-            path = self.dirpath / "shards" / f"{int(batch.indices[0]):06d}.npz"
-            np.savez(path, images=pixels, labels=labels.numpy(), indices=batch.indices.cpu().numpy())
+            path = self.dirpath / "shards" / f"{indices[0]:06d}.npz"
+            writing.append(self._threads.submit(np.savez, path, images=pixels, labels=labels, indices=indices))
+        self._waiting.append(writing)
+        self._finish(_MAX_WAITING)
+
+    def _finish(self, leave: int) -> None:
+        """Waits until at most ``leave`` batches are still being written; raises what went wrong."""
+        while len(self._waiting) > leave:
+            for future in self._waiting.popleft():
+                future.result()
+
+    def _stop(self) -> None:
+        if self._threads is not None:
+            self._threads.shutdown(cancel_futures=True)
+        self._threads = None
+        self._waiting.clear()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Stops writing."""
+        self._stop()
 
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the shards together, on rank zero."""
         if self._plan is None:
             return
+        self._finish(0)
+        self._stop()
         trainer.strategy.barrier("SampleWriter.end")
         if trainer.is_global_zero:
             if "npz" in self.formats:

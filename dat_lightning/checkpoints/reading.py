@@ -12,6 +12,8 @@ import torch
 
 from dat_lightning.checkpoints import pickles
 from dat_lightning.checkpoints.names import ForbiddenNameError
+from dat_lightning.checkpoints.runs import check_whole, is_archive
+from dat_lightning.checkpoints.stamp import check_stamp
 
 
 def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
@@ -29,6 +31,9 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    # Before anything in it is believed. The formats without an archive have no checksums.
+    if is_archive(file):
+        check_whole(file)
     try:
         contents = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     except ForbiddenNameError as error:
@@ -38,6 +43,10 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     if not isinstance(contents, Mapping):
         kind = contents.name if isinstance(contents, pickles.StandIn) else type(contents).__name__
         raise ValueError(f"{path} holds a {kind}, not a checkpoint or state dict")  # noqa: TRY004
+    try:
+        check_stamp(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     return contents
 
 

@@ -4,6 +4,7 @@ from dat_lightning.core.architectures import architecture_of, build_architecture
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
+from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, r1_penalty, robust_cross_entropy
@@ -15,8 +16,10 @@ from dat_lightning.core.objectives import (
     targeted_logit,
 )
 from dat_lightning.core.pgd import (
+    AUTOCAST_DTYPES,
     AttackMode,
     Logits,
+    Precision,
     ascend,
     ascend_snapshots,
     input_gradient,
@@ -33,14 +36,17 @@ from dat_lightning.core.random_streams import (
 from dat_lightning.core.threat_model import Norm, ThreatModel, project, random_start, steepest_step
 
 __all__ = [
+    "AUTOCAST_DTYPES",
     "AUCCurriculum",
     "AttackMode",
     "EnergyModel",
     "FeatureMoments",
+    "FoldedNetwork",
     "Gaussian",
     "Logits",
     "Norm",
     "Objective",
+    "Precision",
     "RandomPermutation",
     "SizedDataset",
     "ThreatModel",

@@ -17,6 +17,16 @@ Logits = Callable[[Tensor], Tensor]
 
 AttackMode = Literal["eval", "train"]
 
+Precision = Literal["float32", "bfloat16"]
+"""Precision of an ascent's forward and backward passes; images and steps stay as they are."""
+
+AUTOCAST_DTYPES: dict[Precision | None, torch.dtype | None] = {
+    None: None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+}
+"""A precision as :func:`ascend` takes it; ``None`` is the surrounding one."""
+
 
 @contextmanager
 def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:

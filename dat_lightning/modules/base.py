@@ -8,16 +8,20 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
-from dat_lightning.checkpoints import load_weights
+from dat_lightning.checkpoints import check_stamp, load_weights, stamp
 from dat_lightning.core.energy import EnergyModel, marginal_energy
+from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
-from dat_lightning.core.pgd import AttackMode, ascend, no_trace
+from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.threat_model import ThreatModel
 
 Batch = Mapping[str, Tensor]
+
+CompileMode = bool | Literal["reduce-overhead", "max-autotune"]
+"""Whether to compile, or ``torch.compile``'s mode; "reduce-overhead" replays CUDA graphs."""
 
 
 class EnergyModule(LightningModule):
@@ -42,7 +46,10 @@ class EnergyModule(LightningModule):
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
-        compile: Whether to compile the network with ``torch.compile``.
+        compile: Whether to compile the network with ``torch.compile``, or the mode to compile it in.
+        fold_batch_norm: Whether attacks in eval mode climb a copy in which batch norm is part of the convolutions: the
+            same function up to rounding, and faster.
+        attack_precision: Precision of attacks' passes, in training and evaluation; by default the Trainer's.
         seed: Seed of random starts.
 
     Source: DAT (arXiv 2510.13872); Madry et al. 2018 (arXiv 1706.06083).
@@ -60,7 +67,9 @@ class EnergyModule(LightningModule):
         init_from: str | None = None,
         new_head: bool = False,
         memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: bool = False,
+        compile: CompileMode = False,
+        fold_batch_norm: bool = False,
+        attack_precision: Precision | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -73,10 +82,14 @@ class EnergyModule(LightningModule):
         self.attack_mode: AttackMode = attack_mode
         self.init_from = init_from
         self.new_head = new_head
-        self.compile_network = compile
+        self.compile_network: CompileMode = compile
+        self.fold_batch_norm = fold_batch_norm
+        self.attack_precision: Precision | None = attack_precision
         self.seed = seed
         self._initialized = False
         self._labels_checked = False
+        # In a list it is no submodule: a second form of the same weights is not for state dicts and optimisers.
+        self._folded: list[FoldedNetwork] = []
         if memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
 
@@ -100,7 +113,7 @@ class EnergyModule(LightningModule):
             draws: Global numbers of the examples, (N,), which name the streams of a random start.
         """
         return ascend(
-            self.energy_model,
+            self.attacked_network(),
             x,
             y,
             self.attack_objective,
@@ -108,7 +121,29 @@ class EnergyModule(LightningModule):
             mode=self.attack_mode,
             draws=draws,
             seed=self.seed,
+            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
         )
+
+    def ascent_network(self) -> nn.Module:
+        """Returns the network that ascents in eval mode climb: the network, or its folded form with current weights.
+
+        Raises:
+            ValueError: If batch norm is to be folded, and cannot be.
+        """
+        if not self.fold_batch_norm:
+            return self.energy_model
+        if self._folded:
+            self._folded[0].refresh()
+        else:
+            # Not in setup: the weights may still move to another device.
+            self._folded.append(FoldedNetwork(self.energy_model))
+            if self.compile_network:
+                _compile(self._folded[0], self.compile_network)
+        return self._folded[0]
+
+    def attacked_network(self) -> nn.Module:
+        """Returns the network that the attack in training climbs: its folded form has no train mode."""
+        return self.ascent_network() if self.attack_mode == "eval" else self.energy_model
 
     def classification_loss(self, logits_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the mean cross-entropy at adversarial examples, a scalar."""
@@ -119,13 +154,14 @@ class EnergyModule(LightningModule):
         x, y = self.part(batch, "x"), self.part(batch, "y")
         logits = self(x)
         x_adv = ascend(
-            self.energy_model,
+            self.ascent_network(),
             x,
             y,
             cross_entropy,
             self.eval_threat_model,
             draws=batch.get("index"),
             seed=self.seed,
+            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
         )
         return {
             "loss": cross_entropy(logits, y),
@@ -146,11 +182,20 @@ class EnergyModule(LightningModule):
     def setup(self, stage: str) -> None:
         """Compiles the network if asked to."""
         if self.compile_network:
-            self.energy_model.compile(dynamic=False)
+            _compile(self.energy_model, self.compile_network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed."""
+        """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
+
+        Raises:
+            ValueError: If a newer version of this package wrote it.
+        """
+        check_stamp(checkpoint)
         self._initialized = True
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Writes the number of the checkpoint's format into it."""
+        stamp(checkpoint)
 
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
@@ -207,11 +252,22 @@ class EnergyModule(LightningModule):
         self._check_labels(batch)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Returns the optimiser over all parameters that train, and its schedule."""
-        optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        """Returns the optimiser over all parameters that train, and its schedule.
+
+        Raises:
+            ValueError: If one of them refuses its arguments.
+        """
+        try:
+            optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"the optimizer cannot be made as configured: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
-        schedule = {"scheduler": self.lr_scheduler(optimizer), "interval": self.lr_interval}
+        try:
+            scheduler = self.lr_scheduler(optimizer)
+        except (TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"the learning rate schedule cannot be made as configured: {error}") from error
+        schedule = {"scheduler": scheduler, "interval": self.lr_interval}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -243,8 +299,7 @@ class EnergyModule(LightningModule):
         parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
         for name in parts:
             with torch.no_grad(), no_trace(self.energy_model):
-                # Past __call__, so that no graph is compiled for a single image.
-                num_classes = self.energy_model.forward(batch[f"x{name}"][:1]).shape[1]
+                num_classes = self._logits_of_one(batch[f"x{name}"]).shape[1]
             if isinstance(declared, int) and declared > num_classes:
                 raise ValueError(
                     f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
@@ -257,6 +312,23 @@ class EnergyModule(LightningModule):
                     f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
                 )
         self._labels_checked = bool(parts)
+
+    def _logits_of_one(self, x: Tensor) -> Tensor:
+        """Logits of the first image, or a sentence if the network cannot take it."""
+        try:
+            # Past __call__, so that no graph is compiled for a single image.
+            logits: Tensor = self.energy_model.forward(x[:1])
+        except RuntimeError as error:
+            # Out of memory is another matter, as are errors of devices.
+            if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
+                raise
+            shape = "×".join(str(n) for n in x.shape[1:])
+            first = str(error).splitlines()[0]
+            raise ValueError(
+                f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
+                " backbone's in_channels and the data's image_size to what goes together"
+            ) from error
+        return logits
 
     def part(self, batch: Batch, key: str) -> Tensor:
         """Returns an entry of the batch.
@@ -275,7 +347,11 @@ class EnergyModule(LightningModule):
 
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
         for name, value in self.evaluation_metrics(batch).items():
-            # Lightning weights batches by their size, also over ranks, so the mean is that of one process.
-            self.log(
-                f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=len(value)
-            )
+            # Lightning weights batches by their size, also over ranks, so the mean is that of one process. Not with an
+            # int: the mean of the ranks' sums would be rounded down (_ResultMetric.compute in Lightning's result.py).
+            size: Any = torch.tensor(len(value), dtype=torch.float32)
+            self.log(f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+
+def _compile(network: nn.Module, how: CompileMode) -> None:
+    network.compile(dynamic=False, mode=None if how is True else str(how))

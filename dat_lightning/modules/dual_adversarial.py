@@ -5,15 +5,15 @@ from typing import Literal, NamedTuple
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from torch import Tensor
+from torch import Tensor, distributed
 
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import EnergyModel, joint_energy, marginal_energy
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.pgd import ascend, unbounded_ascent
+from dat_lightning.core.pgd import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import Batch, CompileMode, EnergyModule
 
 
 class JointLogits(NamedTuple):
@@ -53,7 +53,9 @@ class DualAdversarialModule(EnergyModule):
         init_from: Stage 1's checkpoint, or another robust classifier's.
         new_head: Whether its classification head may be left out because it has other classes.
         memory_format: Layout of convolution weights.
-        compile: Whether to compile the network.
+        compile: Whether, or how, to compile the network.
+        fold_batch_norm: Whether both ascents climb a copy without batch norm layers.
+        attack_precision: Precision of both.
         seed: Seed of random starts.
 
     Raises:
@@ -79,7 +81,9 @@ class DualAdversarialModule(EnergyModule):
         init_from: str | None = None,
         new_head: bool = False,
         memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: bool = False,
+        compile: CompileMode = False,
+        fold_batch_norm: bool = False,
+        attack_precision: Precision | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -94,6 +98,8 @@ class DualAdversarialModule(EnergyModule):
             new_head=new_head,
             memory_format=memory_format,
             compile=compile,
+            fold_batch_norm=fold_batch_norm,
+            attack_precision=attack_precision,
             seed=seed,
         )
         weights = {"energy": energy_weight, "classification": classification_weight, "r1": r1_weight}
@@ -119,7 +125,13 @@ class DualAdversarialModule(EnergyModule):
         # The loop's length has to be known on the host: the one synchronisation of a step, at its start.
         num_steps = int(self.curriculum.num_steps)
         return ascend(
-            self.energy_model, x_ood, y_gen, self.contrastive_objective, self.contrastive_chain, num_steps=num_steps
+            self.ascent_network(),
+            x_ood,
+            y_gen,
+            self.contrastive_objective,
+            self.contrastive_chain,
+            num_steps=num_steps,
+            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
         )
 
     def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
@@ -139,12 +151,13 @@ class DualAdversarialModule(EnergyModule):
         return r1_penalty(self.energy_model.forward, x_gen)
 
     def separation(self, logits: JointLogits, y_gen: Tensor) -> Tensor:
-        """Returns the AUC that tells f(x_gen)[y] from f(x_contrast)[y], mean over ranks, a scalar."""
-        value = auc(-joint_energy(logits.gen.detach(), y_gen), -joint_energy(logits.contrast.detach(), y_gen))
-        if self._trainer is None:
-            return value
-        mean: Tensor = self.trainer.strategy.reduce(value, reduce_op="mean")
-        return mean
+        """Returns the AUC that tells f(x_gen)[y] from f(x_contrast)[y] over the images of all ranks, a scalar.
+
+        The reference implementation averages the ranks' own AUCs instead, which depends on how many ranks there are.
+        Ranks must have equally many images, as those of :class:`~dat_lightning.data.PairedDataModule` do.
+        """
+        scores = -torch.stack([joint_energy(part.detach(), y_gen) for part in (logits.gen, logits.contrast)])
+        return auc(*_of_all_ranks(scores))
 
     # Lightning's hooks.
 
@@ -188,3 +201,14 @@ class DualAdversarialModule(EnergyModule):
         for name, value in scalars.items():
             # Rank 0's share of the batch: a curve is not worth a collective in every step.
             self.log(f"train/{name}", value.detach(), prog_bar=name in shown, sync_dist=False, batch_size=batch_size)
+
+
+def _of_all_ranks(scores: Tensor) -> Tensor:
+    """The scores (2, N) of all ranks side by side."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return scores
+    # Not every backend moves types shorter than float32.
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
+    parts = [torch.empty_like(scores) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, scores)
+    return torch.cat(parts, dim=1)

@@ -10,10 +10,10 @@ from typing_extensions import override
 
 from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.objectives import cross_entropy
-from dat_lightning.core.pgd import AttackMode, ascend, no_trace
+from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import Batch, CompileMode, EnergyModule
 
 # Standard deviation of the noise that the attack starts with, in units of [0, 1] pixels.
 START_NOISE = 0.001
@@ -47,7 +47,9 @@ class TradesModule(EnergyModule):
         init_from: Initial weights.
         new_head: Whether their classification head may be left out.
         memory_format: Layout of convolution weights.
-        compile: Whether to compile the network.
+        compile: Whether, or how, to compile the network.
+        fold_batch_norm: Whether attacks climb a copy without batch norm layers.
+        attack_precision: Precision of attacks.
         seed: Seed of the starts.
 
     Raises:
@@ -69,7 +71,9 @@ class TradesModule(EnergyModule):
         init_from: str | None = None,
         new_head: bool = False,
         memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: bool = False,
+        compile: CompileMode = False,
+        fold_batch_norm: bool = False,
+        attack_precision: Precision | None = None,
         seed: int = 0,
     ) -> None:
         super().__init__(
@@ -84,6 +88,8 @@ class TradesModule(EnergyModule):
             new_head=new_head,
             memory_format=memory_format,
             compile=compile,
+            fold_batch_norm=fold_batch_norm,
+            attack_precision=attack_precision,
             seed=seed,
         )
         if not 0 <= beta < float("inf"):
@@ -116,7 +122,7 @@ class TradesModule(EnergyModule):
         """
         clean = self._fixed_logits(x)
         return ascend(
-            self.energy_model,
+            self.attacked_network(),
             x,
             y,
             lambda logits, _: self.divergence(clean, logits),
@@ -125,6 +131,7 @@ class TradesModule(EnergyModule):
             mode=self.attack_mode,
             draws=draws,
             seed=self.seed,
+            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
         )
 
     # Lightning's hooks.

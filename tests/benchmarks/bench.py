@@ -1,232 +1,126 @@
-"""Times a Stage-2 step and a generation chain against the plain implementation: ``python -m tests.benchmarks.bench``.
+"""Times both stages and generation against the plain implementation: ``python -m tests.benchmarks.bench``.
 
-All contenders start from the same weights and see the same batches. Before anything is timed, their first steps are
-compared. Then they take turns, in an order that is reversed from round to round, so that whatever else the machine does
-falls on all of them alike. Compiling happens in the first step, which is reported by itself.
+All contenders of a task start from the same weights and see the same batches. Before anything is timed, the first steps
+of the plain implementation and of the package are compared. Then contenders take turns. Compiling happens in the first
+call, which is reported by itself. Sizes fit the device that is found; on a CPU, networks beyond the first are timed
+without the compiled variants unless ``--variants`` names them, since compiling would take longer than all the rest.
+
+Utilisation is the time that a task's floating-point operations would take at the rate of a large matrix product in the
+same precision, over the time that they took: an ascent step counts two forward passes, a training pass three.
 """
 
 import argparse
-import copy
 import json
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 import lightning
 import torch
 from torch import Tensor, nn
 
 from dat_lightning import __version__
-from dat_lightning.core import EnergyModel, ascend, targeted_logit, unbounded_ascent
+from dat_lightning.core import ascend_snapshots, targeted_logit, unbounded_ascent
 
-from .cases import MEAN, STD, Agreement, PackageDAT, calibrated_backbone, compare, random_batch
-from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
+from .cases import Agreement, compare, random_batch
+from .contenders import GENERATION_STEP_SIZE, SIZES, STAGES, TASKS, VARIANTS, Size, Task, Workload, sampling_network
+from .timing import matmul_rate, summarise, table, take_turns
 
 TOLERANCE = 1e-5
 # A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
 IMAGE_TOLERANCE = 1e-3
-_NUM_BATCHES = 4
-_GENERATION_STEP_SIZE = 0.2
-
-Result = TypeVar("Result")
-
-Call = Callable[[int], object]
-"""Does once what is timed; the argument is the number of the round."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is timed, and how.
-
-    Attributes:
-        activation: A smooth one lets the attacks agree in float32, whatever the order of summation; "relu" does not.
-        plain_gradient: Whether the plain attacks' backward passes compute what they need, or the parameters' gradients
-            as well, as those of ``loss.backward()`` do.
-    """
-
-    depth: int = 16
-    widen_factor: int = 2
-    activation: Literal["relu", "silu"] = "silu"
-    size: int = 32
-    batch_size: int = 32
-    contrastive_steps: int = 10
-    attack_steps: int = 10
-    generation_steps: int = 20
-    plain_gradient: AttackGradient = "input"
-    threads: int = 2
-    rounds: int = 7
-    compile: bool = True
-
-    def backbone(self) -> nn.Module:
-        """Returns the network with which all contenders start."""
-        return calibrated_backbone(self.depth, self.widen_factor, self.size, self.activation)
-
-    def plain(self, backbone: nn.Module, dtype: torch.dtype = torch.float32) -> PlainDAT:
-        """Returns the plain contender."""
-        return PlainDAT(
-            PlainClassifier(copy.deepcopy(backbone), MEAN, STD).to(dtype),
-            initial_steps=self.contrastive_steps,
-            max_steps=self.contrastive_steps,
-            attack_steps=self.attack_steps,
-            gradient=self.plain_gradient,
-        )
-
-    def package(self, backbone: nn.Module, dtype: torch.dtype = torch.float32, **arguments: Any) -> PackageDAT:
-        """Returns the package's contender, eager."""
-        return PackageDAT(backbone, self.contrastive_steps, self.attack_steps, dtype, **arguments)
-
-
-@dataclass
-class Timing:
-    """Seconds of one contender, one value per round.
-
-    Attributes:
-        first: Elapsed time of the first, untimed call, in which compiling happens.
-        wall: Elapsed time.
-        cpu: Processor time of all threads, which other programs on the machine disturb less.
-    """
-
-    first: float = 0.0
-    wall: list[float] = field(default_factory=list)
-    cpu: list[float] = field(default_factory=list)
+_SWEEP = (-3, -2, -1, 0, 1, 2, 3)
 
 
 class DisagreementError(Exception):
     """The implementations differ, so their times would mean nothing."""
 
 
-def take_turns(contenders: dict[str, Call], timings: dict[str, Timing], rounds: int) -> None:
-    """Adds the times of ``rounds`` calls of each contender."""
-    order = list(contenders)
-    for number in range(rounds):
-        for name in order if number % 2 == 0 else reversed(order):
-            wall, cpu = time.perf_counter(), time.process_time()
-            contenders[name](number)
-            timings[name].wall.append(time.perf_counter() - wall)
-            timings[name].cpu.append(time.process_time() - cpu)
+@dataclass(frozen=True)
+class Plan:
+    """What to time.
 
-
-def reference_agreement(backbone: nn.Module, setting: Setting) -> dict[str, Agreement]:
-    """Returns how the package's first step differs from the plain one where no rounding error comes between them.
-
-    That is float32 with the plain implementation's memory layout, and float64 with the package's. In float32 with the
-    package's own layout sums run in another order, and a kinked activation turns rounding into another attack.
+    Attributes:
+        workloads: Networks and sizes.
+        tasks: What they do.
+        variants: Names of the ways; ``None`` for those that suit the device and the network.
+        rounds: Calls of each contender.
     """
-    batch = random_batch(setting.batch_size, setting.size, seed=0)
-    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
-    cases: dict[str, tuple[torch.dtype, dict[str, Tensor], dict[str, Any]]] = {
-        "float32, contiguous": (torch.float32, batch, {"memory_format": "contiguous"}),
-        "float64": (torch.float64, wide, {}),
-    }
-    found = {}
-    for name, (dtype, images, arguments) in cases.items():
-        plain, package = setting.plain(backbone, dtype), setting.package(backbone, dtype, **arguments)
-        found[name] = compare(plain, package, plain.step(images), package.step(images))
-    return found
+
+    workloads: tuple[Workload, ...]
+    tasks: tuple[Task, ...]
+    variants: tuple[str, ...] | None
+    rounds: int
+
+    def variants_of(self, workload: Workload) -> list[str]:
+        """Returns the names of the ways in which a network is timed."""
+        if self.variants is not None:
+            return list(self.variants)
+        if workload.device != "cpu":
+            return list(VARIANTS)
+        # A CPU has no CUDA graphs.
+        return [n for n in VARIANTS if "graphs" not in n and (workload.net == "wrn_16_2" or not VARIANTS[n].compile)]
 
 
-def time_steps(backbone: nn.Module, setting: Setting) -> tuple[dict[str, Timing], dict[str, Agreement], dict[str, int]]:
-    """Returns the times of Stage-2 steps, how first steps differ, and how many graphs were compiled when.
+def agreement(workload: Workload) -> dict[str, Agreement]:
+    """Returns how the package's first steps differ from the plain ones.
+
+    In float64, and for smooth activations in float32 too. In float32 sums run in another order, and a kinked activation
+    turns rounding into another attack.
 
     Raises:
         DisagreementError: If a difference is above :data:`TOLERANCE`.
     """
-    batches = [random_batch(setting.batch_size, setting.size, seed) for seed in range(_NUM_BATCHES)]
-    plain, packages = setting.plain(backbone), {"package": setting.package(backbone)}
-    if setting.compile:
-        packages["package, compiled"] = setting.package(backbone)
-        packages["package, compiled"].compile()
-    before = compiled_graphs()
-    expected, start = timed(partial(plain.step, batches[0]))
-    timings, agreement = {"plain": Timing(start)}, reference_agreement(backbone, setting)
-    for name, package in packages.items():
-        found, start = timed(partial(package.step, batches[0]))
-        timings[name] = Timing(start)
-        agreement[f"float32, {name}"] = compare(plain, package, expected, found)
-    for name, difference in agreement.items():
-        kinks = setting.activation == "relu" and name in {f"float32, {p}" for p in packages}
-        if not difference.largest() <= TOLERANCE and not kinks:
-            raise DisagreementError(f"{name}: {difference}, allowed {TOLERANCE:g}")
-    after = compiled_graphs()
-    runs: dict[str, PlainDAT | PackageDAT] = {"plain": plain, **packages}
-
-    def caller(run: PlainDAT | PackageDAT) -> Call:
-        return lambda number: run.step(batches[number % _NUM_BATCHES])
-
-    take_turns({name: caller(run) for name, run in runs.items()}, timings, setting.rounds)
-    return timings, agreement, {"in the first step": after - before, "in the rounds": compiled_graphs() - after}
+    tiny = workload.tiny()
+    backbone = tiny.backbone()
+    batch = random_batch(tiny.size.batch, tiny.size.image, seed=0)
+    wide = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    smooth = workload.net.startswith("wrn") and workload.activation == "silu"
+    cases: list[tuple[str, torch.dtype, dict[str, Tensor]]] = [("float64", torch.float64, wide)]
+    if smooth:
+        cases.append(("float32", torch.float32, batch))
+    found: dict[str, Agreement] = {}
+    for label, dtype, images in cases:
+        for task in STAGES:
+            plain = tiny.plain(backbone, dtype)
+            package = tiny.package(backbone, task, dtype=dtype)
+            expected = plain.stage1_step(images) if task == "stage1" else plain.step(images)
+            name = f"{task}, {label}"
+            found[name] = compare(plain, package, expected, package.step(images))
+            if not found[name].largest() <= TOLERANCE:
+                raise DisagreementError(f"{workload.net}: {name}: {found[name]}, allowed {TOLERANCE:g}")
+    if smooth:
+        check_images(tiny, backbone)
+    return found
 
 
-def time_generation(backbone: nn.Module, setting: Setting) -> dict[str, Timing]:
-    """Returns the times of generation chains.
-
-    Raises:
-        DisagreementError: If images differ by more than :data:`IMAGE_TOLERANCE`, unless the activation has kinks.
-    """
-    x, y = random_batch(setting.batch_size, setting.size, seed=0)["x_ood"], torch.arange(setting.batch_size) % 10
-    model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).eval()
-    chain = unbounded_ascent(_GENERATION_STEP_SIZE, setting.generation_steps)
-    plain = partial(generate, model, x, y, chain.step_size, chain.num_steps, setting.plain_gradient)
-    contenders: dict[str, Callable[[], Tensor]] = {"plain": plain}
-    for name in ["package", *(["package, compiled"] if setting.compile else [])]:
-        energy_model = EnergyModel(copy.deepcopy(backbone), MEAN, STD).eval()
-        energy_model.to(memory_format=torch.channels_last)
-        if name == "package, compiled":
-            energy_model.compile(dynamic=False)
-        contenders[name] = partial(ascend, energy_model, x, y, targeted_logit, chain)
-    timings: dict[str, Timing] = {}
-    images: dict[str, Tensor] = {}
-    for name, call in contenders.items():
-        images[name], start = timed(call)
-        timings[name] = Timing(start)
-        difference = (images[name] - images["plain"]).abs().max().item()
-        if not difference <= IMAGE_TOLERANCE and setting.activation != "relu":
-            raise DisagreementError(f"{name}: generated images differ by {difference:.1e}, allowed {IMAGE_TOLERANCE:g}")
-
-    def caller(call: Callable[[], Tensor]) -> Call:
-        return lambda number: call()
-
-    take_turns({name: caller(call) for name, call in contenders.items()}, timings, setting.rounds)
-    return timings
+def check_images(workload: Workload, backbone: nn.Module) -> None:
+    """Raises an error if plain and package generate other images."""
+    images = [workload.generation(VARIANTS[name], backbone)() for name in ("plain", "eager")]
+    difference = (images[0] - images[1]).abs().max().item()
+    if not difference <= IMAGE_TOLERANCE:
+        raise DisagreementError(f"generated images differ by {difference:.1e}, allowed {IMAGE_TOLERANCE:g}")
 
 
-def timed(call: Callable[[], Result]) -> tuple[Result, float]:
-    """Returns what the call returns, and its elapsed time."""
-    start = time.perf_counter()
-    result = call()
-    return result, time.perf_counter() - start
+def time_sweep(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float]:
+    """Returns the medians of a chain that keeps its end, and of one that keeps seven states; and the ratio."""
+    size = workload.size
+    x, y = workload.batches()[0]["x_ood"], torch.arange(size.batch, device=workload.device) % 10
+    chain = unbounded_ascent(GENERATION_STEP_SIZE, max(size.generation, 7))
+    network = sampling_network(backbone, workload.device)
 
+    def walk(states: Sequence[int]) -> Any:
+        return lambda _: ascend_snapshots(network, x, y, targeted_logit, chain, states)
 
-def summarise(timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
-    """Returns medians, and how many times as fast as the plain contender each one is, in three ways."""
-    plain = timings["plain"]
-    return {
-        name: {
-            "median": statistics.median(timing.wall),
-            "ratio of medians": statistics.median(plain.wall) / statistics.median(timing.wall),
-            "median of ratios": statistics.median(p / t for p, t in zip(plain.wall, timing.wall, strict=True)),
-            "cpu median": statistics.median(timing.cpu),
-            "cpu ratio": statistics.median(plain.cpu) / statistics.median(timing.cpu),
-            "first call": timing.first,
-        }
-        for name, timing in timings.items()
-    }
-
-
-def table(title: str, timings: dict[str, Timing]) -> str:
-    """Returns the summary as text."""
-    rows = summarise(timings)
-    lines = [f"{title:30}" + "".join(f"{column:>18}" for column in rows["plain"]) + "\n"]
-    for name, row in rows.items():
-        cells = (f"{value:.3f}{'x' if 'ratio' in column else 's'}" for column, value in row.items())
-        lines.append(f"  {name:28}" + "".join(f"{cell:>18}" for cell in cells) + "\n")
-    return "".join(lines)
+    seven = [chain.num_steps - 3 + k for k in _SWEEP]
+    timings = take_turns(
+        {"one state": walk([max(seven)]), "seven states": walk(seven)}, max(rounds, 5), workload.device
+    )
+    rows = summarise({"plain": timings["one state"], "seven": timings["seven states"]}, 1, 0, {"plain": 1, "seven": 1})
+    return {"one": rows["plain"]["median s"], "seven": rows["seven"]["median s"], "ratio": 1 / rows["seven"]["x plain"]}
 
 
 def compiled_graphs() -> int:
@@ -236,10 +130,11 @@ def compiled_graphs() -> int:
     return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
 
 
-def machine() -> dict[str, str | int]:
+def machine(device: str) -> dict[str, str | int]:
     """Returns the device, the number of threads and the versions."""
+    name = f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
     return {
-        "device": f"cpu, {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
+        "device": name if device == "cpu" else torch.cuda.get_device_name(device),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -248,50 +143,96 @@ def machine() -> dict[str, str | int]:
     }
 
 
-def parse(arguments: list[str] | None) -> tuple[Setting, Path | None]:
-    """Returns the setting and the file for the numbers."""
+def rates(device: str) -> dict[str, float]:
+    """Returns the matrix rate by precision."""
+    size = 2048 if device == "cpu" else 8192
+    return {str(dtype): matmul_rate(device, dtype, size) for dtype in (torch.float32, torch.bfloat16)}
+
+
+def run(workload: Workload, plan: Plan, rate: dict[str, float]) -> dict[str, Any]:
+    """Times a network, tells the tables, and returns the figures."""
+    tell = sys.stdout.write
+    differences = agreement(workload)
+    tell(f"\n{workload}\n  first steps differ from the plain ones by\n")
+    for name, difference in differences.items():
+        tell(f"    {name:28}" + ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items()) + "\n")
+    backbone = workload.backbone()
+    flops = workload.flops(backbone)
+    backbone.to(workload.device)
+    result: dict[str, Any] = {
+        "workload": asdict(workload),
+        "flops of a forward pass": flops,
+        "agreement": {name: asdict(difference) for name, difference in differences.items()},
+    }
+    names = plan.variants_of(workload)
+    by_variant = {n: rate[str(torch.bfloat16 if VARIANTS[n].bfloat16 else torch.float32)] for n in names}
+    for task in plan.tasks:
+        contenders = {name: workload.call(task, VARIANTS[name], backbone) for name in names}
+        timings = take_turns(contenders, plan.rounds, workload.device)
+        work = float(flops) * workload.size.forwards(task) * workload.size.batch
+        rows = summarise(timings, workload.size.batch, work, by_variant)
+        tell(table(f"{workload.net}, {task}", rows))
+        sys.stdout.flush()
+        result[task] = {"summary": rows, "seconds": {name: asdict(timing) for name, timing in timings.items()}}
+        del contenders
+    if "generation" in plan.tasks:
+        result["sweep"] = time_sweep(workload, backbone, plan.rounds)
+        tell("  seven step counts from one chain cost {ratio:.3f} of the longest alone\n".format(**result["sweep"]))
+    return result
+
+
+def parse(arguments: list[str] | None) -> tuple[Plan, int | None, Path | None]:
+    """Returns the plan, the number of threads and the file for the numbers."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
-    choices = {"activation": ("relu", "silu"), "plain_gradient": ("input", "all")}
-    for name, value in asdict(Setting()).items():
-        flag = f"--{name.replace('_', '-')}"
-        if isinstance(value, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=value)
-        else:
-            parser.add_argument(flag, type=type(value), choices=choices.get(name), default=value)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", choices=sorted(SIZES), default=device)
+    parser.add_argument("--nets", nargs="+", default=["wrn_16_2", "wrn_34_10", "resnet50", "convnext_l"])
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), help="by default those that suit the device")
+    parser.add_argument("--rounds", type=int, help="by default 7 for small networks and on GPUs, 3 for others")
+    parser.add_argument("--threads", type=int, help="of a CPU; by default torch's choice")
+    parser.add_argument("--activation", choices=("relu", "silu"), default="silu", help="of WideResNets")
+    parser.add_argument("--plain-gradient", choices=("input", "all"), default="input")
+    for name in ("batch", "contrastive", "attack", "generation"):
+        parser.add_argument(f"--{name}", type=int, help="another size than the device's")
     parser.add_argument("--json", type=Path, help="file for the numbers")
-    values = vars(parser.parse_args(arguments))
-    out: Path | None = values.pop("json")
-    return Setting(**values), out
+    given = parser.parse_args(arguments)
+    unknown = set(given.nets) - SIZES[given.device].keys()
+    if unknown:
+        parser.error(f"--nets: {sorted(unknown)} unknown; expected some of {sorted(SIZES[given.device])}")
+    sizes = {k: v for k in ("batch", "contrastive", "attack", "generation") if (v := getattr(given, k)) is not None}
+
+    def workload(net: str) -> Workload:
+        size: Size = replace(SIZES[given.device][net], **sizes)
+        return Workload(net, size, given.activation, given.plain_gradient, given.device)
+
+    small = given.device == "cuda" or set(given.nets) <= {"wrn_16_2", "wrn_10_1"}
+    rounds = given.rounds if given.rounds is not None else 7 if small else 3
+    variants = None if given.variants is None else tuple(given.variants)
+    return Plan(tuple(map(workload, given.nets)), tuple(given.tasks), variants, rounds), given.threads, given.json
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs the benchmark; returns 1 if the implementations disagree."""
-    setting, out = parse(arguments)
-    torch.set_num_threads(setting.threads)
-    tell, where = sys.stdout.write, machine()
-    tell("".join(f"{name}: {value}\n" for name, value in (asdict(setting) | where).items()))
-    backbone = setting.backbone()
+    plan, threads, out = parse(arguments)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # The plain implementation may use TF32 as well: fp32 in the sense of published training code.
+    torch.set_float32_matmul_precision("high")
+    device = plan.workloads[0].device
+    where, rate = machine(device), rates(device)
+    sys.stdout.write("".join(f"{name}: {value}\n" for name, value in where.items()))
+    sys.stdout.write("".join(f"matrix product, {name}: {value / 1e12:.3g} TFLOP/s\n" for name, value in rate.items()))
     try:
-        steps, agreement, graphs = time_steps(backbone, setting)
-        chains = time_generation(backbone, setting)
+        results = [run(workload, plan, rate) for workload in plan.workloads]
     except DisagreementError as error:
-        tell(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
+        sys.stdout.write(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
         return 1
-    tell("\nDifferences of the first step from the plain implementation\n")
-    for name, difference in agreement.items():
-        tell(f"  {name:28}" + ", ".join(f"{key} {value:.1e}" for key, value in asdict(difference).items()) + "\n")
-    tell(f"\n{table('Stage-2 step', steps)}\n{table('Generation chain', chains)}\n")
-    tell(f"Graphs compiled for the step: {graphs}\n")
+    if any(VARIANTS[name].compile for workload in plan.workloads for name in plan.variants_of(workload)):
+        sys.stdout.write(f"graphs compiled: {compiled_graphs()}\n")
     if out is not None:
-        result = {
-            "setting": asdict(setting),
-            "where": where,
-            "agreement": {name: asdict(difference) for name, difference in agreement.items()},
-            "graphs": graphs,
-            "step": {"summary": summarise(steps), "seconds": {name: asdict(t) for name, t in steps.items()}},
-            "generation": {"summary": summarise(chains), "seconds": {name: asdict(t) for name, t in chains.items()}},
-        }
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        content = {"where": where, "matrix rate": rate, "rounds": plan.rounds, "results": results}
+        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

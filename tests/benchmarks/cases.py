@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dat_lightning.backbones import WideResNet
 from dat_lightning.callbacks import ExponentialMovingAverage
-from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel
-from dat_lightning.modules import DualAdversarialModule
+from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, batch_norm_layers
+from dat_lightning.modules import DualAdversarialModule, RobustClassifierModule
 
 from .plain_dat import PlainDAT, PlainStep
 
@@ -39,26 +39,37 @@ def random_batch(batch_size: int, size: int, seed: int) -> dict[str, Tensor]:
     return batch | {"x_ood": random_images(batch_size, size, 8, generator)}
 
 
-def calibrated_backbone(
-    depth: int, widen_factor: int, size: int, activation: Literal["relu", "silu"], seed: int = 0
-) -> nn.Module:
-    """Returns a WideResNet in which batch norm has the statistics of data, as it has after Stage 1."""
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        backbone = WideResNet(depth, widen_factor, activation=activation)
-    mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (MEAN, STD))
-    batch = random_batch(64, size, seed + 1000)
-    with torch.no_grad():
-        for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.momentum = None  # cumulative: the first pass sets the statistics
-        backbone((torch.cat([batch["x_gen"], batch["x_ood"]]) - mean) / std)
-        for norm in (m for m in backbone.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.momentum = 0.1
+def calibrated(backbone: nn.Module, size: int, seed: int = 0, count: int = 64) -> nn.Module:
+    """Gives a network's batch norm layers the statistics of data, as they have after Stage 1, and returns it."""
+    layers = batch_norm_layers(backbone)
+    momenta = [layer.momentum for layer in layers]
+    batch = random_batch(count, size, seed + 1000)
+    for layer in layers:
+        layer.momentum = None  # type: ignore[assignment]  # cumulative: the first pass sets the statistics
+    if layers:
+        with torch.no_grad():
+            backbone.train()((torch.cat([batch["x_gen"], batch["x_ood"]]) - _channels(MEAN)) / _channels(STD))
+    for layer, momentum in zip(layers, momenta, strict=True):
+        layer.momentum = momentum
     return backbone
 
 
-class _UnattachedModule(DualAdversarialModule):
-    """Keeps what it logs, since there is no Trainer to give it to."""
+def calibrated_backbone(
+    depth: int, widen_factor: int, size: int, activation: Literal["relu", "silu"], seed: int = 0
+) -> nn.Module:
+    """Returns a WideResNet in which batch norm has the statistics of data."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        backbone = WideResNet(depth, widen_factor, activation=activation)
+    return calibrated(backbone, size, seed)
+
+
+def _channels(values: tuple[float, ...]) -> Tensor:
+    return torch.tensor(values).view(1, -1, 1, 1)
+
+
+class _Unattached:
+    """Keeps what a module logs, since there is no Trainer to give it to."""
 
     logged: dict[str, Tensor]
 
@@ -66,14 +77,24 @@ class _UnattachedModule(DualAdversarialModule):
         self.logged[name] = value
 
 
+class _UnattachedDAT(_Unattached, DualAdversarialModule):
+    pass
+
+
+class _UnattachedAT(_Unattached, RobustClassifierModule):
+    pass
+
+
 class PackageDAT:
-    """The package's Stage 2 without a Trainer: training step, backward pass, optimiser step, moving average.
+    """The package's stages without a Trainer: training step, backward pass, optimiser step, moving average.
 
     Args:
-        backbone: The network, with the weights of Stage 1; copied.
+        backbone: The network, with the weights to start from; copied.
         contrastive_steps: T, which stays.
         attack_steps: K.
         dtype: Of weights and images.
+        stage: Which of the two stages.
+        autocast: Precision of everything but the weights, ``None`` for theirs.
         **module_arguments: Further arguments of the module.
     """
 
@@ -83,35 +104,46 @@ class PackageDAT:
         contrastive_steps: int,
         attack_steps: int,
         dtype: torch.dtype = torch.float32,
+        stage: Literal["stage1", "stage2"] = "stage2",
+        autocast: torch.dtype | None = None,
         **module_arguments: Any,
     ) -> None:
-        self.module = _UnattachedModule(
-            EnergyModel(copy.deepcopy(backbone), MEAN, STD).to(dtype),
-            AUCCurriculum(max_steps=contrastive_steps, initial_steps=contrastive_steps),
-            optimizer=partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4),
-            threat_model=ThreatModel("L2", eps=0.5, step_size=0.1, num_steps=attack_steps),
+        model = EnergyModel(copy.deepcopy(backbone), MEAN, STD).to(dtype)
+        device = next(model.parameters()).device
+        common: dict[str, Any] = {
+            "optimizer": partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, weight_decay=5e-4),
+            "threat_model": ThreatModel("L2", eps=0.5, step_size=0.1, num_steps=attack_steps),
             **module_arguments,
-        )
+        }
+        self.module: _UnattachedDAT | _UnattachedAT
+        if stage == "stage1":
+            self.module = _UnattachedAT(model, **common)
+        else:
+            curriculum = AUCCurriculum(max_steps=contrastive_steps, initial_steps=contrastive_steps)
+            self.module = _UnattachedDAT(model, curriculum, **common)
+        self.module.to(device)
         self.module.logged = {}
         self.module.train()
+        self.module.setup("fit")
+        self.autocast = autocast
         self.optimizer = cast(torch.optim.Optimizer, self.module.configure_optimizers())
         self.average = ExponentialMovingAverage()
-        self._trainer = SimpleNamespace(global_step=0)
+        self._trainer = SimpleNamespace(global_step=0, callbacks=[])
         self.average.setup(cast(Trainer, self._trainer), self.module, "fit")
-
-    def compile(self) -> None:
-        """Compiles the network as the module's ``setup`` does."""
-        self.module.energy_model.compile(dynamic=False)
 
     def step(self, batch: dict[str, Tensor]) -> PlainStep:
         """Takes one optimiser step, in the order of Lightning's loop."""
-        loss = self.module.training_step(batch, 0)
+        device = batch["x_clf"].device.type
+        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
+            loss = self.module.training_step(batch, 0)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self._trainer.global_step += 1
         self.average.on_train_batch_end(cast(Trainer, self._trainer), self.module, None, batch, 0)
-        logged = self.module.logged
+        logged, nothing = self.module.logged, torch.zeros_like(loss.detach())
+        if isinstance(self.module, _UnattachedAT):
+            return PlainStep(nothing, logged["train/loss"].detach(), nothing)
         return PlainStep(logged["train/energy_loss"], logged["train/classification_loss"], logged["train/auc"])
 
     def averaged_energy_model(self) -> EnergyModel:

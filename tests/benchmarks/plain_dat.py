@@ -1,4 +1,4 @@
-"""A plain Stage 2 of DAT, written from the method's wording: the benchmark's baseline, and an independent oracle.
+"""Plain stages of DAT, written from the method's wording: the benchmark's baseline, and an independent oracle.
 
 Nothing here is clever and nothing is slow on purpose. Each loss term has its own forward pass, parameters need
 gradients throughout, the AUC has forward passes of its own, weights keep the layout that they come in, the average is a
@@ -175,6 +175,19 @@ class PlainDAT:
         self.update_average()
         self.update_curriculum(auc, len(x_gen))
         return PlainStep(energy_loss.detach(), classification_loss.detach(), auc)
+
+    def stage1_step(self, batch: dict[str, Tensor]) -> PlainStep:
+        """Takes one optimiser step of adversarial training on ``x_clf, y_clf``; the attack sees eval mode."""
+        x, y = batch["x_clf"], batch["y_clf"]
+        self.model.eval()
+        x_adv = attack(self.model, x, y, self.eps, self.attack_step_size, self.attack_steps, self.gradient)
+        self.model.train()
+        loss = F.cross_entropy(self.model(x_adv), y)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        self.update_average()
+        return PlainStep(torch.zeros_like(loss), loss.detach(), torch.zeros_like(loss))
 
     @torch.no_grad()
     def separation(self, x_gen: Tensor, x_contrast: Tensor, y_gen: Tensor) -> Tensor:

@@ -2,16 +2,21 @@ import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
-from dat_lightning.core import EnergyModel, ascend, targeted_logit, unbounded_ascent
+from dat_lightning.core import AUCCurriculum, EnergyModel, ascend, targeted_logit, unbounded_ascent
 
 from .bench import main
 from .cases import MEAN, STD, PackageDAT, calibrated_backbone, compare, largest_difference, random_batch
+from .contenders import STAGES, VARIANTS, Size, Workload
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
+from .timing import Timing, summarise
 
 TOLERANCE = 1e-5
 
@@ -75,6 +80,7 @@ def test_generation_agrees_with_the_plain_implementation() -> None:
 def test_the_curriculum_of_the_plain_implementation_moves_as_the_package_s() -> None:
     plain = PlainDAT(PlainClassifier(backbone(), MEAN, STD), max_steps=2, attack_steps=0, auc_threshold=0.5)
     curriculum = PackageDAT(backbone(), 2, 0).module.curriculum
+    assert isinstance(curriculum, AUCCurriculum)
     curriculum.num_steps.fill_(0)
     curriculum.auc_threshold = 0.5
     seen = []
@@ -86,10 +92,70 @@ def test_the_curriculum_of_the_plain_implementation_moves_as_the_package_s() -> 
     assert set(seen) == {0, 1, 2}
 
 
+def test_stage_1_agrees_with_the_plain_implementation() -> None:
+    plain, package = plain_dat(), PackageDAT(backbone(), 0, 2, stage="stage1", fold_batch_norm=True)
+    start = copy.deepcopy(plain.model)
+    for seed in range(3):
+        batch = random_batch(8, 16, seed)
+        assert compare(plain, package, plain.stage1_step(batch), package.step(batch)).largest() <= TOLERANCE
+    assert largest_difference(start, plain.model) > 100 * TOLERANCE
+
+
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
-    tiny = ["--depth", "10", "--widen-factor", "1", "--size", "16", "--batch-size", "4", "--rounds", "2"]
-    steps = ["--contrastive-steps", "1", "--attack-steps", "1", "--generation-steps", "1", "--threads", "1"]
-    assert main([*tiny, *steps, "--no-compile", "--json", str(out)]) == 0
+    assert main(["--nets", "wrn_10_1", "--rounds", "2", "--threads", "1", "--json", str(out)]) == 0
     assert "median of ratios" in capsys.readouterr().out
-    assert {len(t["wall"]) for t in json.loads(out.read_text())["step"]["seconds"].values()} == {2}
+    (result,) = json.loads(out.read_text())["results"]
+    for task in ("stage1", "stage2", "generation"):
+        assert {len(timing["wall"]) for timing in result[task]["seconds"].values()} == {2}
+        assert {"plain", "eager"} <= result[task]["summary"].keys()
+    assert result["sweep"]["ratio"] > 0
+
+
+def test_a_benchmark_of_implementations_that_disagree_says_so(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PlainDAT, "update_average", lambda self: None)
+    assert main(["--nets", "wrn_10_1", "--rounds", "2", "--threads", "1"]) == 1
+    assert "The implementations disagree" in capsys.readouterr().out
+
+
+class FlopCounter(TorchDispatchMode):
+    """Adds up torch's own counts; its FlopCounterMode also follows modules, which fails on input gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in flop_registry:
+            self.total += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
+        return result
+
+
+def test_the_work_of_a_task_is_counted_as_the_passes_that_it_makes() -> None:
+    """Against the operations that a step really has, counted by torch: almost all are in convolutions."""
+    workload = Workload("wrn_10_1", Size(16, 4, 3, 2, 5))
+    network = workload.backbone()
+    per_image = workload.flops(network)
+    for task in STAGES:
+        package = workload.package(network, task)
+        with FlopCounter() as counter:
+            package.step(random_batch(4, 16, seed=0))
+        expected = 4 * per_image * workload.size.forwards(task)
+        # The first layer needs no gradient of the image in a training pass.
+        assert counter.total == pytest.approx(expected, rel=0.03)
+    with FlopCounter() as counter:
+        workload.generation(VARIANTS["eager"], network)()
+    assert counter.total == pytest.approx(4 * per_image * workload.size.forwards("generation"), rel=0.01)
+
+
+def test_the_rate_of_utilisation_is_that_of_a_matrix_product() -> None:
+    timing = Timing(wall=[0.5, 0.4, 0.6], cpu=[1.0, 1.0, 1.0])
+    plain = Timing(wall=[1.0, 1.0, 1.2], cpu=[2.0, 2.0, 2.0])
+    rows = summarise({"plain": plain, "eager": timing}, batch=8, flops=1e9, rates={"plain": 4e9, "eager": 4e9})
+    assert rows["eager"]["utilisation %"] == pytest.approx(50)
+    assert rows["eager"]["x plain"] == pytest.approx(2)
+    assert rows["eager"]["images/s"] == pytest.approx(16)
+    assert rows["eager"]["x plain (cpu time)"] == pytest.approx(2)

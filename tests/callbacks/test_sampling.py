@@ -1,5 +1,7 @@
 """Generation and its consumers."""
 
+import errno
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,7 @@ from dat_lightning import (
     unbounded_ascent,
 )
 from dat_lightning.callbacks.frechet import reference_key
-from dat_lightning.core import Gaussian, targeted_logit
+from dat_lightning.core import Gaussian, Logits, targeted_logit
 from dat_lightning.core.gaussian_stats import read_statistics, write_statistics
 from dat_lightning.data.draws import EvaluationBatches
 from tests import tiny
@@ -355,6 +357,45 @@ def test_other_files_stay(tmp_path: Path) -> None:
     (tmp_path / "out" / "samples.npz").write_bytes(b"of another model")
     run(tmp_path, sampler(), SampleWriter(str(tmp_path / "out"), formats=["png"], stages=["test"]))
     assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_files_are_written_while_the_next_batch_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch's files wait for the second batch: writing in turn would wait for ever."""
+    generated = threading.Event()
+    generate, save = PGDSampler.generate, Image.Image.save
+
+    def noting(self: PGDSampler, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        if int(indices[0]) > 0:
+            generated.set()
+        return generate(self, logits, seeds, indices, num_classes)
+
+    def waiting(self: Image.Image, path: Path) -> None:
+        assert generated.wait(60), "the second batch is not generated before the first is written"
+        save(self, path)
+
+    monkeypatch.setattr(PGDSampler, "generate", noting)
+    monkeypatch.setattr(Image.Image, "save", waiting)
+    run(tmp_path, sampler(batch_size=10), SampleWriter(str(tmp_path / "out"), stages=["test"]))
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 25
+
+
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_file_that_cannot_be_written_stops_the_run(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Image.Image.save
+
+    def full(self: Image.Image, path: Path) -> None:
+        if int(path.stem) >= first:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(self, path)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    writer = SampleWriter(str(tmp_path / "out"), stages=["test"])
+    with pytest.raises(OSError, match=r"No space left on device.*png"):
+        run(tmp_path, sampler(batch_size=10), writer)
+    assert writer._threads is None
     assert not (tmp_path / "out" / "samples.npz").exists()
 
 

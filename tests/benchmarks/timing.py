@@ -1,0 +1,136 @@
+"""Times of contenders that take turns, their memory, and what the device could do."""
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .contenders import Call
+
+MIB = 2**20
+
+
+@dataclass
+class Timing:
+    """Seconds of one contender, one value per round.
+
+    Attributes:
+        first: Elapsed time of the first, untimed call, in which compiling happens.
+        wall: Elapsed time.
+        cpu: Processor time of all threads, which other programs on the machine disturb less.
+        memory: Largest memory of a call in bytes, more than there was before it; NaN where it cannot be told.
+    """
+
+    first: float = 0.0
+    wall: list[float] = field(default_factory=list)
+    cpu: list[float] = field(default_factory=list)
+    memory: float = float("nan")
+
+
+def take_turns(contenders: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, Timing]:
+    """Returns the times of ``rounds`` calls of each contender after a first one.
+
+    They take turns, in an order that is reversed from round to round, so that whatever else the machine does falls on
+    all of them alike.
+    """
+    timings = {name: Timing() for name in contenders}
+    for name, call in contenders.items():
+        timings[name].first = _timed(call, 0, device)[0]
+    for name, call in contenders.items():
+        before = _reset_peak(device)
+        call(0)
+        timings[name].memory = _peak(device) - before
+    order = list(contenders)
+    for number in range(rounds):
+        for name in order if number % 2 == 0 else reversed(order):
+            wall, cpu = _timed(contenders[name], number, device)
+            timings[name].wall.append(wall)
+            timings[name].cpu.append(cpu)
+    return timings
+
+
+def matmul_rate(device: str, dtype: torch.dtype, size: int, repetitions: int = 15) -> float:
+    """Returns the floating-point operations per second of a dense matrix product, the best of several."""
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = [_timed(lambda _: a @ b, 0, device)[0] for _ in range(repetitions + 3)]
+    return 2 * size**3 / min(times[3:])
+
+
+def summarise(
+    timings: Mapping[str, Timing], batch: int, flops: float, rates: Mapping[str, float]
+) -> dict[str, dict[str, float]]:
+    """Returns a row of figures per contender.
+
+    Args:
+        timings: Their times, among them "plain".
+        batch: Images per call.
+        flops: Floating-point operations of a call.
+        rates: Contender → the device's rate in its precision.
+    """
+    plain = timings.get("plain")
+    rows: dict[str, dict[str, float]] = {}
+    for name, timing in timings.items():
+        median = statistics.median(timing.wall)
+        rows[name] = {"median s": median}
+        if plain is not None:
+            ratios = [p / t for p, t in zip(plain.wall, timing.wall, strict=True)]
+            rows[name] |= {
+                "x plain": statistics.median(plain.wall) / median,
+                "median of ratios": statistics.median(ratios),
+                "x plain (cpu time)": statistics.median(plain.cpu) / statistics.median(timing.cpu),
+            }
+        rows[name] |= {
+            "steps/s": 1 / median,
+            "images/s": batch / median,
+            "memory MiB": timing.memory / MIB,
+            "utilisation %": 100 * flops / rates[name] / median,
+            "first s": timing.first,
+        }
+    return rows
+
+
+def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Returns the rows as text."""
+    columns = next(iter(rows.values())).keys()
+    lines = [f"{title:40}" + "".join(f"{column:>20}" for column in columns)]
+    lines += [f"  {name:38}" + "".join(f"{row[column]:>20.4g}" for column in columns) for name, row in rows.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _timed(call: Call, number: int, device: str) -> tuple[float, float]:
+    _synchronize(device)
+    wall, cpu = time.perf_counter(), time.process_time()
+    call(number)
+    _synchronize(device)
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def _synchronize(device: str) -> None:
+    if torch.device(device).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _reset_peak(device: str) -> float:
+    """Forgets the peak of memory, and returns what is in use."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return float(torch.cuda.memory_allocated())
+    try:
+        # Linux: 5 sets the largest resident size back to the present one.
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:
+        return float("nan")
+    return _peak(device)
+
+
+def _peak(device: str) -> float:
+    if torch.device(device).type == "cuda":
+        return float(torch.cuda.max_memory_allocated())
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return float("nan")
+    return 1024.0 * float(status.partition("VmHWM:")[2].split()[0])

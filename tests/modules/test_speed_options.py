@@ -1,0 +1,132 @@
+"""Options that make ascents faster: batch norm folded away, a precision of their own, compile modes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from dat_lightning import (
+    EnergyModel,
+    ExponentialMovingAverage,
+    PGDSampler,
+    RobustClassifierModule,
+    SampleBatch,
+    SampleConsumer,
+    TradesModule,
+)
+from dat_lightning.core import FoldedNetwork, batch_norm_layers
+from dat_lightning.modules import EnergyModule
+from tests import tiny
+
+
+class Collector(SampleConsumer):
+    images: Tensor
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        self.images = batch.images[4]
+
+
+def network() -> EnergyModel:
+    """A network whose batch norm has seen data."""
+    model = tiny.energy_model()
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(torch.rand(16, 1, 16, 16, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def trained(path: Path, module: EnergyModule, sampled: bool = True) -> tuple[dict[str, Tensor], dict[str, float], Any]:
+    """Weights, figures and samples after six steps in float64 and an evaluation with averaged weights."""
+    collector = Collector()
+    callbacks = [ExponentialMovingAverage(decay=0.5), collector, PGDSampler(8, [4], 0.5, stages=["test"])]
+    trainer = tiny.trainer(path, callbacks, precision="64-true")
+    data = tiny.digits(batch_size=16, eval_batch_size=100)
+    trainer.fit(module, data)
+    trainer.test(module, data, verbose=False)
+    figures = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return module.state_dict(), figures, collector.images
+
+
+def build(kind: str, **kwargs: Any) -> EnergyModule:
+    common: dict[str, Any] = {"energy_model": network(), "optimizer": tiny.SGD, "threat_model": tiny.ATTACK, **kwargs}
+    if kind == "stage2":
+        module = tiny.stage2(**common)
+        module.curriculum.num_steps.fill_(3)
+        return module
+    return TradesModule(**common) if kind == "trades" else RobustClassifierModule(**common)
+
+
+@pytest.mark.parametrize("kind", ["stage1", "trades", "stage2"])
+def test_folding_changes_nothing_but_the_time(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    forward = FoldedNetwork.forward
+
+    def counting(self: FoldedNetwork, x: Tensor) -> Tensor:
+        passes.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(FoldedNetwork, "forward", counting)
+    expected = trained(tmp_path, build(kind))
+    assert not passes
+    found = trained(tmp_path, build(kind, fold_batch_norm=True))
+    # Attacks of six steps of training, the evaluation's attacks on 360 digits, four steps of sampling.
+    in_training = 6 * 16 * (2 + (3 if kind == "stage2" else 0))
+    assert sum(passes) == in_training + 2 * 360 + 4 * 8
+    assert found[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        torch.testing.assert_close(found[0][name], value, rtol=1e-8, atol=1e-10)
+    assert found[1] == pytest.approx(expected[1], rel=1e-8)
+    torch.testing.assert_close(found[2], expected[2], rtol=0, atol=1e-8)
+
+
+def test_an_attack_in_train_mode_is_not_folded() -> None:
+    module = build("stage1", fold_batch_norm=True, attack_mode="train")
+    assert module.attacked_network() is module.energy_model
+    assert isinstance(module.ascent_network(), FoldedNetwork)
+    assert len(batch_norm_layers(module)) == 5
+
+
+def test_a_network_without_batch_norm_cannot_be_folded(tmp_path: Path) -> None:
+    model = EnergyModel(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)))
+    module = build("stage1", energy_model=model, fold_batch_norm=True)
+    with pytest.raises(ValueError, match="EnergyModel has no batch norm to fold: set fold_batch_norm to false"):
+        tiny.trainer(tmp_path).fit(module, tiny.digits())
+
+
+@pytest.mark.parametrize("kind", ["stage1", "trades", "stage2"])
+def test_attacks_have_a_precision_of_their_own(kind: str, tmp_path: Path) -> None:
+    """Attacks in bfloat16, the training pass in float32."""
+    seen: set[tuple[bool, torch.dtype]] = set()
+
+    def note(layer: nn.Module, args: tuple[Tensor, ...], result: Tensor) -> None:
+        # Parameters need no gradient inside an attack.
+        seen.add((next(layer.parameters()).requires_grad, result.dtype))
+
+    module = build(kind, attack_precision="bfloat16")
+    stem = module.energy_model.backbone.get_submodule("stem")
+    stem.register_forward_hook(note)
+    tiny.trainer(tmp_path).fit(module, tiny.digits())
+    assert (False, torch.bfloat16) in seen
+    assert {dtype for trains, dtype in seen if trains} == {torch.float32}
+    assert next(stem.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize(("given", "expected"), [(True, [None]), ("reduce-overhead", ["reduce-overhead"]), (False, [])])
+def test_the_mode_of_compiling_is_handed_on(
+    given: Any, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modes: list[Any] = []
+
+    def note(self: nn.Module, dynamic: bool, mode: str | None) -> None:
+        assert dynamic is False
+        modes.append((type(self), mode))
+
+    monkeypatch.setattr(nn.Module, "compile", note)
+    module = build("stage1", compile=given, fold_batch_norm=True)
+    module.setup("fit")
+    module.ascent_network()
+    module.ascent_network()
+    assert modes == [(kind, mode) for mode in expected for kind in (EnergyModel, FoldedNetwork)]
