@@ -1,0 +1,296 @@
+"""What the page asks of a network, without a page: readings of images, counterfactuals, samples of a class."""
+
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dat_lightning.core.energy import EnergyModel, marginal_energy
+from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.pgd import ascend_snapshots, no_trace, unbounded_ascent
+from dat_lightning.core.random_streams import uniform_noise
+from dat_lightning.core.threat_model import ThreatModel
+
+MAX_STEPS = 500
+MAX_IMAGES = 64
+# Images per pass; what is computed of an image does not depend on it.
+_BATCH_SIZE = 16
+
+Watch = Callable[[int, int], None]
+"""Told after each step how many of how many are done."""
+
+SeedStream = Callable[[int], tuple[Tensor, int | None]]
+"""Draw number → OOD seed (C, H, W) in [0, 1], as ``PairedDataModule.held_out_seeds()`` gives them."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the network says about one image.
+
+    Attributes:
+        logits: f(x), (K,), on the CPU.
+    """
+
+    logits: Tensor
+
+    @property
+    def probabilities(self) -> Tensor:
+        """p(y|x), (K,)."""
+        return self.logits.softmax(0)
+
+    @property
+    def joint_energies(self) -> Tensor:
+        """E(x, y) of each class, (K,); low means likely."""
+        return -self.logits
+
+    @property
+    def energy(self) -> float:
+        """E(x)."""
+        return float(marginal_energy(self.logits.unsqueeze(0)))
+
+    @property
+    def prediction(self) -> int:
+        """The most likely class."""
+        return int(self.logits.argmax())
+
+
+@dataclass(frozen=True)
+class Walk:
+    """Every state of a targeted ascent from one image.
+
+    Attributes:
+        target: The class that it climbs to.
+        images: (T+1, C, H, W), the original first, on the CPU.
+        logits: Of each state, (T+1, K).
+        threat_model: Ball and steps.
+    """
+
+    target: int
+    images: Tensor
+    logits: Tensor
+    threat_model: ThreatModel
+
+    def __len__(self) -> int:
+        return len(self.images) - 1
+
+    def reading(self, step: int) -> Reading:
+        """Returns what the network says after ``step`` steps."""
+        return Reading(self.logits[step])
+
+    def distances(self, step: int) -> tuple[float, float]:
+        """Returns L2 and Linf distance from the original after ``step`` steps."""
+        delta = (self.images[step] - self.images[0]).double()
+        return float(delta.norm()), float(delta.abs().max())
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Generated images of one class.
+
+    Attributes:
+        target: The class.
+        starts: Where the chains began, (N, C, H, W), on the CPU.
+        images: Where they ended, likewise.
+        logits: Of the ends, (N, K).
+    """
+
+    target: int
+    starts: Tensor
+    images: Tensor
+    logits: Tensor
+
+
+class Explorer:
+    """Answers a page's questions about one network; safe to use from several threads, one of which computes at a time.
+
+    Args:
+        model: The network; it is put in eval mode.
+        image_shape: Channels, height and width of its images.
+        class_names: A name for each class; by default their numbers.
+        seeds: Where generation starts; ``None`` for uniform noise.
+        device: Where to compute.
+
+    Attributes:
+        num_classes: K.
+
+    Raises:
+        ValueError: If the network does not map such images to logits, or the names are not one per class.
+    """
+
+    def __init__(
+        self,
+        model: EnergyModel,
+        image_shape: Sequence[int],
+        class_names: Sequence[str] | None = None,
+        seeds: SeedStream | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if len(image_shape) != 3 or min(image_shape) < 1:
+            raise ValueError(f"image_shape must be channels, height and width, got {tuple(image_shape)}")
+        self.device = torch.device(device)
+        self.model = model.to(self.device).eval()
+        self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
+        self.seeds = seeds
+        self._lock = threading.RLock()
+        self.num_classes = self._count_classes()
+        names = tuple(str(k) for k in range(self.num_classes)) if class_names is None else tuple(class_names)
+        if len(names) != self.num_classes:
+            raise ValueError(f"class_names must name the network's {self.num_classes} classes, got {len(names)} names")
+        self.class_names = names
+
+    def classify(self, image: Tensor) -> Reading:
+        """Returns what the network says about an image (C, H, W) in [0, 1].
+
+        Raises:
+            ValueError: If the image has another shape or range, or its logits are not finite.
+        """
+        return Reading(self._logits(self._checked(image).unsqueeze(0))[0])
+
+    def counterfactual(
+        self,
+        image: Tensor,
+        target: int,
+        eps: float,
+        num_steps: int = 20,
+        step_size: float | None = None,
+        watch: Watch | None = None,
+    ) -> Walk:
+        """Returns the ascent on f(x)[target] from an image, inside the L2 ball of radius ``eps`` around it.
+
+        Args:
+            image: Shape (C, H, W), in [0, 1].
+            target: Class to turn it into.
+            eps: Radius, in units of [0, 1] pixels.
+            num_steps: Number of steps.
+            step_size: L2 length of a step; by default 2.5 ε / ``num_steps``, so that the walk can turn at the rim.
+            watch: Told after each step.
+
+        Raises:
+            ValueError: If an argument is outside its range, or logits are not finite.
+        """
+        self._check_walk(target, num_steps)
+        if not 0 <= eps < math.inf:
+            raise ValueError(f"eps must be a finite radius of at least 0, got {eps}")
+        step_size = 2.5 * eps / num_steps if step_size is None else step_size
+        threat_model = ThreatModel(norm="L2", eps=eps, step_size=step_size, num_steps=num_steps)
+        chain = self._ascend(self._checked(image).unsqueeze(0), target, threat_model, range(num_steps + 1), watch)
+        images = torch.cat([chain[step] for step in range(num_steps + 1)])
+        return Walk(target, images, self._logits(images), threat_model)
+
+    def generate(
+        self,
+        target: int,
+        num_images: int = 8,
+        num_steps: int = 20,
+        step_size: float = 0.5,
+        seed: int = 0,
+        watch: Watch | None = None,
+    ) -> Samples:
+        """Returns samples of a class: the unbounded ascent on f(x)[target] from OOD seeds.
+
+        Image i is a function of class, seed and i, however many there are.
+
+        Args:
+            target: The class.
+            num_images: How many.
+            num_steps: Number of steps.
+            step_size: L2 length of a step.
+            seed: Which starting images; no two seeds share one, as long as there are enough.
+            watch: Told after each step, of all images together.
+
+        Raises:
+            ValueError: If an argument is outside its range, or logits are not finite.
+        """
+        self._check_walk(target, num_steps)
+        if not 1 <= num_images <= MAX_IMAGES:
+            raise ValueError(f"num_images must lie in 1 … {MAX_IMAGES}, got {num_images}")
+        if seed < 0:
+            raise ValueError(f"seed must be at least 0, got {seed}")
+        starts = self.starting_images(seed, num_images)
+        chain, parts = unbounded_ascent(step_size, num_steps), []
+        chunks = starts.split(_BATCH_SIZE)
+        for number, chunk in enumerate(chunks):
+            told = None if watch is None else _part(watch, number, len(chunks))
+            parts.append(self._ascend(chunk, target, chain, (num_steps,), told)[num_steps])
+        images = torch.cat(parts)
+        return Samples(target, starts, images, self._logits(images))
+
+    def starting_images(self, seed: int, num_images: int) -> Tensor:
+        """Returns where the samples of a seed start, (N, C, H, W): OOD seeds, or noise where there are none."""
+        if self.seeds is None:
+            return uniform_noise(seed, "explored noise", range(num_images), self.image_shape)
+        draws = range(seed * MAX_IMAGES, seed * MAX_IMAGES + num_images)
+        with self._lock:
+            return torch.stack([self._checked(self.seeds(draw)[0]) for draw in draws])
+
+    # Parts.
+
+    def _ascend(
+        self, starts: Tensor, target: int, threat_model: ThreatModel, snapshots: Sequence[int], watch: Watch | None
+    ) -> dict[int, Tensor]:
+        done = 0
+
+        def watched(x: Tensor) -> Tensor:
+            nonlocal done
+            if watch is not None:
+                watch(done, threat_model.num_steps)
+            done += 1
+            logits: Tensor = self.model(x)
+            return logits
+
+        x = starts.to(self.device)
+        y = torch.full((len(x),), target, device=self.device)
+        with self._alone():
+            states = ascend_snapshots(watched, x, y, targeted_logit, threat_model, snapshots)
+        if watch is not None:
+            watch(threat_model.num_steps, threat_model.num_steps)
+        return {step: state.cpu() for step, state in states.items()}
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """Logits on the CPU, (N, K)."""
+        with self._alone(), torch.no_grad():
+            logits = torch.cat([self.model(part.to(self.device)).float().cpu() for part in images.split(_BATCH_SIZE)])
+        if not bool(logits.isfinite().all()):
+            raise ValueError("the network gives NaN or infinite logits for this image: its weights have diverged")
+        return logits
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        # What an ascent does to the network, and undoes, is not for another thread to see.
+        with self._lock, no_trace(self.model):
+            yield
+
+    def _count_classes(self) -> int:
+        try:
+            logits = self._logits(torch.full((1, *self.image_shape), 0.5))
+        except (RuntimeError, AssertionError) as error:  # timm asserts the size of images
+            shape = "×".join(map(str, self.image_shape))
+            raise ValueError(
+                f"the network does not take images of {shape} (channels, height, width): {error}"
+            ) from error
+        if logits.dim() != 2:
+            raise ValueError(f"the network must map images to logits (N, K), got shape {tuple(logits.shape)}")
+        return logits.shape[1]
+
+    def _checked(self, image: Tensor) -> Tensor:
+        if tuple(image.shape) != self.image_shape:
+            raise ValueError(f"image must have the shape {self.image_shape}, got {tuple(image.shape)}")
+        image = image.detach().float().cpu()
+        if not bool(((image >= 0) & (image <= 1)).all()):
+            raise ValueError(f"image must lie in [0, 1], got {float(image.min()):g} … {float(image.max()):g}")
+        return image
+
+    def _check_walk(self, target: int, num_steps: int) -> None:
+        if not 0 <= target < self.num_classes:
+            raise ValueError(f"target must be a class in 0 … {self.num_classes - 1}, got {target}")
+        if not 1 <= num_steps <= MAX_STEPS:
+            raise ValueError(f"num_steps must lie in 1 … {MAX_STEPS}, got {num_steps}")
+
+
+def _part(watch: Watch, number: int, count: int) -> Watch:
+    """Reports one of several equal parts of the work as what it is of the whole."""
+    return lambda done, total: watch(number * total + done, count * total)

@@ -1,0 +1,265 @@
+"""From ``--ckpt_path`` to an explorer: the network that a file describes, averaged weights, and data to look at."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import ArgumentError, ArgumentParser
+from torch import Tensor, nn
+
+from dat_lightning.backbones.resnet import NOT_DESCRIBED
+from dat_lightning.checkpoints import load_weights, read_checkpoint
+from dat_lightning.core.architectures import architecture_of, build_architecture
+from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.core.hub import CONFIG_FILE
+from dat_lightning.core.random_streams import RandomPermutation
+from dat_lightning.data import DigitsDataModule, PairedDataModule
+from dat_lightning.explore.explorer import Explorer
+from dat_lightning.modules import EnergyModule
+
+# Of networks whose files do not say it: those of this package are made for these.
+_USUAL_SIZES = {"SmallResNet": 16, "WideResNet": 32}
+_USUAL_SIZE = 224
+
+
+class Examples:
+    """The test images of a run, as evaluation sees them, in a fixed random order.
+
+    Args:
+        data: The run's data.
+    """
+
+    def __init__(self, data: PairedDataModule) -> None:
+        self._images: SizedDataset = data.in_distribution("test")
+        self._transform = data.evaluation_transform()
+        self._order = RandomPermutation(len(self._images), "explored examples")
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int | None]:
+        """Returns image (C, H, W) in [0, 1] and label, ``None`` where there are no labels.
+
+        Raises:
+            CorruptImageError: If it cannot be read.
+        """
+        entry = self._images[self._order[place]]
+        image, label = entry if isinstance(entry, tuple) else (entry, None)
+        return self._transform(image), None if label is None else int(label)
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """What the data call the classes; ``None`` if they do not say."""
+        dataset: object = self._images
+        while dataset is not None:
+            if (names := getattr(dataset, "classes", None)) is not None:
+                return tuple(str(name) for name in names)
+            dataset = getattr(dataset, "dataset", None)
+        return None
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint, ready for a page.
+
+    Attributes:
+        explorer: The network.
+        name: Path of the checkpoint.
+        network: The network in words.
+        examples: Test images of the run's data, if they are known and here.
+        notes: What a reader has to know about it, a sentence each.
+        eps: A radius to begin with, for counterfactuals.
+        step_size: A step to begin with, for samples.
+    """
+
+    explorer: Explorer
+    name: str
+    network: str
+    examples: Examples | None
+    notes: tuple[str, ...]
+    eps: float
+    step_size: float
+
+
+def open_checkpoint(
+    ckpt_path: str | Path,
+    config: Sequence[str | Path] = (),
+    image_size: int | None = None,
+    device: str = "cpu",
+) -> Opened:
+    """Loads a checkpoint's averaged weights, and the data that it was trained with where they can be had.
+
+    A file decides on nothing that is run: without a configuration, networks come from registered names alone, and data
+    are those of the digits or none.
+
+    Args:
+        ckpt_path: Checkpoint of a run, folder that ``export`` wrote, or, with a configuration, any weights.
+        config: Configurations of the run, later ones win; they say which network and which data.
+        image_size: Height and width of the images, where nothing else says it.
+        device: Where to compute.
+
+    Raises:
+        FileNotFoundError: If a file or the data of a configuration are missing.
+        ValueError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+    """
+    path = Path(ckpt_path)
+    chosen = _checked_device(device)
+    if image_size is not None and image_size < 1:
+        raise ValueError(f"image_size must be at least 1, got {image_size}")
+    sections = [_sections(Path(each)) for each in config]
+    settings: Mapping[str, Any] = {}
+    if (path / CONFIG_FILE).is_file():
+        model, contents = EnergyModel.from_pretrained(path), {}
+    else:
+        contents = dict(read_checkpoint(path))
+        settings = _mapping(contents.get("hyper_parameters"))
+        configured = [section["model"] for section in sections if "model" in section]
+        if configured:
+            module = _instantiated(EnergyModule, "model", configured)
+            model = module.energy_model
+            settings = {**settings, **_first_steps(module)}
+        else:
+            model = _described_network(path, settings)
+        load_weights(model, path)
+    data = _data([section["data"] for section in sections if "data" in section], contents, model)
+    return _put_together(path, model, data, settings, image_size, chosen)
+
+
+def _put_together(
+    path: Path,
+    model: EnergyModel,
+    data: PairedDataModule | None,
+    settings: Mapping[str, Any],
+    image_size: int | None,
+    device: torch.device,
+) -> Opened:
+    notes = []
+    examples = None if data is None else Examples(data)
+    if examples is not None:
+        shape = tuple(examples[0][0].shape)
+        if image_size not in (None, *shape[1:]):
+            raise ValueError(f"image_size is {image_size}, but the images of the data are {shape[1]}×{shape[2]}")
+    else:
+        size = image_size or _usual_size(model)
+        shape = (_channels(model), size, size)
+        notes.append("No data are known for this checkpoint: --config with the run's configuration adds its images.")
+        if image_size is None:
+            notes.append(f"Images of {size}×{size} pixels are a guess from the network; --image_size changes it.")
+    seeds = None
+    if data is not None and (held_out := data.out_of_distribution("held_out")) is not None and len(held_out):
+        seeds = data.held_out_seeds()
+    explorer = Explorer(model, shape, None, seeds, device)
+    names = None if examples is None else examples.class_names
+    if names is not None and len(names) != explorer.num_classes:
+        notes.append(f"The data name {len(names)} classes, the network has {explorer.num_classes}: numbers are shown.")
+    elif names is not None:
+        explorer.class_names = names
+    attack = _mapping(settings.get("threat_model"))
+    eps = 4 * float(attack["eps"]) if attack.get("norm") == "L2" and attack.get("eps") else 4.0
+    # Without a hint, a step of one hundredth of the box's diagonal.
+    step_size = settings.get("contrastive_step_size") or round(0.01 * math.sqrt(math.prod(shape)), 2)
+    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size))
+
+
+def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
+    """The network that a checkpoint's hyperparameters describe."""
+    instead = "give the run's configuration as --config, or a folder that dat-lightning export wrote"
+    section = _mapping(settings.get("energy_model"))
+    arguments = dict(_mapping(section.get("init_args")))
+    backbone = _mapping(arguments.pop("backbone", None))
+    if not backbone:
+        raise ValueError(f"{path} does not say which network its weights belong to: {instead}")
+    places = [str(part.get("class_path", "")).rpartition(".") for part in (section, backbone)]
+    if places[0][2] != "EnergyModel" or any(place[0].partition(".")[0] != "dat_lightning" for place in places):
+        foreign = next((".".join(p[::2]) for p in places if not p[0].startswith("dat_lightning")), "another model")
+        raise ValueError(f"{path} has weights of {foreign}, which is not imported at a file's word: {instead}")
+    given = _mapping(backbone.get("init_args"))
+    left_out = {"pretrained", *NOT_DESCRIBED}
+    plain = {name: value for name, value in given.items() if name not in left_out}
+    try:
+        return EnergyModel(build_architecture({"name": places[1][2], "arguments": plain}), **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path} describes no network of this version: {error}; {instead}") from error
+
+
+def _data(configured: list[Any], contents: Mapping[str, Any], model: EnergyModel) -> PairedDataModule | None:
+    """The data of a configuration; or the digits, where a run has left its position in them in the checkpoint."""
+    if configured:
+        data: PairedDataModule = _instantiated(PairedDataModule, "data", configured)
+        return data
+    if "DigitsDataModule" in contents and _channels(model) == 1:
+        return DigitsDataModule()
+    return None
+
+
+def _instantiated(base: type[Any], name: str, sections: list[Any]) -> Any:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(base, name)
+    try:
+        parsed = parser.parse_args([part for section in sections for part in (f"--{name}", yaml.safe_dump(section))])
+    except ArgumentError as error:
+        raise ValueError(f"--config: {error}") from error
+    # jsonargparse from 4.49 on has instantiate, and warns of the name that it had before.
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
+    return instantiate(parsed)[name]
+
+
+def _sections(config: Path) -> Mapping[str, Any]:
+    """The sections of a configuration, which may stand below ``fit``."""
+    if not config.is_file():
+        raise FileNotFoundError(f"--config names {config}, which is no file")
+    try:
+        contents = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {config} is no YAML: {error}") from error
+    if not isinstance(contents, dict):
+        raise ValueError(f"--config {config} must hold sections such as model and data")  # noqa: TRY004 - a file
+    below = contents.get("fit")
+    sections = {**contents, **below} if isinstance(below, dict) else contents
+    return {name: section for name, section in sections.items() if isinstance(section, dict)}
+
+
+def _first_steps(module: EnergyModule) -> dict[str, Any]:
+    """What a configured module says about attack and steps, as hyperparameters do."""
+    attack = {"norm": module.threat_model.norm, "eps": module.threat_model.eps}
+    return {"threat_model": attack, "contrastive_step_size": getattr(module, "contrastive_step_size", None)}
+
+
+def _checked_device(device: str) -> torch.device:
+    try:
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).cpu()
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"device must be one that torch can use here, such as 'cpu', got {device!r}: {reason}"
+        ) from error
+    return chosen
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, Mapping) else {}
+
+
+def _channels(model: EnergyModel) -> int:
+    convolution = next((layer for layer in model.modules() if isinstance(layer, nn.Conv2d)), None)
+    return 3 if convolution is None else convolution.in_channels
+
+
+def _usual_size(model: EnergyModel) -> int:
+    return _USUAL_SIZES.get(type(model.backbone).__name__, _USUAL_SIZE)
+
+
+def _in_words(model: EnergyModel) -> str:
+    """The network's name and its number of parameters."""
+    description = architecture_of(model.backbone) or {}
+    name = description.get("name", type(model.backbone).__name__)
+    if name == "timm_model":
+        name = description["arguments"]["name"]
+    count = sum(p.numel() for p in model.parameters())
+    return f"{name}, {count / 1e6:.1f} M parameters" if count >= 1e6 else f"{name}, {count:,} parameters"

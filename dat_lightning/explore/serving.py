@@ -1,0 +1,131 @@
+"""The server of the page: on this machine alone unless told otherwise, and without a word to anybody else."""
+
+import ipaddress
+import logging
+import socket
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+
+from dat_lightning.explore.markup import FIRST
+from dat_lightning.explore.opening import Opened, open_checkpoint
+from dat_lightning.explore.uploads import MAX_MEGABYTES
+
+logger = logging.getLogger(__name__)
+
+_served: list[Opened] = []
+
+# Streamlit's settings; those in a user's own files count less.
+_OPTIONS = {
+    "browser_gatherUsageStats": False,
+    "client_showErrorDetails": "none",
+    "client_toolbarMode": "minimal",
+    "global_developmentMode": False,
+    "logger_hideWelcomeMessage": True,
+    "logger_level": "warning",
+    "runner_magicEnabled": False,
+    # Without a look for a display or a browser, and without a look for an address outside.
+    "server_headless": True,
+    "server_fileWatcherType": "none",
+    "server_maxUploadSize": MAX_MEGABYTES,
+    "server_runOnSave": False,
+    "theme_dark_primaryColor": FIRST,
+    "theme_light_primaryColor": FIRST,
+}
+
+
+def explore(
+    ckpt_path: str,
+    config: Sequence[str] = (),
+    image_size: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    device: str = "cpu",
+) -> None:
+    """Serves a web page to look at a checkpoint: readings of images, counterfactuals and samples.
+
+    Args:
+        ckpt_path: Checkpoint of a run, folder that export wrote, or, with a configuration, any weights.
+        config: Configuration of the run, for its network and data; may be given several times, later ones win.
+        image_size: Height and width of the images, where nothing else says it.
+        host: Address to listen on; the default can be reached from this machine alone.
+        port: Port to listen on; 0 chooses a free one.
+        device: Where to compute, such as cpu or cuda.
+
+    Raises:
+        ModuleNotFoundError: If the extra ``explore`` is not installed.
+        FileNotFoundError: If a file is missing.
+        OSError: If the address cannot be listened on.
+        ValueError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+    """
+    try:
+        from streamlit.web import bootstrap
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("explore needs its page's library: pip install 'dat-lightning[explore]'") from error
+    port = free_port(host, port)
+    opened = open_checkpoint(ckpt_path, config, image_size, device)
+    if not is_loopback(host):
+        rank_zero_warn(
+            f"--host {host} can be reached from other machines, and the page asks nobody for a password: whoever"
+            " reaches it can use this machine's time"
+        )
+    _served[:] = [opened]
+    options = {**_OPTIONS, "server_address": host, "server_port": port}
+    logger.info("%s is open at %s (Ctrl-C stops)", ckpt_path, address(host, port))
+    bootstrap.load_config_options(options)
+    arguments = sys.argv
+    try:
+        bootstrap.run(str(Path(__file__).with_name("app.py")), False, [], options)
+    finally:
+        sys.argv = arguments
+
+
+def served() -> Opened:
+    """Returns the checkpoint that this process serves.
+
+    Raises:
+        RuntimeError: If it serves none: the page was started in another way than by :func:`explore`.
+    """
+    if not _served:
+        raise RuntimeError("the page belongs to a command: dat-lightning explore --ckpt_path ...")
+    return _served[0]
+
+
+def free_port(host: str, port: int) -> int:
+    """Returns the port, or a free one for 0.
+
+    Raises:
+        OSError: If the address cannot be listened on.
+        ValueError: If it is no port.
+    """
+    if not 0 <= port <= 65535:
+        raise ValueError(f"port must lie in 0 … 65535, got {port}")
+    try:
+        family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, socket.SOCK_STREAM) as listener:
+            # As the server does: connections of an earlier one that are still closing do not matter.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(place)
+            chosen: int = listener.getsockname()[1]
+            return chosen
+    except OSError as error:
+        raise OSError(
+            f"cannot listen on host {host!r}, port {port}: {error.strerror}; choose another with --port (0 for any)"
+        ) from error
+
+
+def is_loopback(host: str) -> bool:
+    """Returns whether an address can be reached from this machine alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def address(host: str, port: int) -> str:
+    """Returns what to type into a browser on this machine."""
+    everywhere = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "": "127.0.0.1"}
+    shown = everywhere.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{shown}:{port}"
