@@ -13,10 +13,10 @@ def auc(positive: Tensor, negative: Tensor) -> Tensor:
         positive: Scores of in-distribution images, shape (N,).
         negative: Scores of contrastive samples, shape (M,).
     """
-    # In float32, for devices without float64; comparisons are exact in any type.
-    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).float()
-    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).float()
-    return (above + equal / 2).mean()
+    # Counted in integers, so that the order of the images, and with it the number of ranks, changes no bit.
+    above = (positive.unsqueeze(1) > negative.unsqueeze(0)).sum()
+    equal = (positive.unsqueeze(1) == negative.unsqueeze(0)).sum()
+    return (2 * above + equal) / (2 * len(positive) * len(negative))
 
 
 class AUCCurriculum(nn.Module):

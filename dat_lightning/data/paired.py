@@ -189,6 +189,18 @@ class PairedDataModule(LightningDataModule):
             self.skipped.update(batch.pop("skipped", ()), loaded)
         return batch
 
+    def on_exception(self, exception: BaseException) -> None:
+        """Adds what it means, and how the run goes on, to the error of a process that lost contact with another one."""
+        # Gloo raises bare RuntimeErrors, of which these words are typical.
+        from_gloo = any(words in str(exception) for words in ("gloo/", "caused pair closure"))
+        if (from_gloo or isinstance(exception, getattr(torch.distributed, "DistError", ()))) and self._rank()[1] > 1:
+            rank, size = self._rank()
+            exception.args = (
+                f"{exception}\nprocess {rank} of {size} has lost contact with another one, which was killed, failed, or"
+                " is on a machine that is gone; look at its own output first. This run is over; start all of its"
+                " processes again, with --ckpt_path last, and it goes on from its last checkpoint.",
+            )
+
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the data and the settings that give it its meaning."""
         return {
@@ -197,10 +209,11 @@ class PairedDataModule(LightningDataModule):
             "batch_size": self.batch_size,
             "seed": self.seed,
             "stream_sizes": dict(self._stream_sizes),
+            "num_processes": self._rank()[1],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where the checkpoint stopped; the batch size may have changed, the seed may not.
+        """Continues where the checkpoint stopped; batch size and number of processes may differ, the seed may not.
 
         Raises:
             ValueError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
@@ -209,6 +222,15 @@ class PairedDataModule(LightningDataModule):
             raise ValueError(
                 f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"
                 " not continue. Set it back, or start a new run from the weights alone (model.init_from)."
+            )
+        before, now = state.get("num_processes"), self._rank()[1]
+        if before not in (None, now):
+            rank_zero_warn(
+                f"the checkpoint was written by {_processes(before)}, now there {'is' if now == 1 else 'are'} {now}:"
+                " the run goes on at the same image, with the same weights, averages, optimiser and number of"
+                " contrastive steps. Not exact any more are the last bits of sums over the batch; and in Stage 1,"
+                " unless trainer.sync_batchnorm is true, batch norm, which sees the share of one process:"
+                f" {state['batch_size'] // before} images before, {self.batch_size // now} now"
             )
         self._stream_sizes = dict(state.get("stream_sizes", {}))
         self._start_draw = state["draws_consumed"]
@@ -266,3 +288,7 @@ class PairedDataModule(LightningDataModule):
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
         )
+
+
+def _processes(number: int) -> str:
+    return f"{number} process{'' if number == 1 else 'es'}"

@@ -1,4 +1,4 @@
-"""One process of a test with counterfactuals and memorisation; ``python -m tests.ddp.run_counterfactuals 2 folder``."""
+"""Counterfactuals and memorisation on 1, 2 and 4 ranks; ``python -m tests.ddp.run_counterfactuals folder``."""
 
 import json
 import sys
@@ -10,10 +10,13 @@ from dat_lightning import DigitsFeatures, PGDSampler
 from dat_lightning.callbacks import Counterfactuals, Memorisation
 from dat_lightning.metrics.features import digits_feature_network
 from tests import tiny
+from tests.ddp.ranks import launch, strategy
+from tests.ddp.uneven import uneven_digits
 
 
 def main(devices: int, folder: Path) -> None:
     """Tests on this process's share; each rank writes what it knows."""
+    folder.mkdir(exist_ok=True)
     # Some class has too few images for a Fréchet distance, which the callback says.
     warnings.filterwarnings("ignore", "Counterfactuals: .* have fewer than min_class_images")
     extractor = DigitsFeatures()
@@ -25,12 +28,14 @@ def main(devices: int, folder: Path) -> None:
     )
     memorisation = Memorisation(DigitsFeatures(), quantile=0.99, metric="cosine", dirpath=pictures)
     sampler = PGDSampler(num_samples=55, num_steps=[5], step_size=0.5, batch_size=10)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = tiny.trainer(folder, [counterfactuals, memorisation, sampler], devices=devices, strategy=strategy)
-    trainer.test(tiny.stage1(), datamodule=tiny.digits(eval_batch_size=61), verbose=False)
+    trainer = tiny.trainer(
+        folder, [counterfactuals, memorisation, sampler], devices=devices, strategy=strategy(devices)
+    )
+    trainer.test(tiny.stage1(), datamodule=uneven_digits(), verbose=False)
     figures = [asdict(figure) for figure in [*counterfactuals.figures, *memorisation.figures]]
     (folder / f"figures-{trainer.global_rank}.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    for num_ranks in (1, 2, 4):
+        launch(main, num_ranks, num_ranks, Path(sys.argv[1]) / str(num_ranks))

@@ -1,4 +1,4 @@
-"""What a process of a test run does: test with all evaluators; ``python -m tests.ddp.run_evaluators 2 folder``."""
+"""A test with evaluators on 1, 2 and 4 ranks; ``python -m tests.ddp.run_evaluators folder``."""
 
 import json
 import sys
@@ -13,10 +13,12 @@ from dat_lightning.callbacks import Calibration, EnergyStatistics, OODDetection
 from dat_lightning.core import SizedDataset
 from dat_lightning.data import UniformNoise
 from tests import tiny
+from tests.ddp.ranks import launch, strategy
+from tests.ddp.uneven import uneven_digits
 
 
 class OneImage(Sequence[Any]):
-    """A data set of which one image can be read: one of two ranks has none."""
+    """A data set of which one image can be read, so that other ranks have none; smaller than four ranks."""
 
     def __len__(self) -> int:
         return 3
@@ -29,6 +31,7 @@ class OneImage(Sequence[Any]):
 
 def main(devices: int, folder: Path) -> None:
     """Tests on this process's share and writes every rank's figures."""
+    folder.mkdir(exist_ok=True)
     attack = ThreatModel(eps=0.5, step_size=0.2, num_steps=2, random_start=True)
     datasets: dict[str, SizedDataset] = {"noise": UniformNoise(31, (1, 16, 16)), "one": OneImage()}
     kept = str(folder / "kept")
@@ -38,14 +41,16 @@ def main(devices: int, folder: Path) -> None:
         EnergyStatistics(num_images=33, batch_size=7, dirpath=kept),
     ]
     sampler = PGDSampler(num_samples=15, num_steps=[1, 2], step_size=0.5, batch_size=10)
-    strategy = "ddp" if devices > 1 else "auto"
-    trainer = tiny.trainer(folder, [*evaluators, sampler], devices=devices, strategy=strategy)
+    trainer = tiny.trainer(folder, [*evaluators, sampler], devices=devices, strategy=strategy(devices))
     for k in range(2):
-        # 360 test images in batches of 60 and 61; the second time from the files.
-        trainer.test(tiny.stage1(threat_model=attack), datamodule=tiny.digits(eval_batch_size=61), verbose=False)
+        # The second time from the files.
+        trainer.test(tiny.stage1(threat_model=attack), datamodule=uneven_digits(), verbose=False)
+        logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        (folder / f"logged-{k}-{trainer.global_rank}.json").write_text(json.dumps(logged))
         figures = {f.name: [f.value, f.num_samples, dict(f.details)] for e in evaluators for f in e.figures}
         (folder / f"figures-{k}-{trainer.global_rank}.json").write_text(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    for num_ranks in (1, 2, 4):
+        launch(main, num_ranks, num_ranks, Path(sys.argv[1]) / str(num_ranks))

@@ -1,9 +1,6 @@
-"""Counterfactuals and memorisation: the figures and pictures of two processes are those of one."""
+"""Counterfactuals and memorisation: the figures and pictures of two and four processes are those of one."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests.ddp import run_counterfactuals
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.ddp.ranks import run
+from tests.ddp.uneven import NUM_TEST
 
 pytestmark = pytest.mark.ddp
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of runs with one and with two processes."""
-    one, two = (tmp_path_factory.mktemp(name) for name in ("one", "two"))
-    run_counterfactuals.main(1, one)
-    command = [sys.executable, "-m", "tests.ddp.run_counterfactuals", "2", str(two)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=240)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return one, two
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    """Number of processes → folder of its run."""
+    folder = tmp_path_factory.mktemp("runs")
+    run("run_counterfactuals", folder)
+    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2, 4)}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -43,25 +35,26 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def test_every_rank_has_the_figures_of_one_process(runs: tuple[Path, Path]) -> None:
-    one = json.loads((runs[0] / "figures-0.json").read_text())
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[int, Path]) -> None:
+    one = json.loads((runs[1] / "figures-0.json").read_text())
     assert len(one) == 2 * 7 + 2
-    assert {figure["num_samples"] for figure in one if "_l2_" in figure["name"]} == {360}
+    assert {figure["num_samples"] for figure in one if "_l2_" in figure["name"]} == {NUM_TEST}
     assert any(figure["details"].get("flagged") for figure in one)
-    for rank in (0, 1):
-        two = json.loads((runs[1] / f"figures-{rank}.json").read_text())
-        for a, b in zip(one, two, strict=True):
+    for rank in range(num_ranks):
+        several = json.loads((runs[num_ranks] / f"figures-{rank}.json").read_text())
+        for a, b in zip(one, several, strict=True):
             assert same(a, b), f"{a}\n{b}"
 
 
-def test_the_same_images_are_shown(runs: tuple[Path, Path]) -> None:
-    names = [sorted(path.name for path in (folder / "pictures").iterdir()) for folder in runs]
-    assert names[0] == names[1]
+def test_the_same_images_are_shown(runs: dict[int, Path]) -> None:
+    names = [sorted(path.name for path in (folder / "pictures").iterdir()) for folder in runs.values()]
+    assert names[0] == names[1] == names[2]
     assert len(names[0]) == 3
     for name in names[0]:
         pixels = []
-        for folder in runs:
+        for folder in runs.values():
             with Image.open(folder / "pictures" / name) as picture:
                 pixels.append(np.asarray(picture).astype(int))
         # A level more or less for rounding, on a few pixels.
-        assert np.abs(pixels[0] - pixels[1]).max() <= 2
+        assert max(np.abs(pixels[0] - other).max() for other in pixels[1:]) <= 2

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -222,17 +221,23 @@ def test_training_improves_both_terms(tmp_path: Path) -> None:
     assert float(scalars["train/energy_real"]) < float(scalars["train/energy_contrast"])
 
 
-def test_the_auc_is_averaged_over_ranks() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_auc_compares_the_images_of_all_ranks(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny.stage2()
-    calls: list[str] = []
+    others = torch.tensor([[-1.0, -2.0], [4.0, -3.0]])  # f(x_gen)[y] and f(x_contrast)[y] on the other rank
+    calls: list[torch.dtype] = []
 
-    def reduce(value: Tensor, reduce_op: str) -> Tensor:
-        calls.append(reduce_op)
-        return (value + 0.25) / 2  # the other rank found 0.25
+    def all_gather(parts: list[Tensor], scores: Tensor) -> None:
+        calls.append(scores.dtype)
+        for part, found in zip(parts, (scores, others), strict=True):
+            part.copy_(found)
 
-    module._trainer = SimpleNamespace(strategy=SimpleNamespace(reduce=reduce))  # type: ignore[assignment]
-    gen, contrast = torch.tensor([[3.0], [1.0]]), torch.tensor([[0.0], [2.0]])
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_gather", all_gather)
+    gen, contrast = torch.tensor([[3.0], [1.0]], dtype=dtype), torch.tensor([[0.0], [2.0]], dtype=dtype)
     logits = JointLogits(gen, contrast, gen)
     value = module.separation(logits, torch.zeros(2, dtype=torch.long))
-    assert calls == ["mean"]
-    assert float(value) == (0.75 + 0.25) / 2
+    assert calls == [torch.float32]
+    # 3, 1, -1 and -2 are above three, two, one and one of 0, 2, 4 and -3. The mean of the ranks' own AUCs is 5/8.
+    assert float(value) == 7 / 16
