@@ -1,0 +1,306 @@
+"""The end of a run by a signal: a checkpoint at a moment from which it goes on bit for bit."""
+
+import logging
+import os
+import re
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from typing_extensions import override
+
+logger = logging.getLogger(__name__)
+
+_Handler = Callable[[int, FrameType | None], Any] | int | None
+_HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
+_AGAIN = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without\n"
+
+
+class StoppedBySignal(SystemExit):
+    """Ends the process with the status that a signal gives; ``str()`` of it says what to go on from.
+
+    Args:
+        signum: The signal.
+        step: Optimiser steps that have been taken.
+        path: The checkpoint.
+        requeued: Whether Slurm has the job in its queue again.
+        status: Of the process.
+    """
+
+    def __init__(self, signum: int, step: int, path: str, requeued: bool, status: int) -> None:
+        super().__init__(status)
+        self.path = path
+        goes_on = "the job is in the queue again and goes on from" if requeued else "to go on: --ckpt_path"
+        self.message = f"stopped by {signal.Signals(signum).name} after step {step}, not done; {goes_on} {path}"
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class SignalCheckpoint(Checkpoint):
+    """Saves a checkpoint when SIGTERM, SIGINT (Ctrl-C) or Slurm's signal comes, and ends the run with that status.
+
+    The signal waits for the end of the training step, so that the checkpoint is one from which training goes on bit for
+    bit: Lightning's own handler for Slurm saves in the middle of whatever is going on. During validation, which changes
+    nothing that trains, the checkpoint is written at once, and validation starts over when the run goes on. All
+    processes of a run agree at the end of each step whether to stop, so it is all the same which of them got the
+    signal. A second SIGTERM changes nothing; a second Ctrl-C stops at once.
+
+    Without Slurm the checkpoint is ``interrupted.ckpt`` in the folder of the first ``ModelCheckpoint`` that has one.
+    The exit status is 143 after SIGTERM and 130 after Ctrl-C, for the process of rank zero: training is not done.
+
+    Under Slurm it is ``hpc_ckpt_<n>.ckpt`` in ``default_root_dir``, from which Lightning goes on by itself; the one
+    before it is kept, older ones are removed. The signal before the time limit (SIGUSR1, or what
+    ``SLURMEnvironment`` says) also puts the job back into the queue; if that fails, training goes on. SIGTERM does not:
+    Slurm sends it when it takes the job off by itself, and when a user cancels the job.
+
+    When a run goes on in the same folder of TensorBoard, what was logged after the checkpoint is not shown twice.
+
+    The command line adds this callback to every run.
+
+    Args:
+        dirpath: Another folder for the checkpoint.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self._trainer: Trainer | None = None
+        self._pid = 0
+        self._signal = 0
+        self._previous: dict[int, _Handler] = {}
+        self._training = False
+        self._validating = False
+        self._accumulating = False
+        self._last_step = -1
+        self._saved_at: str | None = None
+        self._requeued = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes ready for a run; processes that load data inherit the handler of Ctrl-C and leave it to this one."""
+        self._trainer, self._pid, self._signal = trainer, os.getpid(), 0
+        self._training = self._validating = self._accumulating = False
+        self._last_step, self._saved_at, self._requeued = -1, None, False
+        if stage == "fit":
+            self._listen(signal.SIGINT)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the signals over from Lightning, and marks in TensorBoard's files where a resumed run goes on."""
+        self._training = True
+        self._last_step = trainer.global_step
+        self._listen(signal.SIGTERM)
+        environment = _slurm(trainer)
+        if environment is not None:
+            self._listen(int(environment.requeue_signal or signal.SIGUSR1))
+        if trainer.global_step > 0 and trainer.is_global_zero:
+            for each in trainer.loggers:
+                if isinstance(each, TensorBoardLogger):
+                    _mark_restart(each, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Stops here if a signal came, unless gradients are being accumulated, which no checkpoint has."""
+        self._accumulating = trainer.global_step == self._last_step
+        self._last_step = trainer.global_step
+        # After an epoch's last batch come validation and the end of the epoch: the next boundaries.
+        if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+            self._boundary(trainer)
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops here if a signal came; from now on it need not wait."""
+        if self._training and not self._accumulating:
+            self._validating = True
+            self._boundary(trainer)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ends the time in which a signal need not wait: averaged weights are about to be swapped out."""
+        self._validating = False
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops here if a signal came during validation."""
+        if self._training:
+            self._boundary(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops here if a signal came at the end of an epoch."""
+        self._boundary(trainer)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gives the signals back: the run is done."""
+        self._give_back()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._give_back()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Gives the signals back."""
+        self._give_back()
+        self._trainer = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Has the validation that is going on start over from its first batch: half of it gives no figures."""
+        if self._validating:
+            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+            before = progress["total"]["ready"] - progress["current"]["ready"]
+            for counts, done in ((progress["total"], before), (progress["current"], 0)):
+                counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+            progress["is_last_batch"] = False
+
+    def _listen(self, signum: int) -> None:
+        previous = signal.getsignal(signum)
+        if previous != self._handle:
+            self._previous[signum] = previous
+            signal.signal(signum, self._handle)
+
+    def _give_back(self) -> None:
+        self._training = self._validating = False
+        for signum, handler in self._previous.items():
+            if signal.getsignal(signum) == self._handle:
+                signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._pid:
+            return  # a process that loads data; the one that trains decides
+        trainer = self._trainer
+        if not self._training or trainer is None:
+            previous = self._previous.get(signum)
+            if callable(previous):
+                previous(signum, frame)
+            elif previous == signal.SIG_DFL:
+                signal.signal(signum, signal.SIG_DFL)
+                os.kill(self._pid, signum)
+            return
+        if signum == signal.SIGINT:
+            if self._signal == signal.SIGINT:
+                raise KeyboardInterrupt
+            if trainer.is_global_zero:
+                os.write(2, _AGAIN)
+        if self._signal not in (0, signum) and signum == signal.SIGTERM:
+            return  # a signal to requeue is not undone
+        self._signal = signum
+        if self._validating and trainer.is_global_zero and self._saved_at is None:
+            path = self._path(trainer)
+            # Not through the Trainer, which would wait for the other processes: they are somewhere else in validation.
+            trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+            self._saved_at = path
+            if trainer.world_size == 1:
+                self._stop(trainer, signum, path)
+            elif _urgency(signum) == _REQUEUE:
+                self._requeued = _requeue()
+
+    def _boundary(self, trainer: Trainer) -> None:
+        """Stops if a process got a signal; all processes are here."""
+        if not self._training or self._accumulating:
+            return
+        # One small sum per step. Lightning waits for the same at the start of the next one, but asks rank zero alone.
+        ranks = torch.tensor(float(_urgency(self._signal)), device=trainer.strategy.root_device)
+        urgency = int(trainer.strategy.reduce(ranks, reduce_op="max")) if trainer.world_size > 1 else int(ranks)
+        if urgency == 0:
+            return
+        signum = _signum(trainer, urgency)
+        path = trainer.strategy.broadcast(self._path(trainer))
+        trainer.save_checkpoint(path)
+        self._saved_at = path
+        self._stop(trainer, signum, path)
+
+    def _path(self, trainer: Trainer) -> str:
+        root = trainer.default_root_dir
+        if self._saved_at is not None:
+            return self._saved_at
+        if _slurm(trainer) is not None:
+            return trainer._checkpoint_connector.hpc_save_path(root)
+        folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
+        return str(Path(self.dirpath or (folders or [root])[0]) / "interrupted.ckpt")
+
+    def _stop(self, trainer: Trainer, signum: int, path: str) -> None:
+        """Raises the end of the run, or lets it go on because the job could not be put back into the queue."""
+        requeued = False
+        if _slurm(trainer) is not None:
+            if trainer.is_global_zero:
+                _remove_older(Path(path))
+            if _urgency(signum) == _REQUEUE:
+                here = trainer.is_global_zero and (self._requeued or _requeue())
+                requeued = bool(trainer.strategy.broadcast(here))
+                if not requeued:
+                    rank_zero_warn(f"the job could not be put back into Slurm's queue; training goes on after {path}")
+                    self._signal, self._saved_at, self._requeued = 0, None, False
+                    return
+        # A launcher that sees another process end with an error kills the one that has the message.
+        status = 128 + signum if trainer.is_global_zero else 0
+        raise StoppedBySignal(signum, trainer.global_step, path, requeued, status)
+
+
+_REQUEUE = 3
+
+
+def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
+    environment = trainer._accelerator_connector.cluster_environment
+    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
+
+
+def _urgency(signum: int) -> int:
+    """Ranks signals, so that processes that got different ones do the same."""
+    if signum not in (signal.SIGINT, signal.SIGTERM):
+        return _REQUEUE if signum else 0
+    return 2 if signum == signal.SIGTERM else 1
+
+
+def _signum(trainer: Trainer, urgency: int) -> int:
+    environment = _slurm(trainer)
+    if urgency == _REQUEUE and environment is not None:
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return int(signal.SIGTERM if urgency == 2 else signal.SIGINT)
+
+
+def _requeue() -> bool:
+    """Puts the job back into Slurm's queue, and returns whether Slurm agreed."""
+    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
+    job = f"{array}_{task}" if array is not None else os.environ.get("SLURM_JOB_ID", "")
+    try:
+        done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.warning("scontrol requeue %s: %s", job, error)
+        return False
+    if done.returncode != 0:
+        logger.warning("scontrol requeue %s: status %d, %s", job, done.returncode, done.stderr.strip())
+    return done.returncode == 0
+
+
+def _remove_older(path: Path) -> None:
+    """Removes Slurm's checkpoints but for the newest and the one before it."""
+    found = sorted(
+        (int(match[1]), file) for file in path.parent.glob("hpc_ckpt_*.ckpt") if (match := _HPC.fullmatch(file.name))
+    )
+    for _, file in found[:-2]:
+        file.unlink(missing_ok=True)
+
+
+def _mark_restart(tensorboard: TensorBoardLogger, step: int) -> None:
+    """Tells readers of the event files that what an earlier life of the run logged from this step on does not count."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+    files = tensorboard.experiment.file_writer
+    files.add_event(Event(step=step, file_version="brain.Event:2"))
+    files.add_event(Event(step=step, session_log=SessionLog(status=SessionLog.START)))
