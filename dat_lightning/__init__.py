@@ -14,6 +14,7 @@ from dat_lightning.callbacks import (
     Calibration,
     Counterfactuals,
     Diagnostics,
+    DivergenceGuard,
     EnergyStatistics,
     EvaluationReport,
     Evaluator,
@@ -30,7 +31,10 @@ from dat_lightning.callbacks import (
     SampleMetrics,
     SampleWriter,
     SamplingPlan,
+    SignalCheckpoint,
+    load_post_mortem,
 )
+from dat_lightning.checkpoints import AtomicCheckpointIO
 from dat_lightning.core import (
     AUCCurriculum,
     EnergyModel,
@@ -61,6 +65,7 @@ from dat_lightning.version import __version__
 
 __all__ = [
     "AUCCurriculum",
+    "AtomicCheckpointIO",
     "AutoAttack",
     "CIFARImages",
     "Calibration",
@@ -70,6 +75,7 @@ __all__ = [
     "Diagnostics",
     "DigitsDataModule",
     "DigitsFeatures",
+    "DivergenceGuard",
     "DualAdversarialModule",
     "EnergyModel",
     "EnergyModule",
@@ -95,6 +101,7 @@ __all__ = [
     "SampleMetrics",
     "SampleWriter",
     "SamplingPlan",
+    "SignalCheckpoint",
     "SmallResNet",
     "ThreatModel",
     "TinyImages",
@@ -110,6 +117,7 @@ __all__ = [
     "ascend_snapshots",
     "build_architecture",
     "convnext_convstem",
+    "load_post_mortem",
     "register_architecture",
     "resnet50",
     "timm_model",

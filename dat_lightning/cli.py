@@ -4,23 +4,29 @@ import logging
 import os
 import pickle
 import re
+import signal
 import sys
 import traceback
 from pathlib import Path
 from typing import Any, NoReturn
 
-import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from dat_lightning.callbacks.signal_checkpoint import StoppedBySignal
+from dat_lightning.explore import explore
+from dat_lightning.explore.serving import logger as explore_logger
 from dat_lightning.export import ExportingTrainer
 from dat_lightning.export import logger as export_logger
+from dat_lightning.machine_errors import machine_error
 from dat_lightning.modules import EnergyModule
+from dat_lightning.resume import find_checkpoint, protect
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
 
@@ -41,7 +47,7 @@ class DATArgumentParser(LightningArgumentParser):
 
 
 class DATCLI(LightningCLI):
-    """Runs ``fit``, ``validate``, ``test``, ``predict`` and ``export`` of a configuration."""
+    """Runs ``fit``, ``validate``, ``test``, ``predict`` and ``export`` of a configuration; lists ``explore``."""
 
     @staticmethod
     @override
@@ -50,9 +56,20 @@ class DATCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     @override
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        # For the list in --help; main runs it, because it needs neither a Trainer nor a configuration.
+        page = explore_parser()
+        parser._subcommands_action.add_subcommand("explore", page, help=page.description)  # type: ignore[union-attr]
+
+    @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Sets defaults that need one: evaluation must allow gradients with respect to images."""
         parser.set_defaults({"trainer.inference_mode": False})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DATCLI":
+        """Returns itself: optimisers' settings remember who read them, and averaging copies the module with those."""
+        return self
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -61,8 +78,7 @@ class DATCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Checks the checkpoint to go on from; without one, warns if those of an earlier run will be replaced."""
-        if self.config[self.subcommand].get("ckpt_path") is not None:
-            self._check_checkpoint()
+        if self._find_checkpoint() is not None:
             return
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
         savers = [c for c in callbacks if isinstance(c, ModelCheckpoint) and not c._enable_version_counter]
@@ -91,30 +107,17 @@ class DATCLI(LightningCLI):
         export_logger.setLevel(logging.INFO)
         export_logger.handlers = [logging.StreamHandler(sys.stdout)]
 
-    def _check_checkpoint(self) -> None:
-        """Raises an error if a checkpoint is not one of this kind of run; damaged ones are left to the loader."""
-        path = Path(str(self.config[self.subcommand]["ckpt_path"]))
-        if not path.is_file():
-            return
-        try:
-            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except (RuntimeError, OSError, EOFError, ValueError, KeyError, pickle.UnpicklingError):
-            return
-        hint = "; for its weights alone use --model.init_from"
-        if not isinstance(contents, dict) or "pytorch-lightning_version" not in contents:
-            raise ValueError(f"--ckpt_path {path} is no checkpoint of a run of this program{hint}")
-        own, found = set(self.model.state_dict()), set(contents.get("state_dict", {}))
-        if own != found:
-            raise ValueError(
-                f"--ckpt_path {path} is a checkpoint of another kind of module or network than"
-                f" {type(self.model).__name__}: {len(own - found)} names missing, {len(found - own)} unexpected, such"
-                f" as {min(own ^ found)}{hint}"
-            )
+    def _find_checkpoint(self) -> str | None:
+        """Puts the checkpoint that ``--ckpt_path`` means in its place, and returns it."""
+        arguments = self.config_init[self.subcommand]
+        if arguments["weights_only"] is not False:
+            to_train = self.subcommand == "fit"
+            arguments["ckpt_path"] = find_checkpoint(arguments["ckpt_path"], self.trainer, self.model, to_train)
+        path: str | None = arguments["ckpt_path"]
+        return path
 
     def _warn_of_random_weights(self) -> None:
-        if self.config[self.subcommand].get("ckpt_path") is not None:
-            self._check_checkpoint()
-        if self.config[self.subcommand].get("ckpt_path") is None and getattr(self.model, "init_from", None) is None:
+        if self._find_checkpoint() is None and getattr(self.model, "init_from", None) is None:
             rank_zero_warn(
                 "neither --ckpt_path nor model.init_from is set: the weights are random, and so are all figures"
             )
@@ -136,7 +139,14 @@ class DATCLI(LightningCLI):
     @override
     def instantiate_classes(self) -> None:
         """Instantiates everything, and gives the model its configuration as hyperparameters."""
-        super().instantiate_classes()
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if deliberate_cause(error) is not None:
+                raise
+            # A value of the right type that somebody's constructor stumbles over.
+            raise ValueError(f"the configuration cannot be instantiated: {type(error).__name__}: {error}") from error
+        protect(self.trainer)
         self._dump_config()
         model = self.config_dump["model"]
         # The form that load_from_checkpoint reads.
@@ -156,9 +166,14 @@ def main(args: ArgsType = None) -> None:
         args: Arguments instead of ``sys.argv[1:]``.
 
     Raises:
-        SystemExit: With status 2 for a wrong argument and 1 for input that a run cannot use.
+        SystemExit: With status 2 for a wrong argument and 1 for input that a run cannot use; 143 after SIGTERM, 130
+            after Ctrl-C and 138 after Slurm's signal, because the run is not done then.
     """
     try:
+        arguments = sys.argv[1:] if args is None else args
+        if isinstance(arguments, list) and arguments[:1] == ["explore"]:
+            run_explore(arguments[1:])
+            return
         DATCLI(
             EnergyModule,
             LightningDataModule,
@@ -173,6 +188,15 @@ def main(args: ArgsType = None) -> None:
             parser_class=DATArgumentParser,
             args=args,
         )
+    except StoppedBySignal as stop:
+        if stop.code:  # the process of rank zero
+            sys.stderr.write(f"dat-lightning: {stop}\n")
+        raise
+    except SIGTERMException as stop:  # before the first step
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except SystemExit as stop:
+        # Lightning makes a status of 1 from Ctrl-C, as from an error.
+        raise (SystemExit(128 + signal.SIGINT) if isinstance(stop.__context__, KeyboardInterrupt) else stop) from None
     except pickle.UnpicklingError as error:
         if os.environ.get(DEBUG_VARIABLE):
             raise
@@ -186,10 +210,31 @@ def main(args: ArgsType = None) -> None:
         sys.exit(1)
 
 
+def explore_parser() -> DATArgumentParser:
+    """Returns the parser of ``explore``, whose arguments are those of the function."""
+    parser = DATArgumentParser(prog="dat-lightning explore", description=(explore.__doc__ or "").split("\n")[0])
+    help_text = "configuration of the run, for its network and data; of several, later ones win (optional)"
+    parser.add_argument("--config", action="append", default=[], metavar="PATH", help=help_text)
+    parser.add_function_arguments(explore, skip={"config"})
+    return parser
+
+
+def run_explore(args: list[str]) -> None:
+    """Serves the page until it is interrupted.
+
+    Args:
+        args: What follows ``explore`` on the command line.
+    """
+    explore_logger.setLevel(logging.INFO)
+    explore_logger.handlers = [logging.StreamHandler(sys.stdout)]
+    explore(**vars(explore_parser().parse_args(args)))
+
+
 def deliberate_cause(error: BaseException) -> BaseException | None:
     """Returns the error about the user's input that is behind an error: one that this package or Lightning raised.
 
-    What a library raises from inside is a bug or a surprise; it gives ``None`` and keeps its traceback.
+    Errors of disks, folders and killed processes are the machine's. What else a library raises from inside is a bug or
+    a surprise; it gives ``None`` and keeps its traceback.
     """
     package = Path(__file__).resolve().parent
     worker = _WORKER.match(str(error))
@@ -201,10 +246,12 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
         raised_here = bool(frames) and package in Path(frames[-1].filename).resolve().parents
         if isinstance(current, MisconfigurationException | FileNotFoundError):
             return current
-        if raised_here and isinstance(current, ValueError | TypeError | OSError | RuntimeError):
+        from_system = isinstance(current, OSError) and current.errno is not None
+        deliberate = isinstance(current, ValueError | TypeError | OSError | RuntimeError | ImportError)
+        if raised_here and deliberate and not from_system:
             return current
         current = current.__cause__
-    return None
+    return machine_error(error)
 
 
 # How torch's DataLoader hands over an error of a worker: the type, the traceback as text, the message at its end.

@@ -10,6 +10,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
+from dat_lightning.callbacks.divergence import step_was_skipped
+from dat_lightning.callbacks.signatures import TrainingFailureError, curriculum_of
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers
 from dat_lightning.core.losses import energy_gradient_norm
@@ -17,10 +19,6 @@ from dat_lightning.core.pgd import no_trace
 
 _GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
 _PIXELS = "the pixels' distance from 0.5"
-
-
-class TrainingFailureError(RuntimeError):
-    """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""
 
 
 class Diagnostics(Callback):
@@ -36,7 +34,9 @@ class Diagnostics(Callback):
     | T still 0 after ``patience`` steps | warns once |
     | …, and OOD seeds cannot be told from training images | warns once that they may be the same data |
 
-    Identical ID and OOD data sets are refused by PairedDataModule before training; the last row is for data of others.
+    :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
+    is not looked at here. Identical ID and OOD data sets are refused by PairedDataModule before training; the last row
+    is for data of others.
     Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
 
     Args:
@@ -83,7 +83,10 @@ class Diagnostics(Callback):
         if step == 0 or step == self._last_look or step % self.every_n_steps:
             return
         self._last_look = step
-        curriculum = next((m for m in pl_module.modules() if isinstance(m, AUCCurriculum)), None)
+        # What is NaN there has been dealt with.
+        if step_was_skipped(trainer):
+            return
+        curriculum = curriculum_of(pl_module)
         if curriculum is not None:
             self._check_batch_norm(pl_module)
         self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)

@@ -9,6 +9,8 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dat_lightning.callbacks.divergence import step_was_skipped
+
 
 class ExponentialMovingAverage(WeightAveraging):
     """Averages parameters and the statistics of norm layers with a decay that warms up.
@@ -60,8 +62,8 @@ class ExponentialMovingAverage(WeightAveraging):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
-        """Updates the average after an optimiser step."""
-        is_new_step = trainer.global_step > self._latest_update_step
+        """Updates the average after an optimiser step, but for one that DivergenceGuard has skipped."""
+        is_new_step = trainer.global_step > self._latest_update_step and not step_was_skipped(trainer)
         if is_new_step and self.should_update(step_idx=trainer.global_step - 1):
             self._update(pl_module)
             self._latest_update_step = trainer.global_step

@@ -55,9 +55,11 @@ class ThreatModel:
 
 
 def per_example_norm(x: Tensor) -> Tensor:
-    """Returns the L2 norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …)."""
+    """Returns the L2 norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …), at least in float32."""
     flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1).view(-1, *([1] * (x.dim() - 1)))
+    # In float16 the sum of squares overflows soon, and the constant that keeps a step finite is 0.
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype).view(-1, *([1] * (x.dim() - 1)))
     return norms
 
 
@@ -65,18 +67,21 @@ def steepest_step(gradient: Tensor, norm: Norm) -> Tensor:
     """Returns the unit step of steepest ascent for each example: g/‖g‖₂ for L2, sign(g) for Linf.
 
     Args:
-        gradient: Shape (N, …). An example whose gradient is zero does not move.
+        gradient: Shape (N, …). An example whose gradient is zero does not move. A NaN is not hidden, which would pass
+            for robustness: the step of its pixel (Linf) or of its example (L2) is NaN.
         norm: Geometry of the step.
     """
     if norm == "Linf":
-        return gradient.sign()
-    return gradient / (per_example_norm(gradient) + _TINY)
+        # The sign of NaN is 0.
+        return torch.where(gradient.isnan(), gradient, gradient.sign())
+    return (gradient / (per_example_norm(gradient) + _TINY)).to(gradient.dtype)
 
 
 def project(x: Tensor, center: Tensor, norm: Norm, eps: float) -> Tensor:
     """Returns the point nearest to ``x`` in the ball around ``center``, clipped to [0, 1].
 
-    With ``center`` in [0, 1] the clipping never leaves the ball, since it moves no coordinate away from the centre.
+    With ``center`` in [0, 1] the clipping never leaves the ball, since it moves no coordinate away from the centre. NaN
+    stays NaN, in its own example alone.
 
     Args:
         x: Shape (N, …).
@@ -88,11 +93,13 @@ def project(x: Tensor, center: Tensor, norm: Norm, eps: float) -> Tensor:
         return x.clamp(0, 1)
     delta = x - center
     if norm == "Linf":
-        delta = delta.clamp(-eps, eps)
+        # A bound that the type cannot hold is refused by torch.
+        bound = min(eps, torch.finfo(delta.dtype).max)
+        delta = delta.clamp(-bound, bound)
     else:
         length = per_example_norm(delta)
         delta = delta * (eps / length.clamp_min(_TINY)).clamp_max(1.0)
-    return (center + delta).clamp(0, 1)
+    return (center + delta).clamp(0, 1).to(x.dtype)
 
 
 def random_start(center: Tensor, norm: Norm, eps: float, noise: Tensor, radius: Tensor) -> Tensor:
@@ -107,6 +114,6 @@ def random_start(center: Tensor, norm: Norm, eps: float, noise: Tensor, radius: 
     """
     if norm == "Linf":
         return project(center + eps * (2 * noise - 1), center, norm, eps)
-    dimensions = center[0].numel()
+    dimensions = center.shape[1:].numel()
     length = radius.view(-1, *([1] * (center.dim() - 1))) ** (1 / dimensions)
     return project(center + eps * length * steepest_step(noise, "L2"), center, norm, eps)

@@ -359,6 +359,57 @@ def test_train_mode_uses_batch_statistics_where_the_layer_is_in_train_mode() -> 
     assert (evaluated - expected).abs().max() > 1e-3
 
 
+# Other types, and gradients that are none.
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_ascent_in_any_type_agrees_with_float64_to_its_precision(norm: Norm, dtype: torch.dtype) -> None:
+    x, y = images(dtype=dtype)
+    threat = ThreatModel(norm, eps=0.3, step_size=0.1, num_steps=5)
+    # A linear logit has the same gradient everywhere, so that rounding is all that differs.
+    weight = torch.randn(PIXELS, CLASSES, generator=torch.Generator().manual_seed(3)).to(dtype)
+    result = ascend(lambda z: z.flatten(1) @ weight, x, y, targeted_logit, threat)
+    exact = ascend(lambda z: z.flatten(1) @ weight.double(), x.double(), y, targeted_logit, threat)
+    assert result.dtype == dtype
+    unit = torch.finfo(dtype).eps
+    torch.testing.assert_close(result.double(), exact, rtol=0, atol=10 * unit)
+    assert ((result >= 0) & (result <= 1)).all()
+    distance = (result.double() - x.double()).flatten(1).norm(dim=1, p=2 if norm == "L2" else math.inf)
+    assert (distance <= 0.3 + math.sqrt(PIXELS) * unit).all()
+    assert (distance > 0.1).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("eps", [0.0, 0.3, math.inf])
+def test_in_any_type_an_image_without_gradient_stays(eps: float, norm: Norm, dtype: torch.dtype) -> None:
+    x, y = images(dtype=dtype)
+    flat = ascend(lambda z: 0 * z.flatten(1)[:, :CLASSES], x, y, targeted_logit, ThreatModel(norm, eps))
+    assert torch.equal(flat, x)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_gradient_that_is_nan_shows_in_its_image_alone(norm: Norm) -> None:
+    """Staying where it is, an image would count as robust."""
+    network, (x, y) = TanhNetwork(), images()
+
+    def broken(z: Tensor) -> Tensor:
+        # The root's slope at 0 is infinite, its value 0.
+        hurt = torch.zeros(len(z), 1, dtype=z.dtype)
+        if len(z) > 2:
+            hurt[2] = (0 * z[2].sum()).sqrt()
+        logits: Tensor = network(z) + hurt
+        return logits
+
+    result, expected = (ascend(f, x, y, targeted_logit, ThreatModel(norm)) for f in (broken, network))
+    others = [0, 1, 3, 4]
+    assert torch.equal(result[others], expected[others])
+    assert result[2].isnan().all()
+
+
 # The surroundings.
 
 

@@ -11,6 +11,9 @@ from dat_lightning.core import Norm, ThreatModel, project, random_start, steepes
 
 NORMS: tuple[Norm, ...] = ("L2", "Linf")
 radii = st.one_of(st.just(0.0), st.just(float("inf")), st.floats(1e-6, 10))
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# None, too small for float16, usual, beyond float16, beyond float32, none at all.
+any_radius = st.one_of(st.floats(1e-3, 30), st.sampled_from([0.0, 1e-30, 1e-12, 1e5, 1e300, float("inf")]))
 
 
 @st.composite
@@ -24,7 +27,7 @@ def centers_and_points(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 
 def distances(x: Tensor, center: Tensor, norm: Norm) -> np.ndarray:
-    delta = np.abs((x - center).numpy().reshape(len(x), -1))
+    delta = np.abs((x - center).numpy().reshape(len(x), x.shape[1:].numel()))
     return np.asarray(np.sqrt((delta**2).sum(1)) if norm == "L2" else delta.max(1))
 
 
@@ -141,3 +144,131 @@ def test_a_random_start_is_in_the_ball_and_the_box(
     start = random_start(center, norm, eps, noise, radius)
     assert 0 <= start.min() <= start.max() <= 1
     assert (distances(start, center, norm) <= eps * (1 + 1e-12) + 1e-12).all()
+
+
+# Every type and shape, against float64 in numpy. Values are rounded to the type first, so that both see the same ones.
+
+
+@st.composite
+def any_shape(draw: st.DrawFn) -> tuple[list[int], torch.dtype, torch.Generator]:
+    shape = draw(st.lists(st.integers(1, 4), min_size=1, max_size=5))
+    shape[0] = draw(st.integers(0, 3))
+    return shape, draw(st.sampled_from(DTYPES)), torch.Generator().manual_seed(draw(st.integers(0, 2**32)))
+
+
+def rows(x: Tensor) -> np.ndarray:
+    return np.asarray(x.double().numpy().reshape(len(x), x.shape[1:].numel()))
+
+
+def nearest(x: np.ndarray, center: np.ndarray, norm: Norm, eps: float) -> np.ndarray:
+    """The definition, one example at a time."""
+    result = np.empty_like(x)
+    for k in range(len(x)):
+        delta = x[k] - center[k]
+        length = np.sqrt((delta**2).sum())
+        if norm == "Linf":
+            delta = np.minimum(np.maximum(delta, -eps), eps)
+        elif length > eps:
+            delta = delta / length * eps
+        result[k] = np.minimum(np.maximum(center[k] + delta, 0), 1)
+    return result
+
+
+@settings(deadline=None)
+@given(
+    data=any_shape(),
+    norm=st.sampled_from(NORMS),
+    eps=any_radius,
+    far=st.sampled_from([0.0, 1e-3, 1.0, 100.0, 3e4]),
+)
+def test_a_projection_is_the_nearest_point_to_the_precision_of_its_type(
+    data: tuple[list[int], torch.dtype, torch.Generator], norm: Norm, eps: float, far: float
+) -> None:
+    shape, dtype, generator = data
+    center = (torch.rand(shape, generator=generator) * 1.4 - 0.2).clamp(0, 1).to(dtype)
+    x = (center + far * (2 * torch.rand(shape, generator=generator) - 1)).to(dtype)
+    projected = project(x, center, norm, eps)
+    assert (projected.dtype, projected.shape) == (dtype, x.shape)
+    unit = torch.finfo(dtype).eps
+    np.testing.assert_allclose(rows(projected), nearest(rows(x), rows(center), norm, eps), rtol=0, atol=4 * unit)
+    assert ((projected >= 0) & (projected <= 1)).all()
+    size = rows(x).shape[1]
+    slack = unit * (np.sqrt(size) if norm == "L2" else 1.0)
+    assert (distances(projected.double(), center.double(), norm) <= eps * (1 + 4 * unit) + slack).all()
+    if eps == 0:
+        assert torch.equal(projected, center)
+
+
+@settings(deadline=None)
+@given(data=any_shape(), norm=st.sampled_from(NORMS), exponent=st.integers(-40, 18), zeros=st.booleans())
+def test_a_step_is_the_definition_to_the_precision_of_its_type(
+    data: tuple[list[int], torch.dtype, torch.Generator], norm: Norm, exponent: int, zeros: bool
+) -> None:
+    """Gradients from 1e-40, which is nothing in most types, to 1e18, which float16 cannot hold."""
+    shape, dtype, generator = data
+    limit = torch.finfo(dtype).max
+    gradient = (10.0**exponent * torch.randn(shape, generator=generator, dtype=torch.float64)).clamp(-limit, limit)
+    gradient = gradient.to(dtype)
+    if zeros:
+        gradient[: len(gradient) // 2] = 0
+    step = steepest_step(gradient, norm)
+    assert (step.dtype, step.shape) == (dtype, gradient.shape)
+    expected = rows(gradient)
+    if norm == "L2":
+        expected = expected / (np.sqrt((expected**2).sum(1, keepdims=True)) + 1e-10)
+    unit = torch.finfo(dtype).eps
+    np.testing.assert_allclose(rows(step), np.sign(expected) if norm == "Linf" else expected, rtol=0, atol=4 * unit)
+    assert step[: len(gradient) // 2].eq(0).all() or not zeros
+
+
+@settings(deadline=None)
+@given(data=any_shape(), norm=st.sampled_from(NORMS), eps=any_radius)
+def test_a_nan_stays_in_its_example_and_is_seen(
+    data: tuple[list[int], torch.dtype, torch.Generator], norm: Norm, eps: float
+) -> None:
+    shape, dtype, generator = data
+    shape[0] = 3
+    center, gradient = (torch.rand(shape, generator=generator).to(dtype) for _ in range(2))
+    bad = gradient.clone()
+    bad[1].view(-1)[-1] = float("nan")
+    for found, good in (
+        (steepest_step(bad, norm), steepest_step(gradient, norm)),
+        (project(bad, center, norm, eps), project(gradient, center, norm, eps)),
+    ):
+        assert torch.equal(found[[0, 2]], good[[0, 2]])
+        flat, reference = found[1].reshape(-1), good[1].reshape(-1)
+        assert flat[-1].isnan()
+        # In the Linf geometry, and without a ball, each pixel is on its own.
+        apart = torch.equal(flat[:-1], reference[:-1])
+        assert apart or (norm == "L2" and flat.isnan().all())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("norm", NORMS)
+def test_an_infinite_gradient_is_defined(norm: Norm, dtype: torch.dtype) -> None:
+    """Linf has its sign; L2 has no direction, which shows, and a length that overflows gives no step."""
+    gradient = torch.tensor([[float("inf"), 1.0], [-2.0, 1.0]], dtype=dtype)
+    step = steepest_step(gradient, norm)
+    if norm == "Linf":
+        assert step.tolist() == [[1, 1], [-1, 1]]
+    else:
+        assert step[0].isnan().tolist() == [True, False]
+        assert step[1].isfinite().all()
+    if dtype in (torch.bfloat16, torch.float32):
+        assert steepest_step(torch.full((1, 2), 1e30, dtype=dtype), "L2").tolist() == [[0, 0]]
+
+
+@settings(deadline=None)
+@given(data=any_shape(), norm=st.sampled_from(NORMS), eps=st.sampled_from([0.0, 1e-12, 0.3, 5.0]))
+def test_a_random_start_of_any_type_is_in_the_ball_and_the_box(
+    data: tuple[list[int], torch.dtype, torch.Generator], norm: Norm, eps: float
+) -> None:
+    shape, dtype, generator = data
+    center = torch.rand(shape, generator=generator).to(dtype)
+    noise = (torch.randn if norm == "L2" else torch.rand)(shape, generator=generator).to(dtype)
+    start = random_start(center, norm, eps, noise, torch.rand(shape[0], generator=generator).to(dtype))
+    assert (start.dtype, start.shape) == (dtype, center.shape)
+    assert ((start >= 0) & (start <= 1)).all()
+    unit, size = torch.finfo(dtype).eps, rows(center).shape[1]
+    slack = unit * (np.sqrt(size) if norm == "L2" else 1.0)
+    assert (distances(start.double(), center.double(), norm) <= eps * (1 + 4 * unit) + slack).all()
