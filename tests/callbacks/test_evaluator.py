@@ -237,6 +237,9 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
         def write(self, content: bytes) -> None:
             raise OSError(28, "No space left on device")
 
+        def close(self) -> None:
+            """Closes."""
+
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", Full)
     with pytest.raises(OSError, match="No space left"):
         _write(tmp_path / "v.values", {"a": torch.zeros(3)})

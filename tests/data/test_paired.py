@@ -150,7 +150,14 @@ def test_training_resumes_in_mid_epoch_where_it_stopped() -> None:
     data.setup("fit")
     total.processed = 2
     state = data.state_dict()
-    assert state == {"draws_consumed": 8, "batches_processed": 2, "batch_size": 4, "seed": 0, "stream_sizes": {}}
+    assert state == {
+        "draws_consumed": 8,
+        "batches_processed": 2,
+        "batch_size": 4,
+        "seed": 0,
+        "stream_sizes": {},
+        "num_processes": 1,
+    }
 
     resumed = ToyDataModule(batch_size=4)
     total = attach(resumed)
@@ -174,8 +181,8 @@ def test_another_batch_size_continues_from_the_same_draw() -> None:
     assert data.draws_consumed == 40 + 3 * 6
     assert batches(data)[0]["draw"].tolist() == list(range(58, 64))
     sizes = {"gen": 25, "clf": 25, "ood": 11}
-    state = {"draws_consumed": 58, "batches_processed": 13, "batch_size": 6, "seed": 0, "stream_sizes": sizes}
-    assert data.state_dict() == state
+    position = {"draws_consumed": 58, "batches_processed": 13, "batch_size": 6}
+    assert data.state_dict() == position | {"seed": 0, "stream_sizes": sizes, "num_processes": 1}
 
 
 def test_a_resume_on_other_data_says_so() -> None:
@@ -228,6 +235,7 @@ def test_without_a_trainer_nothing_is_consumed() -> None:
         "batch_size": 128,
         "seed": 0,
         "stream_sizes": {},
+        "num_processes": 1,
     }
 
 
