@@ -14,11 +14,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, check_test_batch, is_silent
-from dat_lightning.callbacks.masking import share_of, square_signs, wilson_interval
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent
+from dat_lightning.callbacks.masking import share_of, square_signs, vanished_signs, wilson_interval
 from dat_lightning.callbacks.robustness import float_logits
 from dat_lightning.core.figures import Figure, Values, all_ranks
-from dat_lightning.core.pgd import Logits, no_trace
+from dat_lightning.core.objectives import cross_entropy
+from dat_lightning.core.pgd import Logits, input_gradient, no_trace
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm
 
@@ -55,8 +56,9 @@ class AutoAttack(Evaluator):
         seed: Seed of each attack.
 
     Attributes:
-        results: After a test, per image in the order of ``index``: ``correct``, ``broken_{attack}`` for each attack,
-            and ``distance`` from the image to what broke it, 0 if nothing did.
+        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient is
+            zero), ``broken_{attack}`` for each attack, and ``distance`` from the image to what broke it, 0 if nothing
+            did.
 
     Raises:
         ValueError: If a number is outside its range or a choice is unknown; in a test, if the network has too few
@@ -139,7 +141,7 @@ class AutoAttack(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the images; they are attacked after the last batch."""
-        check_test_batch(batch, "AutoAttack", dataloader_idx)
+        batch = self.test_batch(trainer, batch, dataloader_idx)
         for index, image, label in zip(batch["index"].tolist(), batch["x"].cpu(), batch["y"].cpu(), strict=True):
             # Copies, for a view would keep the whole batch.
             self._images[index] = (image.clone(), label.clone())
@@ -168,6 +170,8 @@ class AutoAttack(Evaluator):
             output = logits(x)
             correct = output.argmax(1) == y
             adversary = self._adversary(logits, x, output.shape[1])
+            with torch.enable_grad():
+                vanished = input_gradient(logits, x, y, cross_entropy).flatten(1).abs().amax(1) == 0
             broken, distance = {}, torch.zeros(len(x), device=x.device)
             left = correct.clone()
             for attack in adversary.attacks_to_run:
@@ -183,7 +187,7 @@ class AutoAttack(Evaluator):
                     distance[attacked] = torch.where((hit & left)[attacked], moved, distance[attacked])
                 broken[f"broken_{attack}"] = hit
                 left &= ~hit
-        return {"correct": correct, "distance": distance, **broken}
+        return {"correct": correct, "distance": distance, "vanished": vanished, **broken}
 
     @override
     def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
@@ -195,7 +199,7 @@ class AutoAttack(Evaluator):
         for attack, hit in hits.items():
             left &= ~hit
             after[attack] = share_of(left)
-        warnings = square_signs(hits)
+        warnings = square_signs(hits) + vanished_signs(values["correct"], values["vanished"])
         for warning in warnings:
             rank_zero_warn(f"AutoAttack: {warning} This is a sign of gradient masking: the figure may be too high.")
         which = "" if self.max_images is None else f" of a subset chosen by seed {self.seed}"
@@ -219,7 +223,7 @@ class AutoAttack(Evaluator):
             "broken": {attack: values["index"][hit].tolist() for attack, hit in hits.items()},
             "warnings": warnings,
         }
-        return [Figure(self.name, share_of(left), protocol, total, details)]
+        return [Figure(self.name, share_of(left), protocol, total, details, "higher")]
 
     def _chosen(self, indices: Iterable[int]) -> list[int]:
         """The sorted indices that are attacked."""

@@ -7,16 +7,23 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, is_silent, require_parts
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent, numbered, require_parts
 from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.fingerprint import image_digest
-from dat_lightning.metrics.calibration import fit_temperature, reliability, require_finite
+from dat_lightning.metrics.calibration import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    fit_temperature,
+    reliability,
+    require_finite,
+)
 
 
 class Calibration(Evaluator):
@@ -90,7 +97,12 @@ class Calibration(Evaluator):
             temperatures = [fit_temperature(logits[1 - k :: 2], y[1 - k :: 2]) for k in (0, 1)]
         # Example i has the T of the half that it does not belong to.
         each = torch.tensor(temperatures, dtype=torch.float64)[torch.arange(len(y)) % len(temperatures)]
-        details = {"temperatures": temperatures, "fitted": where}
+        details: dict[str, Any] = {"temperatures": temperatures, "fitted": where}
+        if any(not LOWEST_TEMPERATURE < t < HIGHEST_TEMPERATURE for t in temperatures):
+            details["warnings"] = [
+                f"T is at the end of {LOWEST_TEMPERATURE} … {HIGHEST_TEMPERATURE}: the images that it was fitted on are"
+                " all right, or read no better than by chance, so that figures with scaling say nothing."
+            ]
         t = math.exp(sum(map(math.log, temperatures)) / len(temperatures))
         protocol = f"T of the least negative log-likelihood, fitted {where}"
         mean = " (geometric mean of both)" if len(temperatures) > 1 else ""
@@ -121,22 +133,31 @@ class Calibration(Evaluator):
             ("nll", nll, f"mean of −log p(y){scaling}", more),
             ("brier", brier, f"mean over images of the sum over classes of (p(k) − 1[k = y])²{scaling}", more),
         ]
-        return [Figure(name + suffix, value, words, len(y), details) for name, value, words, details in chosen]
+        return [Figure(name + suffix, value, words, len(y), more, "lower") for name, value, words, more in chosen]
 
     def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> Values | None:
         """Values of the DataModule's validation images; ``None`` if it has no such loader."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if data is None or not is_overridden("val_dataloader", data):
             return None
-        data.setup("validate")
+        try:
+            data.setup("validate")
+            loader = data.val_dataloader()
+        except Exception as error:  # whatever a DataModule that was not set up to fit stumbles over
+            rank_zero_warn(
+                f"Calibration cannot have validation images, and uses halves: {type(error).__name__}: {error}"
+            )
+            return None
         values: list[Values] = []
-        bar = tqdm(data.val_dataloader(), desc="Calibration: validation", leave=False, disable=is_silent(trainer))
-        for raw in bar:
+        num_seen = 0
+        for raw in tqdm(loader, desc="Calibration: validation", leave=False, disable=is_silent(trainer)):
             # What the Trainer does with a batch.
             batch = data.on_before_batch_transfer(raw, 0)
             batch = data.transfer_batch_to_device(batch, pl_module.device, 0)
             batch = trainer.precision_plugin.convert_input(data.on_after_batch_transfer(batch, 0))
+            batch = numbered(batch, num_seen, loader, trainer)
             require_parts(batch, "Calibration, for temperature scaling,")
+            num_seen += len(batch["index"])
             found = self.remember(pl_module, batch, lambda b: self.evaluate_batch(pl_module, b), "validation")
             values.append({"index": batch["index"].cpu(), **found})
         return gather(values, "the validation loader gave no batch; set temperature: false")

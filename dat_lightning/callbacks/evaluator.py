@@ -1,26 +1,21 @@
 """What all evaluators share: values per example, gathered over all ranks, kept in files, and summed up in figures."""
 
-import dataclasses
 import hashlib
-import io
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from dat_lightning.callbacks.kept_values import KeptValues
 from dat_lightning.core.figures import Figure, Values, gather
-from dat_lightning.core.files import written_whole
-from dat_lightning.core.fingerprint import module_fingerprint
-
-_DIGEST_SIZE = hashlib.sha256().digest_size
 
 
 class Evaluator(Callback, ABC):
@@ -29,8 +24,9 @@ class Evaluator(Callback, ABC):
     Override :meth:`evaluate_batch`, which gives values per example, and :meth:`summarize`, which makes figures of all
     of them in the order of the data set; :meth:`settings` must tell apart whatever changes the values. Batches of other
     data go through :meth:`remember`. The LightningModule may be any that maps images in [0, 1] to logits; it runs in
-    the precision of its weights, without autocast. Batches need ``x``, ``y`` and ``index``, as
-    :class:`~dat_lightning.data.PairedDataModule` gives them.
+    the precision of its weights, without autocast. Batches are mappings with ``x``, ``y`` and ``index``, as
+    :class:`~dat_lightning.data.PairedDataModule` gives them, or begin with images and labels, as those of most data
+    sets do: then images are numbered by their place in a loader that does not shuffle.
 
     Logged: ``{stage}/{name}`` for each figure. :attr:`figures` keeps the last ones, for reports.
 
@@ -51,7 +47,9 @@ class Evaluator(Callback, ABC):
         self.dirpath = dirpath
         self.figures: list[Figure] = []
         self._values: list[Values] = []
-        self._folder: Path | None = None
+        self._kept: KeptValues | None = None
+        self._num_seen = 0
+        self._digests: list[Values] = []
 
     # What a subclass supplies.
 
@@ -85,9 +83,8 @@ class Evaluator(Callback, ABC):
             part: The set of images; it begins the file's name.
         """
         size = len(batch["index"])
-        path = None if self.dirpath is None else self._batch_file(pl_module, batch, part)
-        values = None if path is None else _read(path, size)
-        if values is None:
+
+        def checked(batch: Mapping[str, Tensor]) -> Values:
             values = {name: _on_cpu(value) for name, value in compute(batch).items()}
             wrong = {name: tuple(v.shape) for name, v in values.items() if v.shape[:1] != (size,) or name == "index"}
             if wrong:
@@ -95,9 +92,27 @@ class Evaluator(Callback, ABC):
                     f"{type(self).__name__}: the values of a batch of {size} examples must have that first dimension,"
                     f" and a name other than index, got {wrong}"
                 )
-            if path is not None:
-                _write(path, values)
-        return values
+            return values
+
+        if self.dirpath is None:
+            return checked(batch)
+        if self._kept is None:
+            name = f"{type(self).__module__}.{type(self).__qualname__}"
+            self._kept = KeptValues(Path(self.dirpath), name, self.settings())
+        return self._kept.get_or_compute(pl_module, batch, checked, part)
+
+    def test_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> Mapping[str, Tensor]:
+        """Returns a batch of the only test loader as a mapping with ``x``, ``y`` and ``index``.
+
+        Raises:
+            ValueError: If the batch lacks a part, or comes from a second test loader.
+        """
+        if dataloader_idx > 0:
+            raise ValueError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
+        found: Mapping[str, Tensor] = numbered(batch, self._num_seen, trainer.test_dataloaders, trainer)
+        require_parts(found, type(self).__name__)
+        self._num_seen += len(found["index"])
+        return found
 
     # Lightning's hooks.
 
@@ -106,8 +121,10 @@ class Evaluator(Callback, ABC):
         """Forgets the last evaluation."""
         self._values = []
         self.figures = []
-        # Named with the first batch: the module's own hook, which may load weights, comes after this one.
-        self._folder = None
+        self._num_seen = 0
+        self._digests = []
+        # Made with the first batch: the module's own hook, which may load weights, comes after this one.
+        self._kept = None
 
     @override
     def on_test_batch_end(
@@ -124,45 +141,54 @@ class Evaluator(Callback, ABC):
         Raises:
             ValueError: If the batch lacks a part, or comes from a second test loader.
         """
-        check_test_batch(batch, type(self).__name__, dataloader_idx)
+        batch = self.test_batch(trainer, batch, dataloader_idx)
         values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
         self._values.append({"index": batch["index"].cpu(), **values})
+        self._digests.append({"index": batch["index"].cpu(), "digest": image_digests(batch["x"], batch["y"])})
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Gathers the values of all ranks, and logs the figures."""
         values = gather(self._values)
         self._values = []
-        self.figures = self.summarize(trainer, pl_module, values)
+        images = hashlib.sha256(gather(self._digests)["digest"].numpy().tobytes()).hexdigest()[:16]
+        self._digests = []
+        self.figures = [
+            replace(figure, measured_with={"test images": images, **figure.measured_with})
+            for figure in self.summarize(trainer, pl_module, values)
+        ]
         for figure in self.figures:
             # The same number on every rank, so there is nothing to reduce.
             pl_module.log(f"test/{figure.name}", figure.value, sync_dist=False)
 
-    # Files.
 
-    def _batch_file(self, pl_module: LightningModule, batch: Mapping[str, Tensor], part: str) -> Path:
-        """The file of a batch, named by all that it holds."""
-        if self._folder is None:
-            name = f"{type(self).__module__}.{type(self).__qualname__}"
-            key = {"evaluator": name, "settings": self.settings(), "weights": _weights(pl_module)}
-            digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=_primitive).encode()).hexdigest()
-            self._folder = Path(str(self.dirpath)) / f"{type(self).__name__}-{digest[:16]}"
-            self._folder.mkdir(parents=True, exist_ok=True)
-        seen = hashlib.sha256()
-        for name in ("x", "y", "index"):
-            if name in batch:
-                value = batch[name].detach().cpu().contiguous()
-                seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                seen.update(value.flatten().view(torch.uint8).numpy().tobytes())
-        index = batch["index"]
-        return self._folder / f"{part}-{int(index.min())}-{int(index.max())}-{seen.hexdigest()[:16]}.values"
+def image_digests(x: Tensor, y: Tensor) -> Tensor:
+    """Returns a number for each image and label, (N,) int64, from at most 4 096 of the image's values as ten bits."""
+    values = x.detach().flatten(1)
+    values = values[:, :: max(1, values.shape[1] // 4096)].float().nan_to_num().mul(1023).round().to(torch.int32).cpu()
+    pairs = zip(values, y.tolist(), strict=True)
+    digests = [hashlib.sha256(f"{label}".encode() + image.numpy().tobytes()).digest() for image, label in pairs]
+    return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
 
 
-def check_test_batch(batch: Any, evaluator: str, dataloader_idx: int) -> None:
-    """Raises a ValueError unless a batch has ``x, y, index`` and comes from the only test loader."""
-    if dataloader_idx > 0:
-        raise ValueError(f"{evaluator} evaluates one test loader, got several; test them one by one")
-    require_parts(batch, evaluator)
+def numbered(batch: Any, num_seen: int, loader: Any, trainer: Trainer) -> Any:
+    """Returns a batch of images and labels as a mapping, numbered by their place in the loader; another as it is.
+
+    Args:
+        batch: What a loader gave.
+        num_seen: Examples that this rank has had of it before.
+        loader: Has the data set, whose size tells examples that a sampler of several ranks repeats.
+        trainer: Knows the rank; the r-th of R has the examples r, r + R, r + 2R, …, as Lightning deals them.
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) >= 2
+    if not is_pair or not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch[:2]):
+        return batch
+    x, y = batch[:2]
+    places = (num_seen + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
+    if trainer.world_size > 1:
+        with suppress(AttributeError, TypeError):
+            places %= len(loader.dataset)
+    return {"x": x, "y": y, "index": places}
 
 
 def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", "index")) -> None:
@@ -185,40 +211,3 @@ def _on_cpu(value: Tensor) -> Tensor:
     """Values as NumPy's files take them."""
     value = value.detach().cpu()
     return value.float() if value.dtype == torch.bfloat16 else value
-
-
-def _read(path: Path, size: int) -> Values | None:
-    """The values in a file; ``None`` without one, or if a crash or a full disk left it damaged."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    digest, arrays = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
-    if hashlib.sha256(arrays).digest() != digest:
-        return None
-    with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
-        values = {name: torch.from_numpy(file[name]) for name in file.files}
-    return values if all(value.shape[:1] == (size,) for value in values.values()) else None
-
-
-def _write(path: Path, values: Values) -> None:
-    """Writes values, behind a hash of them; a crash leaves no half-written file of that name."""
-    arrays = io.BytesIO()
-    np.savez(arrays, **{name: value.numpy() for name, value in values.items()})  # type: ignore[arg-type]
-    with written_whole(path) as file:
-        file.write(hashlib.sha256(arrays.getvalue()).digest() + arrays.getvalue())
-
-
-def _weights(module: LightningModule) -> str:
-    """A hash of the weights alone."""
-    network: torch.nn.Module = getattr(module, "energy_model", module)
-    return module_fingerprint(network)
-
-
-def _primitive(value: Any) -> Any:
-    """A setting as primitives; what may print differently in each process, or alike for different values, is none."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: dataclasses.asdict(value)}
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"settings() must return primitives, got {type(value).__name__}: {value!r}")

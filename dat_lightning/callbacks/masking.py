@@ -9,8 +9,9 @@ from torch import Tensor
 
 from dat_lightning.core.threat_model import ThreatModel
 
-# From where on a sign counts. Square: the package's own share, and a number that an odd image or two do not reach.
-_SQUARE_ALONE, _FEW_IMAGES = 0.002, 2
+# From where on a sign counts. Square: the package's own share, and a share of what the other attacks break, so that one
+# odd image of many says nothing, and one where gradients find none does.
+_SQUARE_ALONE, _OF_OTHERS = 0.002, 0.1
 # What is left over: a share, and a number among which a stronger attack would surely find one more.
 _LEFT_OVER, _TOO_FEW = 0.05, 50
 
@@ -59,20 +60,29 @@ def masking_signs(
             )
         elif (grown or longer) and only_strong == 0 and left > max(_LEFT_OVER * total, _TOO_FEW):
             signs[strong].append(f"breaks no image that the weaker {attack_name(weak)} does not break.")
-    lost = share_of(vanished[correct]) if correct.any() else 0.0
     for threat_model, survived in robust.items():
         to_grey = math.sqrt(dimensions) / 2 if threat_model.norm == "L2" else 0.5
         if _reach(threat_model) >= to_grey and share_of(survived) > _LEFT_OVER:
             signs[threat_model].append(
                 f"can turn any image into any other, and leaves {share_of(survived):.1%} correct."
             )
-        if lost > _LEFT_OVER:
-            signs[threat_model].append(f"the gradient is zero at {lost:.1%} of the correct images.")
+        signs[threat_model] += vanished_signs(correct, vanished)
     return signs
 
 
+def vanished_signs(correct: Tensor, vanished: Tensor) -> list[str]:
+    """Returns a sentence if the gradient is zero at more than 5 % of the correct images.
+
+    Args:
+        correct: Whether images are classified correctly, (N,).
+        vanished: Whether the gradient is zero at the image, (N,).
+    """
+    lost = share_of(vanished[correct]) if correct.any() else 0.0
+    return [f"the gradient is zero at {lost:.1%} of the correct images."] if lost > _LEFT_OVER else []
+
+
 def square_signs(hits: Mapping[str, Tensor]) -> list[str]:
-    """Returns a sentence if Square alone breaks more than 0.2 % of the images, and more than two.
+    """Returns a sentence if Square alone breaks more than 0.2 % of the images, and a tenth of what the others break.
 
     Args:
         hits: Attack → whether it broke each image, (N,).
@@ -80,8 +90,9 @@ def square_signs(hits: Mapping[str, Tensor]) -> list[str]:
     others = [hit for attack, hit in hits.items() if attack != "square"]
     if "square" not in hits or not others:
         return []
-    alone = hits["square"] & ~torch.stack(others).any(0)
-    if int(alone.sum()) <= max(_FEW_IMAGES, _SQUARE_ALONE * len(alone)):
+    by_others = torch.stack(others).any(0)
+    alone = hits["square"] & ~by_others
+    if int(alone.sum()) <= max(_SQUARE_ALONE * len(alone), _OF_OTHERS * int(by_others.sum())):
         return []
     return [f"Square, which needs no gradient, breaks {share_of(alone):.1%} of the images that no other attack breaks."]
 

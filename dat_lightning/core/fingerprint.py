@@ -44,9 +44,10 @@ def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
 
 
 def module_fingerprint(module: nn.Module) -> str:
-    """Returns a hash of a network's class, structure and weights."""
+    """Returns a hash of a network's class, structure, weights and buffers, those outside its state dict among them."""
     digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}\n{module}".encode())
-    for name, value in sorted(module.state_dict().items()):
+    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

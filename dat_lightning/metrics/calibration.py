@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # The bounds of a temperature, for where none is best.
-_LOWEST, _HIGHEST = 1e-3, 1e3
+LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
     margins = logits - logits.gather(1, y.unsqueeze(1))
     # The likelihood's slope in 1/T is the mean margin: at most 0 for any T, or at least 0 at T = ∞ already.
     if margins.max() <= 0 or margins.mean() >= 0:
-        return _LOWEST if margins.max() <= 0 else _HIGHEST
-    low, high, inverse = 1 / _HIGHEST, 1 / _LOWEST, 1.0
+        return LOWEST_TEMPERATURE if margins.max() <= 0 else HIGHEST_TEMPERATURE
+    low, high, inverse = 1 / HIGHEST_TEMPERATURE, 1 / LOWEST_TEMPERATURE, 1.0
     for _ in range(200):
         p = (inverse * margins).softmax(1)
         mean = (p * margins).sum(1, keepdim=True)

@@ -139,13 +139,35 @@ class PairsToValidate(LightningDataModule):
 
     def val_dataloader(self) -> Any:
         assert self.ready == "validate"
-        return loader([[IMAGES, LABELS]])
+        return loader([[IMAGES.flip(3), LABELS]])
 
 
-def test_validation_batches_need_their_parts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Calibration, for temperature scaling, needs x, y, index in its batch, got"):
-        figures(tmp_path, Calibration(), Plain(), datamodule=PairsToValidate())
-    figures(tmp_path, Calibration(temperature=False), Plain(), datamodule=PairsToValidate())
+def test_validation_batches_may_be_pairs(tmp_path: Path) -> None:
+    found = figures(tmp_path, Calibration(), Plain(), datamodule=PairsToValidate())
+    assert found["temperature"].details["fitted"] == "on 10 validation images that are no test images"
+
+
+class NeedsFit(PairsToValidate):
+    """As in Lightning's own documentation: validation images are made when a fit is set up."""
+
+    def val_dataloader(self) -> Any:
+        return self.made_in_fit  # type: ignore[attr-defined]
+
+
+def test_a_datamodule_without_validation_images_in_a_test_costs_a_warning(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="cannot have validation images, and uses halves: AttributeError"):
+        found = figures(tmp_path, Calibration(), Plain(), datamodule=NeedsFit())
+    assert "each half of the test images" in found["temperature"].details["fitted"]
+
+
+def test_a_temperature_at_its_end_is_said(tmp_path: Path) -> None:
+    module = Plain()
+    with torch.no_grad():
+        module.net.weight.zero_()
+    found = figures(tmp_path, Calibration(), module, dataloaders=loader())
+    assert found["temperature"].details["temperatures"][0] in (0.001, 1000)
+    assert "T is at the end of 0.001" in found["ece_scaled"].details["warnings"][0]
+    assert "warnings" not in found["ece"].details
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:

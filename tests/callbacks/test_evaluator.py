@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat_lightning.callbacks.evaluator import Evaluator, _read, _write
+from dat_lightning.callbacks.evaluator import Evaluator
+from dat_lightning.callbacks.kept_values import read_values, write_values
 from dat_lightning.core import ThreatModel
 from dat_lightning.core.figures import Figure, Values, gather
 from tests import tiny
@@ -157,6 +158,60 @@ def test_other_weights_are_not_mistaken(module: Plain, tmp_path: Path) -> None:
         assert probe.figures[0].value == pytest.approx(mean_logit(module), rel=1e-6)
 
 
+class Scaled(Plain):
+    """Has a number that no weight and no structure shows, and a buffer outside its state dict."""
+
+    mean: Tensor
+
+    def __init__(self, scale: float, mean: float) -> None:
+        super().__init__()
+        self.scale = scale
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * super().forward(x - self.mean)
+
+
+def test_what_no_weight_shows_is_not_mistaken(tmp_path: Path) -> None:
+    found = {}
+    for scale, mean in ((1.0, 0.0), (2.0, 0.0), (1.0, 0.5)):
+        module = Scaled(scale, mean)
+        probe = Probe(tmp_path / "kept")
+        run(tmp_path, probe, module=module)
+        assert probe.asked == list(range(10))
+        found[scale, mean] = probe.figures[0].value
+        again = Probe(tmp_path / "kept")
+        run(tmp_path, again, module=Scaled(scale, mean))
+        assert again.asked == []
+        assert again.figures == probe.figures
+    assert len(set(found.values())) == 3
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_pairs_of_images_and_labels_are_numbered_by_their_place(kind: Any, tmp_path: Path) -> None:
+    expected, probe = Probe(), Probe()
+    run(tmp_path, expected)
+    run(tmp_path, probe, [kind((batch["x"], batch["y"])) for batch in ALL])
+    assert probe.order == list(range(10))
+    assert probe.figures[0].value == expected.figures[0].value
+
+
+def test_figures_tell_test_images_apart_and_not_their_batches(tmp_path: Path) -> None:
+    def images(data: Any) -> str:
+        probe = Probe()
+        run(tmp_path, probe, data)
+        return probe.figures[0].measured_with["test images"]
+
+    whole = {name: torch.cat([batch[name] for batch in ALL]) for name in ALL[0]}
+    assert images(ALL) == images([whole])
+    assert len({images(ALL), images(other_images()), images(other_labels())}) == 3
+
+
+def test_different_examples_with_one_index_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="2 examples have the index 3: index must number the examples of the whole"):
+        run(tmp_path, Probe(), [*ALL, {**ALL[0], "index": torch.tensor([3, 11, 12])}])
+
+
 def test_other_settings_and_evaluators_are_not_mistaken(tmp_path: Path) -> None:
     class Other(Probe):
         """Another evaluator with the same settings."""
@@ -187,24 +242,24 @@ def test_settings_must_be_primitives(tmp_path: Path) -> None:
 def test_any_damage_to_a_file_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "values.values"
     values = {"a": torch.arange(3.0), "b": torch.tensor([[1, 2], [3, 4], [5, 6]])}
-    _write(path, values)
+    write_values(path, values)
     assert [p.name for p in tmp_path.iterdir()] == ["values.values"]
     whole = path.read_bytes()
 
-    found = _read(path, 3)
+    found = read_values(path, 3)
     assert found is not None
     assert found.keys() == values.keys()
     assert all(torch.equal(found[name], values[name]) for name in values)
-    assert _read(path, 4) is None
+    assert read_values(path, 4) is None
     for place in range(len(whole)):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :])
-        assert _read(path, 3) is None
+        assert read_values(path, 3) is None
     for size in range(len(whole)):
         path.write_bytes(whole[:size])
-        assert _read(path, 3) is None
+        assert read_values(path, 3) is None
     np.save(tmp_path / "array.npy", np.zeros(3))
     (tmp_path / "array.npy").rename(path)
-    assert _read(path, 3) is None
+    assert read_values(path, 3) is None
 
 
 def test_damaged_files_are_computed_anew(tmp_path: Path) -> None:
@@ -242,7 +297,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(tempfile, "NamedTemporaryFile", Full)
     with pytest.raises(OSError, match="No space left"):
-        _write(tmp_path / "v.values", {"a": torch.zeros(3)})
+        write_values(tmp_path / "v.values", {"a": torch.zeros(3)})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,7 +333,7 @@ def test_a_batch_needs_its_parts(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Probe needs y, index in its batch, got \['x'\]; an evaluation loader"):
         run(tmp_path, Probe(), [{"x": IMAGES}])
     with pytest.raises(ValueError, match="Probe needs x, y, index in its batch, got list"):
-        run(tmp_path, Probe(), [[IMAGES, LABELS]])
+        run(tmp_path, Probe(), [[IMAGES]])
 
 
 def test_one_loader_at_a_time(tmp_path: Path) -> None:
