@@ -8,7 +8,7 @@ import pytest
 import dat_lightning
 
 PACKAGE = Path(dat_lightning.__file__).parent
-ROOMS = ("core", "backbones", "data", "modules", "callbacks", "metrics", "reports")
+ROOMS = ("core", "backbones", "data", "modules", "callbacks", "metrics", "reports", "explore", "studies")
 # The Hub's mixin is a base class of EnergyModel, and safetensors its file format: hub.py keeps both in one place.
 CORE_EXCEPTIONS = {"hub.py": {"huggingface_hub", "safetensors", "typing_extensions"}}
 # What a room may import beside core and itself; a file is named by its path in the package.
@@ -16,11 +16,19 @@ EXCEPTIONS = {
     "metrics/train_digits_features.py": {"data"},
     "metrics/classifier_features.py": {"checkpoints"},
     "callbacks/evaluation_report.py": {"reports", "version"},
+    "callbacks/kept_values.py": {"version"},
     # Evaluators are callbacks around the functions of metrics.
     **{
         f"callbacks/{name}.py": {"metrics"}
         for name in ("calibration", "memorisation", "ood_detection", "sample_metrics")
     },
+    "explore/opening.py": {"backbones", "checkpoints", "data", "modules"},
+    "explore/markup.py": {"callbacks"},
+    # Runs of the command line, told as the pages of reports are.
+    "studies/study_file.py": {"cli"},
+    **{f"studies/{name}.py": {"reports", "version"} for name in ("collection", "execution")},
+    **{f"studies/{name}.py": {"reports"} for name in ("page", "plots", "running")},
+    "studies/label_agreement.py": {"callbacks", "data"},
     **{path.relative_to(PACKAGE).as_posix(): {"checkpoints"} for path in PACKAGE.glob("modules/**/*.py")},
 }
 

@@ -1,0 +1,117 @@
+"""Whether generated images show the class asked for, as an independent classifier reads them."""
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule, Trainer
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from torch import Tensor, nn
+from typing_extensions import override
+
+from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.callbacks.sample_metrics import SampleMetrics
+from dat_lightning.core.figures import Figure, Values, gather
+from dat_lightning.core.images import to_uint8_rgb
+from dat_lightning.data.digits import split_indices
+
+# The side of scikit-learn's own images, which ours are enlarged from.
+_ORIGINAL_SIZE = 8
+
+
+class LabelAgreement(SampleConsumer):
+    """Measures the share of generated images that an independent classifier reads as the class asked for.
+
+    ``figures`` are ``label_agreement``, after the number of sampling steps that a
+    :class:`~dat_lightning.SampleMetrics` of the same Trainer chooses (without one, the most steps), and
+    ``label_agreement_{steps}_steps``.
+
+    Args:
+        judge: An independent classifier, images to logits (N, K).
+        judge_input: Whether the judge takes images in [0, 1] with the channels that they have, or uint8 (N, 3, H, W).
+
+    Raises:
+        ValueError: If ``judge_input`` is unknown; when sampling starts, if the judge is part of the network.
+    """
+
+    def __init__(self, judge: nn.Module, judge_input: Literal["float", "uint8"] = "float") -> None:
+        if judge_input not in ("float", "uint8"):
+            raise ValueError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
+        self.judge = judge.requires_grad_(False).eval()
+        self.judge_input = judge_input
+        self._chooser: SampleMetrics | None = None
+        self._plan: SamplingPlan | None = None
+        self._agree: dict[int, list[Values]] = {}
+        self._shares: dict[int, float] = {}
+
+    @property
+    def figures(self) -> list[Figure]:
+        """Results of the last sampling, on every rank; chosen when read, because other callbacks may come later."""
+        if self._plan is None or not self._shares:
+            return []
+        chosen = self._chooser.figures if self._chooser is not None else []
+        best = int(chosen[0].details["num_steps"]) if chosen else max(self._shares)
+        words = (
+            f"share of generated images that an independent classifier, {type(self.judge).__name__}, reads as the"
+            f" class asked for; step_size={self._plan.step_size:g}"
+        )
+        curve = {"sweep_steps": list(self._shares), "sweep": list(self._shares.values())}
+        count = self._plan.num_samples
+        figures = [Figure("label_agreement", self._shares[best], words, count, {"num_steps": best, **curve})]
+        for steps, share in self._shares.items():
+            figures.append(Figure(f"label_agreement_{steps}_steps", share, words, count, {"num_steps": steps}))
+        return figures
+
+    @override
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Starts anew."""
+        if any(self.judge is part for part in pl_module.modules()):
+            raise ValueError("judge must be independent of the network that generates, got a part of it")
+        self.judge.to(pl_module.device)
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        self._chooser = next((c for c in callbacks if isinstance(c, SampleMetrics)), None)
+        self._plan = plan
+        self._agree = {steps: [] for steps in plan.num_steps}
+        self._shares = {}
+
+    @override
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Reads a batch."""
+        for steps, images in batch.images.items():
+            with torch.no_grad():
+                logits: Tensor = self.judge(to_uint8_rgb(images) if self.judge_input == "uint8" else images)
+            agree = (logits.argmax(1) == batch.labels).cpu()
+            self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
+
+    @override
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers the ranks."""
+        for steps, mine in self._agree.items():
+            self._shares[steps] = float(gather(mine, "no samples were generated")["agree"].double().mean())
+        self._agree = {}
+
+
+class DigitsJudge(nn.Module):
+    """A support vector machine on scikit-learn's original 8×8 digits, as a classifier of images (N, 1, 16, 16).
+
+    It has no part in training: it is fitted when it is made, on the 1 437 digits that are not for testing. It returns
+    one-hot vectors (N, 10) and has no gradient.
+    """
+
+    support_vectors: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        digits = load_digits()
+        train = split_indices(0)["train"]
+        self._machine = SVC(C=10, gamma="scale").fit(digits.data[train] / 16, digits.target[train])
+        # What a fingerprint of the weights sees.
+        self.register_buffer("support_vectors", torch.from_numpy(self._machine.support_vectors_))
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns one-hot vectors (N, 10) of the digits that the machine reads."""
+        grey = F.adaptive_avg_pool2d(images[:, :1].float(), _ORIGINAL_SIZE).flatten(1)
+        read = torch.from_numpy(self._machine.predict(grey.double().cpu().numpy())).long()
+        return F.one_hot(read, 10).float().to(images.device)

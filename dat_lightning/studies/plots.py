@@ -1,0 +1,212 @@
+"""The plots of a study: means over seeds, with their standard deviation or each seed."""
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from dat_lightning.reports.comparison import direction
+from dat_lightning.reports.drawing import PALETTE, label, require_matplotlib
+from dat_lightning.studies.collection import Result, Summary, summaries, summary
+from dat_lightning.studies.study_file import Plot, PlotKind, Study
+
+_SIZE = (7.2, 4.2)
+# What stands at the horizontal axis, if the study does not say.
+_X: Mapping[PlotKind, str] = {
+    "steps": "sampling steps",
+    "scatter": "",
+    "curve": "training step",
+    "radii": "radius ε",
+    "values": "",
+}
+# Where a label may stand beside its point, in points, with its alignments.
+_PLACES = (
+    (9, 6, "left", "bottom"),
+    (-9, 6, "right", "bottom"),
+    (9, -6, "left", "top"),
+    (-9, -6, "right", "top"),
+    (0, 10, "center", "bottom"),
+    (0, -10, "center", "top"),
+)
+
+
+@dataclass(frozen=True)
+class Line:
+    """What a variant shows in a plot.
+
+    Attributes:
+        name: The variant.
+        x: Places on the horizontal axis.
+        y: Means over the seeds.
+        spread: Standard deviations; 0 for one seed.
+        single: Values of each seed, if they are drawn too.
+    """
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    spread: tuple[float, ...]
+    single: tuple[tuple[float, ...], ...] = ()
+
+
+def draw(study: Study, plot: Plot, results: Sequence[Result]) -> Any:
+    """Returns the figure of a plot.
+
+    Raises:
+        ValueError: If no run has what it shows.
+    """
+    shown = lines(study, plot, results)
+    if not shown:
+        raise ValueError(f"plot {plot.name!r}: no run has {plot.figure!r}")
+    figure, axes = require_matplotlib().subplots(figsize=_SIZE, layout="constrained")
+    if plot.log:
+        axes.set_yscale("log")
+    if plot.log_x:
+        axes.set_xscale("log")
+    if plot.kind == "scatter":
+        _scatter(figure, axes, study, plot, results)
+    elif plot.kind == "values":
+        _values(axes, shown[0])
+    else:
+        _lines(axes, shown, [variant.name for variant in study.variants], with_markers=plot.kind != "curve")
+    better = direction(plot.figure)
+    words = plot.words or label(plot.figure)
+    axes.set(xlabel=plot.x_words or _X[plot.kind], ylabel=f"{words} ({better} is better)" if better else words)
+    _plain_numbers(axes, plot)
+    return figure
+
+
+def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
+    """Returns what each variant shows in a plot; ``values`` is one line through all variants with a value."""
+    names = plot.variants or [variant.name for variant in study.variants]
+    if plot.kind in ("values", "scatter"):
+        return _line_of_values(study, plot, results, names)
+    found = []
+    for name in names:
+        points: dict[float, list[float]] = {}
+        single = []
+        for result in results:
+            if result.variant == name:
+                mine = dict(_points(plot, result))
+                single.append(tuple(mine.values()))
+                for x, y in mine.items():
+                    points.setdefault(x, []).append(y)
+        if points:
+            places = sorted(points)
+            each = [summary(points[x]) for x in places]
+            seeds = tuple(single) if plot.kind == "curve" and len({len(s) for s in single}) == 1 else ()
+            found.append(_line(name, places, each, seeds))
+    return found
+
+
+def _line(name: str, places: Sequence[float], each: Sequence[Summary], single: tuple[tuple[float, ...], ...]) -> Line:
+    return Line(name, tuple(places), tuple(s.mean for s in each), tuple(s.sd or 0.0 for s in each), single)
+
+
+def _line_of_values(study: Study, plot: Plot, results: Sequence[Result], names: Sequence[str]) -> list[Line]:
+    """Variants as points, at their value or at the figure ``x``."""
+    places, each = [], []
+    for variant in study.variants:
+        figures = summaries(results, variant.name)
+        at = variant.value if plot.kind == "values" else figures[plot.x].mean if plot.x in figures else None
+        if variant.name in names and at is not None and plot.figure in figures:
+            places.append(at)
+            each.append(figures[plot.figure])
+    return [_line("", places, each, ())] if places else []
+
+
+def _points(plot: Plot, result: Result) -> Iterator[tuple[float, float]]:
+    if plot.kind == "radii":
+        for name, value in result.figures.items():
+            match = re.fullmatch(re.escape(plot.figure) + r"_eps(\d+(?:\.\d+)?)", name)
+            if match:
+                yield float(match[1]), value
+        return
+    curve = (result.curves if plot.kind == "curve" else result.sweeps).get(plot.figure)
+    if curve is not None:
+        yield from zip(curve["steps"], curve["values"], strict=True)
+
+
+def _lines(axes: Any, shown: Sequence[Line], order: Sequence[str], with_markers: bool) -> None:
+    for line in shown:
+        color = PALETTE[order.index(line.name) % len(PALETTE)]
+        dashed = "--" if order.index(line.name) >= len(PALETTE) else "-"
+        axes.plot(line.x, line.y, dashed, marker="o" if with_markers else "", color=color, label=label(line.name))
+        if line.single:
+            for values in line.single:
+                axes.plot(line.x, values, color=color, lw=0.8, alpha=0.4)
+        elif any(line.spread):
+            low = [y - s for y, s in zip(line.y, line.spread, strict=True)]
+            high = [y + s for y, s in zip(line.y, line.spread, strict=True)]
+            axes.fill_between(line.x, low, high, color=color, alpha=0.15, lw=0)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
+
+
+def _values(axes: Any, line: Line) -> None:
+    order = sorted(range(len(line.x)), key=line.x.__getitem__)
+    x, y, spread = ([part[k] for k in order] for part in (line.x, line.y, line.spread))
+    axes.errorbar(x, y, yerr=spread, fmt="o-", color=PALETTE[0], capsize=3)
+    axes.set_xticks(x, [f"{place:g}" for place in x])
+    axes.minorticks_off()
+    if axes.get_yscale() == "linear" and min(y) >= 0:
+        # A small difference shall look small.
+        axes.set_ylim(bottom=0)
+
+
+def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence[Result]) -> None:
+    names, points, colors = [], [], []
+    for k, variant in enumerate(study.variants):
+        figures = summaries(results, variant.name)
+        if plot.x in figures and plot.figure in figures and variant.name in (plot.variants or [variant.name]):
+            x, y = figures[str(plot.x)], figures[plot.figure]
+            if math.isfinite(x.mean) and math.isfinite(y.mean):
+                colors.append(PALETTE[k % len(PALETTE)])
+                axes.errorbar(x.mean, y.mean, yerr=y.sd, xerr=x.sd, fmt="o", color=colors[-1], ms=7, lw=1, capsize=2)
+                names.append(label(variant.name))
+                points.append((x.mean, y.mean))
+    axes.margins(0.15)
+    _write_beside(figure, axes, points, names, colors)
+
+
+def _write_beside(
+    figure: Any, axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str], colors: Sequence[str]
+) -> None:
+    """Writes names beside points, in their colours, each where it covers no point or name, if there is such a place."""
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    centers = [axes.transData.transform(point) for point in points]
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in centers]
+    for point, name, color in zip(points, names, colors, strict=True):
+        tried: list[tuple[int, int, Any, Any]] = []
+        for dx, dy, across, up in _PLACES:
+            text = axes.annotate(
+                name, point, (dx, dy), textcoords="offset points", ha=across, va=up, fontsize=9, color=color
+            )
+            box = text.get_window_extent()
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            tried.append((sum(box.overlaps(other) for other in taken) + outside, len(tried), text, box))
+        best = min(tried, key=lambda each: each[:2])
+        for _, _, text, _ in tried:
+            if text is not best[2]:
+                text.remove()
+        taken.append(best[3])
+
+
+def _plain_numbers(axes: Any, plot: Plot) -> None:
+    """Numbers such as 20 and 50 on logarithmic axes, in place of powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    chosen: list[tuple[bool, Callable[[], tuple[float, float]], Any]] = [
+        (plot.log, axes.get_ylim, axes.yaxis),
+        (plot.log_x and plot.kind != "values", axes.get_xlim, axes.xaxis),
+    ]
+    for is_log, limits, axis in chosen:
+        if is_log:
+            low, high = limits()
+            few = (1.0,) if high / max(low, 1e-300) > 1e3 else (1.0, 2.0, 5.0)
+            axis.set_major_locator(LogLocator(subs=few))
+            axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.set_minor_formatter(NullFormatter())

@@ -1,0 +1,99 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from sklearn.svm import SVC
+from torch import Tensor, nn
+
+from dat_lightning import DigitsFeatures, PGDSampler, SampleMetrics
+from dat_lightning.core.fingerprint import module_fingerprint
+from dat_lightning.data.digits import load_images, split_indices
+from dat_lightning.metrics.fidelity import FidelitySettings
+from dat_lightning.studies import DigitsJudge, LabelAgreement
+from tests.tiny import digits, stage1, trainer
+
+
+class Brightness(nn.Module):
+    """Reads an image as the class of its first pixel's decile."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        level = (images.float()[:, 0, 0, 0] / (255 if images.dtype == torch.uint8 else 1) * 10).long().clamp(0, 9)
+        return nn.functional.one_hot(level, 10).float()
+
+
+def sampled(tmp_path: Path, agreement: LabelAgreement, *others: Any, num_steps: tuple[int, ...] = (1, 3)) -> Any:
+    """Images after each number of steps, of 30 samples."""
+    seen: dict[int, Tensor] = {}
+    original = agreement.on_samples_batch
+
+    def spy(run: Any, module: Any, batch: Any) -> None:
+        for steps, images in batch.images.items():
+            seen[steps] = torch.cat([seen.get(steps, images[:0]), images])
+        original(run, module, batch)
+
+    agreement.on_samples_batch = spy  # type: ignore[method-assign,assignment]
+    sampler = PGDSampler(num_samples=30, num_steps=num_steps, step_size=0.5, batch_size=8)
+    run = trainer(tmp_path, [sampler, *others, agreement])
+    run.test(stage1(), datamodule=digits(), verbose=False)
+    return seen
+
+
+@pytest.mark.parametrize("judge_input", ["float", "uint8"])
+def test_the_share_is_that_of_images_read_as_their_class(judge_input: Any, tmp_path: Path) -> None:
+    agreement = LabelAgreement(Brightness(), judge_input)
+    seen = sampled(tmp_path, agreement)
+    wanted = torch.arange(30) % 10
+    shares = {steps: ((x[:, 0, 0, 0] * 10).long().clamp(0, 9) == wanted).double().mean() for steps, x in seen.items()}
+    figures = {figure.name: figure for figure in agreement.figures}
+    assert set(figures) == {"label_agreement", "label_agreement_1_steps", "label_agreement_3_steps"}
+    for steps, share in shares.items():
+        # Rounding to eight bits may move a pixel over the edge of its decile.
+        assert figures[f"label_agreement_{steps}_steps"].value == pytest.approx(float(share), abs=0.04)
+    assert figures["label_agreement"].value == figures["label_agreement_3_steps"].value
+    assert figures["label_agreement"].details["sweep"] == [figures[f"label_agreement_{s}_steps"].value for s in (1, 3)]
+    assert figures["label_agreement"].num_samples == 30
+
+
+def test_the_number_of_steps_is_that_of_the_smallest_distance(tmp_path: Path) -> None:
+    agreement = LabelAgreement(DigitsJudge())
+    metrics = SampleMetrics(DigitsFeatures(), metrics=["fid"], settings=FidelitySettings())
+    sampled(tmp_path, agreement, metrics, num_steps=(2, 40))
+    best = metrics.figures[0].details["num_steps"]
+    head = agreement.figures[0]
+    assert head.details["num_steps"] == best
+    assert head.value == dict(zip(head.details["sweep_steps"], head.details["sweep"], strict=True))[best]
+    # Wherever it stands in the list.
+    agreement._chooser = None
+    assert agreement.figures[0].details["num_steps"] == 40
+
+
+def test_without_samples_there_is_nothing_to_tell() -> None:
+    assert LabelAgreement(Brightness()).figures == []
+
+
+def test_wrong_judges_are_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="judge_input must be 'float' or 'uint8', got 'int'"):
+        LabelAgreement(Brightness(), "int")  # type: ignore[arg-type]
+    module = stage1()
+    run = trainer(tmp_path, [PGDSampler(num_samples=4, num_steps=(1,)), LabelAgreement(module.energy_model)])
+    with pytest.raises(ValueError, match="judge must be independent of the network that generates"):
+        run.test(module, datamodule=digits(), verbose=False)
+
+
+def test_the_judge_of_digits_is_a_support_vector_machine_on_the_original_images() -> None:
+    images, labels = load_images()
+    test = torch.as_tensor(split_indices(0)["test"])
+    read = DigitsJudge()(images[test]).argmax(1)
+    raw = load_digits()
+    train = split_indices(0)["train"]
+    machine = SVC(C=10, gamma="scale").fit(raw.data[train] / 16, raw.target[train])
+    smaller = nn.functional.avg_pool2d(images[test], 2).flatten(1).double().numpy()
+    assert read.tolist() == machine.predict(smaller).tolist()
+    assert (read == labels[test]).double().mean() > 0.97
+
+
+def test_judges_are_told_apart_by_what_they_learnt() -> None:
+    assert module_fingerprint(DigitsJudge()) == module_fingerprint(DigitsJudge())
+    assert "support_vectors" in DigitsJudge().state_dict()
