@@ -1,7 +1,9 @@
 """Memorisation: are generated samples nearer to training images than real images that the network never saw?"""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import is_silent
+from dat_lightning.callbacks.evaluator import image_digests, is_silent
 from dat_lightning.callbacks.frechet import extract_features
+from dat_lightning.callbacks.measured_with import images_digest, network_digest, reference_digest
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.callbacks.picture_grids import Shortlist, Tile, write_captioned_grid
 from dat_lightning.callbacks.reference_images import reference_data
@@ -31,9 +34,15 @@ class Memorisation(SampleConsumer):
     Distances are those of features, which ranks share the work of computing; the search is exact, in float64. A sample
     is flagged if it is nearer to a training image than all but a share ``quantile`` of real test images are: were
     samples as far from the training images as these, about that share would be flagged. Images are rounded to eight
-    bits first. Features of all training images stay in memory, on every rank.
+    bits first.
 
-    Logged: ``{stage}/memorised_share`` and ``{stage}/nearest_training_distance``, the median.
+    Every snapshot of the sampler's sweep is searched: bad samples are far from everything, so one number of steps that
+    makes bad ones would hide what another has memorised. In memory stay the features of all training images, on every
+    rank, and of samples no features, but 16 bytes for each sample, snapshot and neighbour, and the pictures of each
+    snapshot.
+
+    Logged: ``{stage}/memorised_share`` and ``{stage}/nearest_training_distance``, the median, both after ``num_steps``
+    steps, which are ``{stage}/memorisation_steps``; and with the ending ``_{steps}_steps`` for each snapshot.
 
     Args:
         extractor: Maps uint8 images (N, 3, H, W) to features, as in :class:`~dat_lightning.callbacks.FrechetDistance`.
@@ -42,12 +51,13 @@ class Memorisation(SampleConsumer):
         dirpath: Folder for ``{stage}_memorisation_{steps}_steps.png``; ``None`` draws nothing.
         metric: Euclidean distance, or one minus the cosine.
         quantile: Of the distances of real test images; nearer samples are flagged.
-        num_steps: Step count of the snapshot to look at; by default the longest chain of the sampler's sweep.
+        num_steps: Step count of the snapshot that is pictured and has the figures without ending; by default the one
+            with the largest share, of equal ones that with the smallest distance.
         stages: The evaluations that look.
         batch_size: Training images per pass of the extractor.
 
     Attributes:
-        figures: Results of the last evaluation, on every rank.
+        figures: Results of the last evaluation, on every rank; those without ending come first.
 
     Raises:
         ValueError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
@@ -87,9 +97,10 @@ class Memorisation(SampleConsumer):
         self.figures: list[Figure] = []
         self._plan: SamplingPlan | None = None
         self._training: Values = {}
-        self._held_out = torch.empty(0)
-        self._found: list[Values] = []
-        self._closest = Shortlist(num_pictures)
+        self._held_out: Values = {}
+        self._measured_with: dict[str, str] = {}
+        self._found: dict[int, list[Values]] = {}
+        self._closest: dict[int, Shortlist] = {}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -108,8 +119,8 @@ class Memorisation(SampleConsumer):
                 f"Memorisation.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
             )
         self.figures = []
-        self._found = []
-        self._closest = Shortlist(self.num_pictures)
+        self._found = {steps: [] for steps in plan.num_steps}
+        self._closest = {steps: Shortlist(self.num_pictures) for steps in plan.num_steps}
         self.extractor.to(pl_module.device)
         if not self._training:
             batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Memorisation")
@@ -120,6 +131,12 @@ class Memorisation(SampleConsumer):
                     f" {self.num_neighbours}"
                 )
             self._held_out = self._held_out_distances(trainer, pl_module, training["features"])
+            data = reference_data(trainer, "Memorisation compares with training images:")
+            self._measured_with = {
+                "extractor": network_digest(self.extractor),
+                "reference": reference_digest(trainer, data),
+                "test images": images_digest(self._held_out),
+            }
             self._training = training
 
     @override
@@ -127,53 +144,74 @@ class Memorisation(SampleConsumer):
         """Finds the neighbours of this batch's samples, and keeps the images of the nearest."""
         if self._plan is None:
             return
-        images = batch.images[self._steps(self._plan)]
-        distances, places = nearest_neighbours(
-            extract_features(self.extractor, images), self._training["features"], self.num_neighbours, self.metric
-        )
-        values = {"distances": distances, "neighbours": self._training["index"][places], "y": batch.labels.cpu()}
-        self._found.append({"index": batch.indices.cpu(), **values})
-        indices: list[int] = batch.indices.tolist()
-        self._closest.add(distances[:, 0].tolist(), indices, {**values, "image": to_uint8_rgb(images)})
+        labels, indices = batch.labels.cpu(), batch.indices.cpu()
+        for steps, images in batch.images.items():
+            features = extract_features(self.extractor, images)
+            distances, places = nearest_neighbours(
+                features, self._training["features"], self.num_neighbours, self.metric
+            )
+            values = {"distances": distances, "neighbours": self._training["index"][places], "y": labels}
+            self._found[steps].append({"index": indices, **values})
+            shown = {**values, "image": to_uint8_rgb(images)}
+            self._closest[steps].add(distances[:, 0].tolist(), indices.tolist(), shown)
 
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the ranks together, draws, and logs the figures."""
         if self._plan is None:
             return
-        found = gather(self._found)
-        closest = self._closest.gathered()
-        self._found = []
-        threshold = float(torch.quantile(self._held_out, self.quantile))
-        # Batches composed differently make a copy's features differ in their last bits.
-        size = float(self._training["features"].double().norm(dim=1).mean()) if self.metric == "L2" else 1e-4
-        if threshold <= 1e-5 * size:
-            threshold = 0.0
-            rank_zero_warn(
-                "Memorisation: test images are at distance 0 from training images, so that no sample is flagged;"
-                " is the test set part of the training set?"
-            )
+        found = {steps: gather(values, "no samples were generated") for steps, values in self._found.items()}
+        threshold = self._threshold()
+        made = {steps: self._pair(found[steps], threshold, self._plan, steps, [steps]) for steps in found}
+        best = self.num_steps
+        if best is None:
+            best = min(made, key=lambda steps: (-made[steps][0].value, made[steps][1].value, steps))
+        # Of the pictures, only these travel between ranks.
+        closest = self._closest[best].gathered()
+        self._found, self._closest = {}, {}
         picture = None
         if self.dirpath is not None:
-            picture = Path(self.dirpath) / f"{self._plan.stage}_memorisation_{self._steps(self._plan)}_steps.png"
+            picture = Path(self.dirpath) / f"{self._plan.stage}_memorisation_{best}_steps.png"
             if trainer.is_global_zero:
-                self._draw(trainer, picture, closest, threshold)
-        self.figures = self._summarize(found, threshold, picture)
-        if self._plan.stage == "predict":
-            told = ", ".join(f"{figure.name} {figure.value:.4g}" for figure in self.figures)
-            rank_zero_info(f"Memorisation: {told}")
-            return
-        for figure in self.figures:
-            # The same number on every rank, so there is nothing to reduce.
-            pl_module.log(f"{self._plan.stage}/{figure.name}", figure.value, sync_dist=False)
+                self._draw(trainer, picture, closest, threshold, best)
+        among = list(found) if self.num_steps is None else [best]
+        chosen = self._pair(found[best], threshold, self._plan, best, among)
+        listed = {"flagged": _listed(found[best], threshold), "pictures": [] if picture is None else [str(picture)]}
+        self.figures = []
+        for k, (figure, extra) in enumerate(zip(chosen, (listed, {}), strict=True)):
+            curve = {"sweep_steps": list(made), "sweep": [pair[k].value for pair in made.values()]}
+            self.figures.append(replace(figure, details={**figure.details, **curve, **extra}))
+        for steps, pair in made.items():
+            self.figures += [replace(figure, name=f"{figure.name}_{steps}_steps") for figure in pair]
+        self._log(pl_module, self._plan.stage, best)
 
     # Parts.
 
-    def _steps(self, plan: SamplingPlan) -> int:
-        return plan.num_steps[-1] if self.num_steps is None else self.num_steps
+    def _log(self, pl_module: LightningModule, stage: Stage, best: int) -> None:
+        if stage == "predict":
+            told = ", ".join(f"{figure.name} {figure.value:.4g}" for figure in self.figures)
+            rank_zero_info(f"Memorisation: {told}")
+            return
+        # The same numbers on every rank, so there is nothing to reduce.
+        pl_module.log(f"{stage}/memorisation_steps", float(best), sync_dist=False)
+        for figure in self.figures:
+            pl_module.log(f"{stage}/{figure.name}", figure.value, sync_dist=False)
 
-    def _held_out_distances(self, trainer: Trainer, pl_module: LightningModule, training: Tensor) -> Tensor:
-        """Distances of all test images to their nearest training images, (N,) in float64."""
+    def _threshold(self) -> float:
+        """The distance below which a sample is flagged."""
+        threshold = float(torch.quantile(self._held_out["distance"], self.quantile))
+        # Batches composed differently make a copy's features differ in their last bits.
+        size = float(self._training["features"].double().norm(dim=1).mean()) if self.metric == "L2" else 1e-4
+        if threshold > 1e-5 * size:
+            return threshold
+        rank_zero_warn(
+            "Memorisation: test images are at distance 0 from training images, so that no sample is flagged;"
+            " is the test set part of the training set?"
+        )
+        return 0.0
+
+    def _held_out_distances(self, trainer: Trainer, pl_module: LightningModule, training: Tensor) -> Values:
+        """Distances of all test images to their nearest training images, (N,) in float64, and their digests."""
         values = []
         loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
         for batch in tqdm(loader, desc="Memorisation: test images", leave=False, disable=is_silent(trainer)):
@@ -184,59 +222,51 @@ class Memorisation(SampleConsumer):
                 )
             features = extract_features(self.extractor, batch["x"].to(pl_module.device))
             distances, _ = nearest_neighbours(features, training, 1, self.metric)
-            values.append({"index": batch["index"].cpu(), "distance": distances[:, 0]})
-        held_out = gather(values, "test_dataloader() of the DataModule gave no batch")["distance"]
-        if len(held_out) * self.quantile < 1:
+            digests = image_digests(batch["x"], batch["index"])
+            values.append({"index": batch["index"].cpu(), "distance": distances[:, 0], "digest": digests})
+        held_out = gather(values, "test_dataloader() of the DataModule gave no batch")
+        count = len(held_out["index"])
+        if count * self.quantile < 1:
             rank_zero_warn(
-                f"Memorisation: {len(held_out)} test images are few for the quantile {self.quantile:g}; the threshold"
+                f"Memorisation: {count} test images are few for the quantile {self.quantile:g}; the threshold"
                 " is close to the smallest of their distances"
             )
         return held_out
 
-    def _summarize(self, found: Values, threshold: float, picture: Path | None) -> list[Figure]:
-        if self._plan is None:
-            raise RuntimeError("samples ended before on_samples_start")
-        nearest = found["distances"][:, 0]
-        flagged = nearest < threshold
+    def _pair(
+        self, found: Values, threshold: float, plan: SamplingPlan, steps: int, among: Sequence[int]
+    ) -> tuple[Figure, Figure]:
+        """The two figures of a snapshot, which was chosen among several or is the only one."""
+        nearest, real = found["distances"][:, 0], self._held_out["distance"]
         levels = torch.tensor(_LEVELS, dtype=torch.float64)
-        order = nearest.argsort(stable=True)[: min(_MAX_LISTED, int(flagged.sum()))].tolist()
-        listed = [
-            {
-                "sample": int(found["index"][i]),
-                "class": int(found["y"][i]),
-                "distances": found["distances"][i].tolist(),
-                "training_images": found["neighbours"][i].tolist(),
-            }
-            for i in order
-        ]
         settings = {
             "metric": self.metric,
             "extractor": type(self.extractor).__name__,
-            "num_sampling_steps": self._steps(self._plan),
-            "sampling_step_size": self._plan.step_size,
+            "num_sampling_steps": steps,
+            "sampling_step_size": plan.step_size,
             "num_training_images": len(self._training["index"]),
-            "num_test_images": len(self._held_out),
+            "num_test_images": len(real),
             "threshold": threshold,
             "quantile_levels": list(_LEVELS),
             "sample_quantiles": torch.quantile(nearest, levels).tolist(),
-            "test_image_quantiles": torch.quantile(self._held_out, levels).tolist(),
+            "test_image_quantiles": torch.quantile(real, levels).tolist(),
         }
+        # A number of steps that results from the sweep stands in the details, so that runs can be compared.
+        sweep = ", ".join(map(str, among))
+        after = f"{steps} steps" if len(among) == 1 else f"that of {sweep} steps with the largest memorised share"
         where = (
             f"{self.metric} distance to the nearest training image in features of {type(self.extractor).__name__},"
-            f" samples after {self._steps(self._plan)} steps"
+            f" samples after {after}"
         )
-        share = (
-            f"share of samples nearer than the {self.quantile:g} quantile of {len(self._held_out)} real test images;"
-            f" {where}"
+        share = f"share of samples nearer than the {self.quantile:g} quantile of {len(real)} real test images; {where}"
+        value, size, used = float((nearest < threshold).double().mean()), len(nearest), self._measured_with
+        shared = {**settings, "quantile": self.quantile}
+        return (
+            Figure("memorised_share", value, share, size, shared, measured_with=used),
+            Figure("nearest_training_distance", float(nearest.median()), f"median {where}", size, settings, None, used),
         )
-        pictures = [] if picture is None else [str(picture)]
-        details = {**settings, "quantile": self.quantile, "flagged": listed, "pictures": pictures}
-        return [
-            Figure("memorised_share", float(flagged.double().mean()), share, len(nearest), details),
-            Figure("nearest_training_distance", float(nearest.median()), f"median {where}", len(nearest), settings),
-        ]
 
-    def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float) -> None:
+    def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float, steps: int) -> None:
         data = reference_data(trainer, "Memorisation compares with training images:")
         batch = data[sorted(set(closest["neighbours"].flatten().tolist()))]
         images = dict(zip(batch["index"].tolist(), to_uint8_rgb(batch["x"]), strict=True))
@@ -257,8 +287,23 @@ class Memorisation(SampleConsumer):
             rows.append([tile for group in parted for tile in group][:-1])
         where = f"{self.metric}, in features of {type(self.extractor).__name__}"
         title = (
-            f"The {len(groups)} samples nearest to training images, closest first, row by row, each with its"
-            f" {self.num_neighbours} nearest, their classes and distances ({where}).\n"
+            f"The {len(groups)} samples nearest to training images after {steps} steps, closest first, row by row, each"
+            f" with its {self.num_neighbours} nearest, their classes and distances ({where}).\n"
             f"Red frame: nearer than {threshold:.3g}, the {self.quantile:g} quantile of real test images."
         )
         write_captioned_grid(path, rows, title)
+
+
+def _listed(found: Values, threshold: float) -> list[dict[str, Any]]:
+    """Flagged samples, nearest first, with their neighbours."""
+    nearest = found["distances"][:, 0]
+    order = nearest.argsort(stable=True)[: min(_MAX_LISTED, int((nearest < threshold).sum()))].tolist()
+    return [
+        {
+            "sample": int(found["index"][i]),
+            "class": int(found["y"][i]),
+            "distances": found["distances"][i].tolist(),
+            "training_images": found["neighbours"][i].tolist(),
+        }
+        for i in order
+    ]

@@ -30,7 +30,11 @@ class SampleWriter(SampleConsumer):
     ``npz`` writes ``{dirpath}/samples.npz`` with ``arr_0`` (uint8, N×H×W×3, in the order of the indices) and ``arr_1``
     (labels, int64, N), which the ADM evaluator reads. Ranks write their own files into the folder, which they have
     to share, and rank zero puts the ``.npz`` together without holding it in memory. An older set in the folder is
-    replaced; other files stay. Threads write, while the next batch is generated.
+    replaced, also one that was interrupted: then a :class:`~dat_lightning.PGDSampler` with a ``dirpath`` hands out what
+    it has kept, and all files are written again. Other files stay. Threads write, while the next batch is generated.
+
+    One snapshot is written, by default the longest chain's, which need not be the best one: name the ``num_steps`` that
+    :class:`~dat_lightning.callbacks.SampleMetrics` logs as ``sample_steps``.
 
     Args:
         dirpath: Folder of this set.
@@ -73,7 +77,8 @@ class SampleWriter(SampleConsumer):
         if trainer.is_global_zero:
             shutil.rmtree(self.dirpath / "shards", ignore_errors=True)
             (self.dirpath / "shards").mkdir(parents=True)
-            (self.dirpath / "samples.npz").unlink(missing_ok=True)
+            for name in ("samples.npz", "samples.tmp"):
+                (self.dirpath / name).unlink(missing_ok=True)
             for path in (self.dirpath / "png").glob("[0-9]*/[0-9]*.png"):
                 path.unlink()
         trainer.strategy.barrier("SampleWriter.start")

@@ -10,9 +10,11 @@ import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from dat_lightning import DigitsDataModule, PGDSampler
+from dat_lightning import DigitsDataModule, PGDSampler, SampleBatch
 from dat_lightning.callbacks import Memorisation
+from dat_lightning.core import Logits
 from dat_lightning.data.digits import Digits, load_images, split_indices
 from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.data.paired import Split
@@ -101,7 +103,7 @@ def test_planted_copies_are_flagged_and_nothing_else(inference_mode: bool, tmp_p
     seeds, copies = planted()
     memorisation = Memorisation(Pixels(), num_neighbours=2)
     logged = run(tmp_path, memorisation, Planted(seeds), inference_mode=inference_mode)
-    share, median = memorisation.figures
+    share, median = memorisation.figures[:2]
     listed = share.details["flagged"]
     assert {entry["sample"]: entry["training_images"][0] for entry in listed} == copies
     assert share.value == pytest.approx(3 / 40)
@@ -119,7 +121,8 @@ def test_planted_copies_are_flagged_and_nothing_else(inference_mode: bool, tmp_p
     assert share.details["test_image_quantiles"] == pytest.approx(np.quantile(of_tests, quantiles), abs=1e-5)
     assert median.value == pytest.approx(float(np.sort(closest)[19]), abs=1e-5)  # torch's median: the lower of two
     assert (share.details["num_training_images"], share.details["num_test_images"]) == (1437, 360)
-    assert logged == pytest.approx({f"test/{f.name}": f.value for f in memorisation.figures}, rel=1e-6)
+    steps = {"test/memorisation_steps": 0.0}
+    assert logged == pytest.approx({**steps, **{f"test/{f.name}": f.value for f in memorisation.figures}}, rel=1e-6)
     assert "nearer than the 0.01 quantile of 360 real test images; L2 distance" in share.protocol
 
 
@@ -184,7 +187,7 @@ def test_features_of_training_images_are_computed_once_for_a_trainer(tmp_path: P
     trainer = tiny.trainer(tmp_path, [memorisation, sampler], max_epochs=2, limit_train_batches=1, limit_val_batches=1)
     data = Planted(seeds)
     trainer.fit(tiny.stage1(), datamodule=data)
-    assert sum(seen) == 1437 + 360 + 2 * 40
+    assert sum(seen) == 1437 + 360 + 2 * 2 * 40
     seen.clear()
     trainer.test(tiny.stage1(), datamodule=data, verbose=False)
     assert seen == []
@@ -206,16 +209,111 @@ def test_the_training_images_follow_the_data(tmp_path: Path) -> None:
     assert sizes == [1437, 144]
 
 
-def test_the_snapshot_is_the_one_asked_for(tmp_path: Path) -> None:
-    seeds, copies = planted()
-    data = Planted(seeds)
-    found = {}
-    for steps in (None, 0):
-        memorisation = Memorisation(Pixels(), num_steps=steps)
-        sampler = PGDSampler(num_samples=40, num_steps=[0, 5], step_size=1.0, batch_size=40)
-        tiny.trainer(tmp_path, [memorisation, sampler]).test(Foreign(), datamodule=data, verbose=False)
-        found[steps] = memorisation.figures[0].value
-    assert found == {None: 0.0, 0: pytest.approx(len(copies) / 40)}
+class Scripted(PGDSampler):
+    """Its snapshots are given, not climbed."""
+
+    def __init__(self, snapshots: dict[int, Tensor]) -> None:
+        super().__init__(num_samples=40, num_steps=list(snapshots), step_size=1.0, batch_size=16)
+        self.snapshots = snapshots
+
+    def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        images = {steps: images[indices] for steps, images in self.snapshots.items()}
+        return SampleBatch(indices, indices % num_classes, seeds, images)
+
+
+def snapshots() -> dict[int, Tensor]:
+    """Step count → images: one copy is made on the way, three are there early, and bad samples come last."""
+    copies, originals = planted()
+    one = real("test")[:40].clone()
+    one[5] = real("train")[7]
+    noise = torch.rand(40, 1, 16, 16, generator=torch.Generator().manual_seed(1))
+    assert len(originals) == 3
+    return {2: one, 4: copies, 9: noise}
+
+
+def scripted(path: Path, data: dict[int, Tensor], **kwargs: Any) -> tuple[Memorisation, dict[str, float]]:
+    memorisation = Memorisation(Pixels(), dirpath=str(path / "out"), num_pictures=4, **kwargs)
+    trainer = tiny.trainer(path, [memorisation, Scripted(data)])
+    trainer.test(Foreign(), datamodule=Planted(real("test")[:40]), verbose=False)
+    return memorisation, {name: float(value) for name, value in trainer.callback_metrics.items()}
+
+
+def test_every_snapshot_has_its_figures_and_the_worst_share_stands_for_all(tmp_path: Path) -> None:
+    data = snapshots()
+    memorisation, logged = scripted(tmp_path, data)
+    nearest = {steps: distances(images, real("train")).min(1) for steps, images in data.items()}
+    threshold = np.quantile(distances(real("test"), real("train")).min(1), 0.01)
+    shares = {steps: float((values < threshold).mean()) for steps, values in nearest.items()}
+    medians = {steps: float(np.sort(values)[19]) for steps, values in nearest.items()}
+    assert shares == {2: 1 / 40, 4: 3 / 40, 9: 0.0}
+    figures = {figure.name: figure for figure in memorisation.figures}
+    expected = {"memorised_share": shares[4], "nearest_training_distance": medians[4]}
+    for steps in data:
+        expected[f"memorised_share_{steps}_steps"] = shares[steps]
+        expected[f"nearest_training_distance_{steps}_steps"] = medians[steps]
+        assert f"samples after {steps} steps" in figures[f"memorised_share_{steps}_steps"].protocol
+        assert figures[f"memorised_share_{steps}_steps"].details["num_sampling_steps"] == steps
+    assert list(figures) == list(expected)
+    assert {name: figure.value for name, figure in figures.items()} == pytest.approx(expected, abs=1e-5)
+    named = {f"test/{name}": value for name, value in expected.items()}
+    assert logged == pytest.approx({"test/memorisation_steps": 4.0, **named}, rel=1e-5)
+    for name, values in (("memorised_share", shares), ("nearest_training_distance", medians)):
+        chosen = figures[name]
+        assert chosen.details["num_sampling_steps"] == 4
+        assert chosen.details["sweep_steps"] == [2, 4, 9]
+        assert chosen.details["sweep"] == pytest.approx(list(values.values()), abs=1e-5)
+        # Runs with the same sweep are compared, whichever steps are chosen.
+        assert chosen.protocol.endswith("samples after that of 2, 4, 9 steps with the largest memorised share")
+    assert {entry["sample"] for entry in figures["memorised_share"].details["flagged"]} == {3, 17, 36}
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["test_memorisation_4_steps.png"]
+    with Image.open(tmp_path / "out" / "test_memorisation_4_steps.png") as picture:
+        red = (np.asarray(picture) == (200, 30, 30)).all(2)
+    # The three copies are framed: two side by side, and one below.
+    assert ((red.sum(1) == 2 * 102).sum(), (red.sum(1) == 102).sum()) == (6, 6)
+
+
+@pytest.mark.parametrize("steps", [2, 9])
+def test_the_snapshot_can_be_asked_for(steps: int, tmp_path: Path) -> None:
+    memorisation, logged = scripted(tmp_path, snapshots(), num_steps=steps)
+    share, median, *others = memorisation.figures
+    assert share.details["num_sampling_steps"] == logged["test/memorisation_steps"] == steps
+    assert share.protocol.endswith(f"samples after {steps} steps")
+    assert len(others) == 6
+    assert share.value == {2: 1 / 40, 9: 0.0}[steps]
+    assert median.value == {f.name: f for f in others}[f"nearest_training_distance_{steps}_steps"].value
+    assert len(share.details["flagged"]) == {2: 1, 9: 0}[steps]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"test_memorisation_{steps}_steps.png"]
+
+
+def test_of_equal_shares_the_nearest_samples_count(tmp_path: Path) -> None:
+    data = snapshots()
+    noise = data[9]
+    near = (0.9 * noise + 0.1 * real("test")[:40]).clamp(0, 1)
+    memorisation, logged = scripted(tmp_path, {1: noise, 3: near, 8: noise, 9: near})
+    assert {f.value for f in memorisation.figures if "share" in f.name} == {0.0}
+    assert logged["test/memorisation_steps"] == 3
+
+
+def test_figures_tell_what_they_were_measured_with(tmp_path: Path) -> None:
+    class Shifted(Planted):
+        """One test image differs in one pixel."""
+
+        def test_dataloader(self) -> Any:
+            batches = list(super().test_dataloader())
+            batches[1]["x"][3, 0, 5, 5] = 1 - batches[1]["x"][3, 0, 5, 5]
+            return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+    seeds, _ = planted()
+    found = []
+    for kind in (Planted, Planted, Shifted):
+        memorisation = Memorisation(Pixels())
+        run(tmp_path, memorisation, kind(seeds))
+        used = [figure.measured_with for figure in memorisation.figures]
+        assert all(part == used[0] for part in used)
+        found.append(used[0])
+    assert found[0] == found[1]
+    assert {name for name in found[0] if found[0][name] != found[2][name]} == {"test images"}
+    assert set(found[0]) == {"extractor", "reference", "test images"}
 
 
 # Warnings and errors.

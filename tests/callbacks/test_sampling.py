@@ -2,6 +2,7 @@
 
 import errno
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torchvision.transforms import v2
 
 from dat_lightning import (
+    DigitsDataModule,
     DigitsFeatures,
     FrechetDistance,
     PGDSampler,
@@ -32,7 +34,7 @@ from dat_lightning import (
 from dat_lightning.callbacks.frechet import reference_key
 from dat_lightning.core import Gaussian, Logits, targeted_logit
 from dat_lightning.core.gaussian_stats import read_statistics, write_statistics
-from dat_lightning.data.draws import EvaluationBatches
+from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from tests import tiny
 
 
@@ -180,6 +182,245 @@ def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
 def test_wrong_numbers(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampler(**kwargs)
+
+
+# Interrupted generation.
+
+
+class Interrupted(SampleConsumer):
+    """The power fails while samples with this index are consumed, or else at the end."""
+
+    def __init__(self, index: int = -1) -> None:
+        self.index = index
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        if self.index in batch.indices.tolist():
+            raise InterruptedError("the power is gone")
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise InterruptedError("the power is gone")
+
+
+class Counting(PGDSampler):
+    """Notes with which sample each batch that is generated begins."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"num_samples": 25, "num_steps": [1, 3], "step_size": 0.5, "batch_size": 10, **kwargs})
+        self.begun: list[int] = []
+
+    def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        self.begun.append(int(indices[0]))
+        return super().generate(logits, seeds, indices, num_classes)
+
+
+def same_batches(a: SampleBatch, b: SampleBatch) -> bool:
+    """Bit for bit, types too."""
+    values = [[x.indices, x.labels, x.seeds, *x.images.values()] for x in (a, b)]
+    equal = (torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*values, strict=True))
+    return list(a.images) == list(b.images) and all(equal)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Name → contents; an archive's times are left out."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with np.load(folder / "samples.npz") as arrays:
+        return {**files, "samples.npz": arrays["arr_0"].tobytes() + arrays["arr_1"].tobytes()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "index", "missing"),
+    [("test", 12, [20]), ("predict", 3, [10, 20]), ("predict", -1, [])],
+)
+def test_interrupted_generation_goes_on_where_it_stopped(
+    stage: str, index: int, missing: list[int], tmp_path: Path
+) -> None:
+    """Every consumer ends with what an uninterrupted run gives it, bit for bit."""
+
+    def sampled(name: str, *others: Callback) -> tuple[Counting, Collector, FrechetDistance]:
+        counting = Counting(dirpath=None if name == "whole" else str(tmp_path / "kept"))
+        collector, fid = Collector(), FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path / "cache"))
+        writer = SampleWriter(str(tmp_path / name), stages=["test", "predict"])
+        trainer = tiny.trainer(tmp_path, [counting, collector, fid, writer, *others], limit_test_batches=1)
+        if stage == "test":
+            trainer.test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+        else:
+            trainer.predict(tiny.stage1(), datamodule=tiny.digits(), return_predictions=False)
+        return counting, collector, fid
+
+    with pytest.raises(InterruptedError):
+        sampled("written", Interrupted(index))
+    counting, collector, fid = sampled("written")
+    assert counting.begun == missing
+    assert list((tmp_path / "kept").iterdir()) == []
+    _, expected, whole = sampled("whole")
+    assert collector.plans == expected.plans
+    assert collector.calls == ["start", "batch", "batch", "batch", "end"]
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+    assert fid.scores == whole.scores
+    assert files_of(tmp_path / "written") == files_of(tmp_path / "whole")
+
+
+class OtherForward(nn.Module):
+    """A network whose weights do not show what it does with them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.net = nn.Linear(256, 10, bias=False)
+        self.scale = scale
+        with torch.no_grad():
+            self.net.weight.copy_(torch.randn(10, 256, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x * self.scale).square().flatten(1))
+        return logits
+
+
+class Around(LightningModule):
+    """A module of another project around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Leaves everything to the callbacks."""
+
+
+class Longer(Counting):
+    """A sampler with a setting of its own."""
+
+    def __init__(self, extra: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "extra": self.extra}
+
+
+class OnePixel(DigitsDataModule):
+    """Digits, and seeds of which one may differ in one pixel."""
+
+    def __init__(self, change: float) -> None:
+        super().__init__(batch_size=32, num_ood=200, num_held_out=50)
+        self.change = change
+
+    def held_out_seeds(self) -> DrawStream:
+        def seed(i: int) -> tuple[Tensor, None]:
+            image = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(i))
+            image[0, 3, 4] += self.change * (i == 14)
+            return image, None
+
+        return seed  # type: ignore[return-value]
+
+
+CHANGES: dict[str, tuple[Mapping[str, Any], list[int]]] = {
+    "nothing": ({}, []),
+    "fewer samples": ({"num_samples": 20}, [0, 10]),
+    "step size": ({"step_size": 0.6}, [0, 10, 20]),
+    "number of steps": ({"num_steps": [1, 4]}, [0, 10, 20]),
+    "more snapshots": ({"num_steps": [1, 2, 3]}, [0, 10, 20]),
+    "batch size": ({"batch_size": 13}, [0, 13]),
+    "precision": ({"precision": "bfloat16"}, [0, 10, 20]),
+    "precision of the trainer": ({"trainer": "bf16-mixed"}, [0, 10, 20]),
+    "weights": ({"module": lambda: tiny.stage1(energy_model=tiny.energy_model(seed=1))}, [0, 10, 20]),
+    "folded network": ({"module": lambda: tiny.stage1(fold_batch_norm=True)}, [0, 10, 20]),
+    "seeds": ({"change": 1e-3}, [10]),
+    "setting of a subclass": ({"extra": 2.0}, [0, 10, 20]),
+}
+
+
+def with_change(
+    path: Path,
+    *others: Callback,
+    dirpath: str | None,
+    module: Callable[[], LightningModule] = tiny.stage1,
+    trainer: str = "32-true",
+    change: float = 0.0,
+    extra: float = 1.0,
+    **kwargs: Any,
+) -> tuple[Longer, Collector]:
+    counting, collector = Longer(extra, dirpath=dirpath, **kwargs), Collector()
+    callbacks = [counting, collector, *others]
+    tester = tiny.trainer(path, callbacks, limit_test_batches=1, precision=trainer)
+    tester.test(module(), datamodule=OnePixel(change), verbose=False)
+    return counting, collector
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_kept_samples_are_never_mistaken_for_others(name: str, tmp_path: Path) -> None:
+    changes, begun = CHANGES[name]
+    with pytest.raises(InterruptedError):
+        with_change(tmp_path, Interrupted(), dirpath=str(tmp_path / "kept"))
+    counting, collector = with_change(tmp_path, dirpath=str(tmp_path / "kept"), **changes)
+    assert counting.begun == begun
+    _, expected = with_change(tmp_path, dirpath=None, **changes)
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+    # What is of another set stays for it; seeds are no settings, but what belongs to a folder's batches.
+    left = len(list((tmp_path / "kept").rglob("samples-*.values")))
+    assert left == (0 if name in ("nothing", "seeds") else 3)
+
+
+def test_another_function_of_the_same_weights_is_noticed(tmp_path: Path) -> None:
+    kept = str(tmp_path / "kept")
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=kept), Interrupted(), module=Around(OtherForward(1.0)))
+    counting = Counting(dirpath=kept)
+    run(tmp_path, counting, Collector(), module=Around(OtherForward(1.1)))
+    assert counting.begun == [0, 10, 20]
+
+
+def test_half_written_batches_are_generated_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=str(kept)), Interrupted())
+    first, second, _ = sorted(kept.rglob("samples-*.values"))
+    first.write_bytes(first.read_bytes()[:-100])
+    second.write_bytes(b"")
+    counting, collector, expected = Counting(dirpath=str(kept)), Collector(), Collector()
+    run(tmp_path, counting, collector)
+    assert counting.begun == [0, 10]
+    run(tmp_path, Counting(), expected)
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_samples_of_any_type_are_kept_without_loss(precision: Any, tmp_path: Path) -> None:
+    collectors = [Collector(), Collector()]
+    module = Around(OtherForward(1.0))
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=str(tmp_path / "kept")), Interrupted(), module=module, precision=precision)
+    run(tmp_path, Counting(dirpath=str(tmp_path / "kept")), collectors[0], module=module, precision=precision)
+    run(tmp_path, Counting(), collectors[1], module=module, precision=precision)
+    assert collectors[0].images(3).dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert all(same_batches(a, b) for a, b in zip(*(c.batches for c in collectors), strict=True))
+
+
+def test_validation_keeps_nothing(tmp_path: Path) -> None:
+    counting = Counting(dirpath=str(tmp_path / "kept"))
+    trainer = tiny.trainer(tmp_path, [counting, Interrupted()], limit_train_batches=1, limit_val_batches=1)
+    for validate in (trainer.fit, trainer.validate):
+        with pytest.raises(InterruptedError):
+            validate(tiny.stage1(), datamodule=tiny.digits())
+    assert counting.begun == 2 * [0, 10, 20]
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_writer_cleans_up_after_a_kill(tmp_path: Path) -> None:
+    """What a kill may leave: half a picture, one of a class that is gone, shards and a half-made archive."""
+    for name in ("png/0004/000014.png", "png/0777/000777.png", "shards/000000.npz", "shards/arr_0.npy", "samples.tmp"):
+        path = tmp_path / "killed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for folder in ("killed", "whole"):
+        run(tmp_path, sampler(), SampleWriter(str(tmp_path / folder), stages=["test"]))
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    (tmp_path / "killed" / "samples.tmp").write_bytes(b"half")
+    run(tmp_path, sampler(), SampleWriter(str(tmp_path / "killed"), formats=["png"], stages=["test"]))
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["png"]
 
 
 # The Fréchet distance.

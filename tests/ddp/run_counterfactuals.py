@@ -27,7 +27,7 @@ def main(devices: int, folder: Path) -> None:
         [2.0], num_steps=3, judge=judge, extractor=extractor, num_pictures=10, picture_dirpath=pictures
     )
     memorisation = Memorisation(DigitsFeatures(), quantile=0.99, metric="cosine", dirpath=pictures)
-    sampler = PGDSampler(num_samples=55, num_steps=[5], step_size=0.5, batch_size=10)
+    sampler = PGDSampler(num_samples=55, num_steps=[2, 5], step_size=0.5, batch_size=10)
     trainer = tiny.trainer(
         folder, [counterfactuals, memorisation, sampler], devices=devices, strategy=strategy(devices)
     )

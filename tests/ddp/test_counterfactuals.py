@@ -38,7 +38,7 @@ def same(a: Any, b: Any) -> bool:
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[int, Path]) -> None:
     one = json.loads((runs[1] / "figures-0.json").read_text())
-    assert len(one) == 2 * 7 + 2
+    assert len(one) == 2 * 7 + 2 * 3
     assert {figure["num_samples"] for figure in one if "_l2_" in figure["name"]} == {NUM_TEST}
     assert any(figure["details"].get("flagged") for figure in one)
     for rank in range(num_ranks):

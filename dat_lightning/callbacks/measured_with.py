@@ -1,0 +1,69 @@
+"""Short digests of what decides a figure besides the model, so that only figures with the same ones are compared."""
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Trainer
+from torch import nn
+
+from dat_lightning.core.figures import Values
+from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
+from dat_lightning.core.images import to_uint8_rgb
+
+_LENGTH = 16
+_WHOLE_UP_TO, _NUM_FILES = 20_000, 2_000
+
+
+def network_digest(network: nn.Module) -> str:
+    """Returns a digest of an extractor, a judge or a classifier, behind the name of its class."""
+    return f"{type(network).__name__} {module_fingerprint(network)[:_LENGTH]}"
+
+
+def images_digest(values: Values) -> str:
+    """Returns a digest of the images behind values with a number per image under ``digest``, in their order."""
+    return hashlib.sha256(values["digest"].numpy().tobytes()).hexdigest()[:_LENGTH]
+
+
+def reference_digest(trainer: Trainer, data: Any) -> str:
+    """Returns a digest of reference images as evaluation sees them; every rank must call it.
+
+    No network reads them, so that another device gives the same digest.
+
+    Args:
+        trainer: Lets rank zero alone read.
+        data: Has ``dataset`` and ``transform``, as the DataModule's ``reference_data()``.
+    """
+    return trainer.strategy.broadcast(data_digest(data) if trainer.is_global_zero else "")
+
+
+def data_digest(data: Any) -> str:
+    """Returns what :func:`reference_digest` does, from this rank alone."""
+    size = len(data.dataset)
+    seen = to_uint8_rgb(data[sorted({k * size // 16 for k in range(16)})]["x"])
+    parts = (data_fingerprint(data.dataset), repr(data.transform), image_digest(seen))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_LENGTH]
+
+
+def file_digest(path: Path) -> str:
+    """Returns a digest of a file, or of the files in a folder: of all up to a number, beyond it of evenly spaced ones.
+
+    Folders with the same files in them are alike, wherever they lie.
+    """
+    if path.is_file():
+        return _sha256(path)[:_LENGTH]
+    files = sorted(Path(where) / name for where, _, names in os.walk(path) for name in names)
+    count = len(files) if len(files) <= _WHOLE_UP_TO else _NUM_FILES
+    digest = hashlib.sha256(f"{len(files)}".encode())
+    for file in (files[k * len(files) // count] for k in range(count)):
+        digest.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
+    return digest.hexdigest()[:_LENGTH]
+
+
+def _sha256(path: Path) -> str:
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            sha256.update(block)
+    return sha256.hexdigest()
