@@ -46,11 +46,17 @@ def program(folder: Path, name: str, content: str) -> None:
     (folder / name).chmod(0o755)
 
 
-def run(script: Path, *arguments: str, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(
+    script: Path,
+    *arguments: str,
+    folder: Path,
+    instead: str = f'exec {sys.executable} -m dat_lightning "$@"',
+    **variables: str,
+) -> subprocess.CompletedProcess[str]:
     """Runs a script in a folder that has the project's configurations, with programs of ``folder/bin`` first."""
     if not (folder / "configs").exists():
         (folder / "configs").symlink_to(ROOT / "configs")
-    program(folder / "bin", "dat-lightning", f'exec {sys.executable} -m dat_lightning "$@"')
+    program(folder / "bin", "dat-lightning", instead)
     path = f"{folder / 'bin'}:{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.run(
         [str(script), *arguments],
@@ -114,14 +120,14 @@ SLURM = {
 }
 
 
-@pytest.mark.slow  # four starts of the program
+@pytest.mark.slow  # six starts of the program
 def test_a_job_trains_and_its_next_life_goes_on(tmp_path: Path) -> None:
     """The script for one machine, in Slurm's environment, on as much of a machine as there is."""
     program(tmp_path / "bin", "srun", SRUN)
     # The fragment's own figures are for eight GPUs; a later file wins over it only if the script lets it.
     script = tmp_path / "one.sbatch"
     text = (EXAMPLES / "one_node.sbatch").read_text()
-    assert text.count("--config configs/trainer/8gpu.yaml") == 2
+    assert text.count("--config configs/trainer/8gpu.yaml") == 1
     (tmp_path / "cpu.yaml").write_text("trainer: {accelerator: cpu, devices: 1, num_nodes: 1}\n")
     script.write_text(text.replace("configs/trainer/8gpu.yaml", "cpu.yaml"))
     script.chmod(0o755)
@@ -129,13 +135,36 @@ def test_a_job_trains_and_its_next_life_goes_on(tmp_path: Path) -> None:
     first = run(script, *arguments, folder=tmp_path, **SLURM)
     assert first.returncode == 0, first.stderr[-2000:]
     assert "there is no checkpoint of this run yet; it starts anew" in first.stderr
-    saved = tmp_path / "runs" / "digits" / "stage1" / "checkpoints" / "last.ckpt"
+    saved = tmp_path / "runs" / "slurm" / "4711" / "checkpoints" / "last.ckpt"
     assert torch.load(saved, weights_only=True)["global_step"] == 2
     more = [argument.replace("max_epochs=1", "max_epochs=2") for argument in arguments]
     second = run(script, *more, folder=tmp_path, **SLURM)
     assert second.returncode == 0, second.stderr[-2000:]
     assert torch.load(saved, weights_only=True)["global_step"] == 4
     assert "checkpoints/last.ckpt" in second.stderr
+    # Another job of the recipe does not go on from what this one left.
+    other = run(script, *arguments, folder=tmp_path, **{**SLURM, "SLURM_JOB_ID": "4712"})
+    assert other.returncode == 0, other.stderr[-2000:]
+    assert "there is no checkpoint of this run yet; it starts anew" in other.stderr
+
+
+@pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda path: path.name)
+def test_every_job_has_its_own_folder_of_checkpoints(script: Path, tmp_path: Path) -> None:
+    """All savers of a recipe are moved there; what else has a folder keeps it."""
+    recipe = yaml.safe_load((ROOT / "configs" / "imagenet" / "resnet50_T30.yaml").read_text())
+    folders = [c["init_args"]["dirpath"] for c in recipe["trainer"]["callbacks"] if "dirpath" in c.get("init_args", {})]
+    (tmp_path / "printed.yaml").write_text(yaml.safe_dump(recipe))
+    program(tmp_path / "bin", "srun", 'echo "$@"')
+    said = run(script, "--model.seed=3", folder=tmp_path, instead='echo "$@" >asked; cat printed.yaml', **SLURM)
+    assert said.returncode == 0, said.stderr
+    assert (tmp_path / "asked").read_text().startswith("fit --model.seed=3 --config configs/trainer/")
+    job = "runs/slurm/4711"
+    assert said.stdout.endswith(f" dat-lightning fit --config {job}/job.yaml --ckpt_path last\n")
+    written = yaml.safe_load((tmp_path / job / "job.yaml").read_text())
+    expected = [f"{job}/checkpoints" if "checkpoints" in folder else folder for folder in folders]
+    assert expected.count(f"{job}/checkpoints") == 4
+    callbacks = written["trainer"]["callbacks"]
+    assert [c["init_args"]["dirpath"] for c in callbacks if "dirpath" in c.get("init_args", {})] == expected
 
 
 def test_a_wrong_argument_ends_the_job_before_srun(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -62,7 +63,10 @@ class SignalCheckpoint(Checkpoint):
     Under Slurm it is ``hpc_ckpt_<n>.ckpt`` in ``default_root_dir``, from which Lightning goes on by itself; the one
     before it is kept, older ones are removed. The signal before the time limit (SIGUSR1, or what
     ``SLURMEnvironment`` says) also puts the job back into the queue; if that fails, training goes on. SIGTERM does not:
-    Slurm sends it when it takes the job off by itself, and when a user cancels the job.
+    Slurm sends it when it takes the job off by itself, and when a user cancels the job. Where ``auto_requeue`` is off,
+    or torchrun starts the processes of a job, that signal stops the run as SIGTERM does without Slurm.
+
+    Python hears signals in the main thread alone; where ``fit`` runs in another, a warning says so.
 
     When a run goes on in the same folder of TensorBoard, what was logged after the checkpoint is not shown twice.
 
@@ -71,6 +75,9 @@ class SignalCheckpoint(Checkpoint):
     Args:
         dirpath: Another folder for the checkpoint.
     """
+
+    # Lightning asks its first Checkpoint callback for it, which this one is where there is no ModelCheckpoint.
+    best_model_path = ""
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
@@ -83,16 +90,23 @@ class SignalCheckpoint(Checkpoint):
         self._accumulating = False
         self._last_step = -1
         self._saved_at: str | None = None
+        self._saving = False
         self._requeued = False
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes ready for a run; processes that load data inherit the handler of Ctrl-C and leave it to this one."""
         self._trainer, self._pid, self._signal = trainer, os.getpid(), 0
-        self._training = self._validating = self._accumulating = False
+        self._training = self._validating = self._accumulating = self._saving = False
         self._last_step, self._saved_at, self._requeued = -1, None, False
-        if stage == "fit":
-            self._listen(signal.SIGINT)
+        if stage != "fit":
+            return
+        if threading.current_thread() is not threading.main_thread():
+            rank_zero_warn(
+                f"fit runs in the thread {threading.current_thread().name}, but Python hears signals in the main thread"
+                " alone: SIGTERM and Ctrl-C write no checkpoint"
+            )
+        self._listen(signal.SIGINT)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -100,9 +114,9 @@ class SignalCheckpoint(Checkpoint):
         self._training = True
         self._last_step = trainer.global_step
         self._listen(signal.SIGTERM)
-        environment = _slurm(trainer)
-        if environment is not None:
-            self._listen(int(environment.requeue_signal or signal.SIGUSR1))
+        warning = _slurms_signal(trainer)
+        if warning is not None:
+            self._listen(warning)
         if trainer.global_step > 0 and trainer.is_global_zero:
             for each in trainer.loggers:
                 if isinstance(each, TensorBoardLogger):
@@ -169,6 +183,8 @@ class SignalCheckpoint(Checkpoint):
             progress["is_last_batch"] = False
 
     def _listen(self, signum: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return
         previous = signal.getsignal(signum)
         if previous != self._handle:
             self._previous[signum] = previous
@@ -197,17 +213,21 @@ class SignalCheckpoint(Checkpoint):
                 raise KeyboardInterrupt
             if trainer.is_global_zero:
                 os.write(2, _AGAIN)
-        if self._signal not in (0, signum) and signum == signal.SIGTERM:
-            return  # a signal to requeue is not undone
-        self._signal = signum
-        if self._validating and trainer.is_global_zero and self._saved_at is None:
+        if _urgency(signum) >= _urgency(self._signal):
+            self._signal = signum  # a signal to requeue is not undone
+        # While a checkpoint is written, here or below, a further signal waits for that one.
+        if self._validating and trainer.is_global_zero and self._saved_at is None and not self._saving:
             path = self._path(trainer)
-            # Not through the Trainer, which would wait for the other processes: they are somewhere else in validation.
-            trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+            self._saving = True
+            try:
+                # Not through the Trainer, which would wait for the other processes: they are elsewhere in validation.
+                trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+            finally:
+                self._saving = False
             self._saved_at = path
             if trainer.world_size == 1:
-                self._stop(trainer, signum, path)
-            elif _urgency(signum) == _REQUEUE:
+                self._stop(trainer, self._signal, path)
+            elif _urgency(self._signal) == _REQUEUE and _slurm(trainer) is not None:
                 self._requeued = _requeue()
 
     def _boundary(self, trainer: Trainer) -> None:
@@ -221,7 +241,11 @@ class SignalCheckpoint(Checkpoint):
             return
         signum = _signum(trainer, urgency)
         path = trainer.strategy.broadcast(self._path(trainer))
-        trainer.save_checkpoint(path)
+        self._saving = True
+        try:
+            trainer.save_checkpoint(path)
+        finally:
+            self._saving = False
         self._saved_at = path
         self._stop(trainer, signum, path)
 
@@ -260,6 +284,17 @@ def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
     return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
 
 
+def _slurms_signal(trainer: Trainer) -> int | None:
+    """Returns the signal that Slurm sends before the time limit, or ``None`` where there is no Slurm.
+
+    It also comes where nothing is put back into the queue, and would end a process that does not listen.
+    """
+    environment = trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        return int(environment.requeue_signal or signal.SIGUSR1)
+    return int(signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else None
+
+
 def _urgency(signum: int) -> int:
     """Ranks signals, so that processes that got different ones do the same."""
     if signum not in (signal.SIGINT, signal.SIGTERM):
@@ -268,9 +303,8 @@ def _urgency(signum: int) -> int:
 
 
 def _signum(trainer: Trainer, urgency: int) -> int:
-    environment = _slurm(trainer)
-    if urgency == _REQUEUE and environment is not None:
-        return int(environment.requeue_signal or signal.SIGUSR1)
+    if urgency == _REQUEUE:
+        return _slurms_signal(trainer) or int(signal.SIGUSR1)
     return int(signal.SIGTERM if urgency == 2 else signal.SIGINT)
 
 

@@ -1,6 +1,6 @@
-"""The number of a checkpoint's format, so that a file of a newer version is told from a damaged one."""
+"""What a checkpoint says of its run: the number of its format, the module's class, the run, and its settings."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -9,17 +9,30 @@ FORMAT = 1
 
 ENTRY = "dat_lightning"
 
-
-def stamp(checkpoint: MutableMapping[str, Any]) -> None:
-    """Writes the number of the format and the version of the package into a checkpoint."""
-    checkpoint[ENTRY] = {"format": FORMAT, "version": _version()}
+# Of the settings that the command line stores, those that do not decide what is computed.
+_NOT_COMPARED = frozenset({"_class_path", "_instantiator", "compile", "fold_batch_norm", "memory_format"})
 
 
-def check_stamp(checkpoint: Mapping[str, Any]) -> None:
+def stamp(checkpoint: MutableMapping[str, Any], kind: str | None = None, run: str | None = None) -> None:
+    """Writes into a checkpoint what tells it from others: the number of the format and the version of the package.
+
+    Args:
+        checkpoint: What is about to be saved.
+        kind: Path of the module's class.
+        run: Name of the run, the same in all its lives.
+    """
+    checkpoint[ENTRY] = {"format": FORMAT, "version": _version(), "module": kind, "run": run}
+
+
+def check_stamp(checkpoint: Mapping[str, Any], kind: str | None = None) -> None:
     """Checks that this version can read a checkpoint; one without a stamp is older than stamps are.
 
+    Args:
+        checkpoint: Its contents.
+        kind: Path of the class whose training goes on; by default any will do.
+
     Raises:
-        ValueError: If a newer version wrote it.
+        ValueError: If a newer version wrote it, or a module of another class.
     """
     found = checkpoint.get(ENTRY)
     number = found.get("format") if isinstance(found, Mapping) else None
@@ -28,6 +41,68 @@ def check_stamp(checkpoint: Mapping[str, Any]) -> None:
             f"the checkpoint has format {number}, of dat_lightning {found.get('version')}; this is version"
             f" {_version()}, which reads formats up to {FORMAT}: install that version or a newer one"
         )
+    if kind is not None and not is_of_kind(checkpoint, kind):
+        raise ValueError(
+            f"the checkpoint is one of a {kind_of(checkpoint)}, from which a {kind} cannot go on; init_from takes its"
+            " weights alone"
+        )
+
+
+def kind_of(checkpoint: Mapping[str, Any]) -> str | None:
+    """Returns the path of the class that a checkpoint is of, or ``None`` if it does not say."""
+    entry, settings = checkpoint.get(ENTRY), checkpoint.get("hyper_parameters")
+    kind = entry.get("module") if isinstance(entry, Mapping) else None
+    if kind is None and isinstance(settings, Mapping):  # of a run of the command line, before classes were stamped
+        kind = settings.get("_class_path")
+    return kind if isinstance(kind, str) else None
+
+
+def is_of_kind(checkpoint: Mapping[str, Any], kind: str) -> bool:
+    """Returns whether a checkpoint is of a class, by its name alone: a class may move to another file."""
+    found = kind_of(checkpoint)
+    return found is None or found.rpartition(".")[2] == kind.rpartition(".")[2]
+
+
+def run_of(checkpoint: Mapping[str, Any]) -> str | None:
+    """Returns the name of the run that a checkpoint is of, or ``None`` if it does not say."""
+    entry = checkpoint.get(ENTRY)
+    run = entry.get("run") if isinstance(entry, Mapping) else None
+    return run if isinstance(run, str) else None
+
+
+def changed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:
+    """Returns, as ``name: old → new``, which of the module's settings are others than those of a checkpoint.
+
+    Args:
+        checkpoint: Its contents.
+        settings: The present ones, in the form that the command line stores; nothing is compared if there are none.
+    """
+    old = checkpoint.get("hyper_parameters")
+    if not isinstance(old, Mapping) or not old or not settings:
+        return []
+    kept, present = ({k: v for k, v in each.items() if k not in _NOT_COMPARED} for each in (old, settings))
+    return list(_changed(kept, present))
+
+
+def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        if old.get("class_path") != new.get("class_path"):
+            # The arguments of two classes have nothing in common.
+            old, new = ({"class_path": each.get("class_path")} for each in (old, new))
+        for key in dict.fromkeys((*old, *new)):
+            # As on the command line, where init_args can be left out.
+            inner = name if key == "init_args" else f"{name}.{key}".lstrip(".")
+            yield from _changed(old.get(key), new.get(key), inner)
+    elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
+        if list(old) != list(new):
+            yield f"{name}: {_brief(list(old))} → {_brief(list(new))}"
+    elif old != new:
+        yield f"{name}: {_brief(old)} → {_brief(new)}"
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:79]}…"
 
 
 def _version() -> str:

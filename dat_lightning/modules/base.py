@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping
 from typing import Any, Literal, cast
+from uuid import uuid4
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dat_lightning.checkpoints import check_stamp, load_weights, stamp
+from dat_lightning.checkpoints import check_stamp, load_weights, run_of, stamp
 from dat_lightning.core.energy import EnergyModel, marginal_energy
 from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
@@ -88,6 +90,7 @@ class EnergyModule(LightningModule):
         self.seed = seed
         self._initialized = False
         self._labels_checked = False
+        self._run_name: str | None = None
         # In a list it is no submodule: a second form of the same weights is not for state dicts and optimisers.
         self._folded: list[FoldedNetwork] = []
         if memory_format == "channels_last":
@@ -188,14 +191,19 @@ class EnergyModule(LightningModule):
         """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
 
         Raises:
-            ValueError: If a newer version of this package wrote it.
+            ValueError: If a newer version of this package wrote it, or, where training is to go on, another module.
         """
-        check_stamp(checkpoint)
+        trainer = self._trainer
+        if trainer is not None and trainer.state.fn is TrainerFn.FITTING:
+            check_stamp(checkpoint, _class_path(self))
+            self._run_name = run_of(checkpoint) or self._run_name
+        else:
+            check_stamp(checkpoint)
         self._initialized = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the number of the checkpoint's format into it."""
-        stamp(checkpoint)
+        """Writes the number of the checkpoint's format into it, the module's class, and the name of the run."""
+        stamp(checkpoint, _class_path(self), self._run_name)
 
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
@@ -204,6 +212,8 @@ class EnergyModule(LightningModule):
             ValueError: If the learning rate schedule is shorter than the training.
         """
         self._load_initial_weights()
+        if self.trainer.ckpt_path is None or self._run_name is None:
+            self._run_name = uuid4().hex
         for config in self.trainer.lr_scheduler_configs:
             self._check_cosine(config.scheduler, config.interval)
             total = getattr(config.scheduler, "total_steps", None)
@@ -351,6 +361,10 @@ class EnergyModule(LightningModule):
             # int: the mean of the ranks' sums would be rounded down (_ResultMetric.compute in Lightning's result.py).
             size: Any = torch.tensor(len(value), dtype=torch.float32)
             self.log(f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+
+def _class_path(module: EnergyModule) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
 def _compile(network: nn.Module, how: CompileMode) -> None:

@@ -4,7 +4,9 @@
 #   NNODES=2 NODE_RANK=0 MASTER_ADDR=machine0 docs/examples/torchrun.sh --config RECIPE --config configs/trainer/8gpu.yaml
 #   NNODES=2 NODE_RANK=1 MASTER_ADDR=machine0 docs/examples/torchrun.sh --config RECIPE --config configs/trainer/8gpu.yaml
 #
-# The same commands start a run and take it up again: --ckpt_path last means the newest whole checkpoint, if there is one.
+# The same commands start a run and take it up again: --ckpt_path last means the newest whole checkpoint in the recipe's
+# folder, if there is one. An earlier run of the recipe is taken up, too: for a new one beside it, change the recipe's
+# dirpath; to replace it, add --ckpt_path null.
 # Arguments given here come last, so they win. Checkpoints have to be in a folder that all machines share.
 set -euo pipefail
 

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from dat_lightning.checkpoints import AtomicCheckpointIO, DamagedCheckpointError, newest_whole, read_run
+from dat_lightning.checkpoints import AtomicCheckpointIO, DamagedCheckpointError, Wanted, newest_whole, read_run
 from dat_lightning.checkpoints.stamp import FORMAT
 from dat_lightning.resume import protect
 from tests import tiny
@@ -140,12 +140,13 @@ def test_what_training_cannot_go_on_from_is_not_offered(tmp_path: Path) -> None:
     whole, other, weights = (tmp_path / name for name in ("a.ckpt", "b.ckpt", "c.ckpt"))
     torch.save(contents(1), whole)
     torch.save(contents(2, state_dict={"another": torch.zeros(1)}), other)
-    torch.save({"pytorch-lightning_version": "2.6.0", "state_dict": {"weight": torch.zeros(50)}}, weights)
+    alone = {"pytorch-lightning_version": "2.6.0", "global_step": 3, "state_dict": {"weight": torch.zeros(50)}}
+    torch.save(alone, weights)
     for k, path in enumerate((whole, other, weights)):
         os.utime(path, (1000 + k,) * 2)
-    assert newest_whole([whole, other, weights], names=["weight"]) == whole
+    assert newest_whole([whole, other, weights], Wanted(shapes={"weight": (50,)})) == whole
     assert newest_whole([whole, other, weights]) == other
-    assert newest_whole([whole, other, weights], names=["weight"], to_train=False) == weights
+    assert newest_whole([whole, other, weights], Wanted(shapes={"weight": (50,)}, to_train=False)) == weights
 
 
 def test_a_file_without_checksums_can_be_read(tmp_path: Path) -> None:

@@ -42,8 +42,8 @@ def differences(a: Any, b: Any, where: str = "") -> list[str]:
 
 
 def state(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns all of a checkpoint but for where it lies and how the loops count what they have been through."""
-    left_out = {"callbacks", "hyper_parameters", "loops"}
+    """Returns all of a checkpoint but for its run's name, where it lies, and how the loops count what they did."""
+    left_out = {"callbacks", "dat_lightning", "hyper_parameters", "loops"}
     kept = {name: value for name, value in checkpoint.items() if name not in left_out}
     loop = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
