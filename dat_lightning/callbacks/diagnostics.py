@@ -8,6 +8,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.callbacks.divergence import step_was_skipped
@@ -35,8 +36,8 @@ class Diagnostics(Callback):
     | …, and OOD seeds cannot be told from training images | warns once that they may be the same data |
 
     :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
-    is not looked at here. Identical ID and OOD data sets are refused by PairedDataModule before training; the last row
-    is for data of others.
+    is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
+    training; the last row is for data of others.
     Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
 
     Args:
@@ -72,6 +73,19 @@ class Diagnostics(Callback):
         self.action = action
         self._warned_stuck = False
         self._last_look = 0
+        self._stale: dict[str, Tensor] = {}
+        self._skipped_in_epoch = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what an earlier run logged."""
+        self._stale, self._skipped_in_epoch = {}, False
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves aside an epoch's means if one of its steps was skipped."""
+        if self._skipped_in_epoch:
+            self._stale, self._skipped_in_epoch = dict(trainer.callback_metrics), False
 
     @override
     def on_train_batch_end(
@@ -79,13 +93,14 @@ class Diagnostics(Callback):
     ) -> None:
         """Looks, if it is time."""
         step = trainer.global_step
+        if step_was_skipped(trainer):
+            # What is NaN there has been dealt with. It stands until the module logs it again, which may be later.
+            self._stale, self._skipped_in_epoch = dict(trainer.callback_metrics), True
+            return
         # With accumulated gradients several batches belong to a step.
         if step == 0 or step == self._last_look or step % self.every_n_steps:
             return
         self._last_look = step
-        # What is NaN there has been dealt with.
-        if step_was_skipped(trainer):
-            return
         curriculum = curriculum_of(pl_module)
         if curriculum is not None:
             self._check_batch_norm(pl_module)
@@ -97,7 +112,7 @@ class Diagnostics(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, curriculum: AUCCurriculum | None
     ) -> dict[str, float]:
         """Absolute losses, energies and gradient, the largest over ranks, which have to come to one decision."""
-        scalars = trainer.callback_metrics.items()
+        scalars = [(n, v) for n, v in trainer.callback_metrics.items() if not self._is_stale(n, v)]
         values = {n: v for n, v in scalars if n.startswith("train/") and ("loss" in n or "energy" in n)}
         if isinstance(batch, dict):
             images = [x for name, x in batch.items() if name.startswith("x_")]
@@ -110,8 +125,12 @@ class Diagnostics(Callback):
             return {}
         # NaN has no place in an order.
         numbers = torch.stack([v.detach().float().abs().to(pl_module.device) for v in values.values()])
-        largest = trainer.strategy.reduce(numbers.nan_to_num(nan=math.inf), reduce_op="max")
+        largest = trainer.strategy.reduce(numbers.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
         return dict(zip(values, largest.tolist(), strict=True))
+
+    def _is_stale(self, name: str, value: Tensor) -> bool:
+        # The Trainer gives a new alias at each look, and new memory at each log; ours keeps the old one from reuse.
+        return name in self._stale and self._stale[name].data_ptr() == value.data_ptr()
 
     def _check_batch_norm(self, pl_module: LightningModule) -> None:
         training = [m for m in batch_norm_layers(pl_module) if m.training]

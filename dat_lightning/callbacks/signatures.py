@@ -46,6 +46,22 @@ def curriculum_auc(curriculum: AUCCurriculum) -> float | None:
     return float(curriculum.values[:filled].mean()) if filled else None
 
 
+def circumstances_of(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """Returns what is known of the step that a module is about to take: its number, T, learning rates, scalars."""
+    curriculum = curriculum_of(pl_module)
+    return {
+        "step": trainer.global_step + 1,
+        "epoch": trainer.current_epoch,
+        "rank": trainer.global_rank,
+        "world_size": trainer.world_size,
+        "precision": str(trainer.precision),
+        "contrastive_steps": None if curriculum is None else int(curriculum.num_steps),
+        "window_auc": None if curriculum is None else curriculum_auc(curriculum),
+        "learning_rates": [group.get("lr") for o in trainer.optimizers for group in o.param_groups],
+        "metrics": {name: v for name, v in trainer.callback_metrics.items() if name.startswith("train/")},
+    }
+
+
 def batch_energies(
     trainer: Trainer, pl_module: LightningModule, images: Mapping[str, Tensor], *, full_precision: bool = False
 ) -> dict[str, Tensor]:

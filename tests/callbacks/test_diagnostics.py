@@ -1,14 +1,17 @@
 """Each failure signature is provoked, and its message names cause and remedy."""
 
+import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DualAdversarialModule
+from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
 from dat_lightning.callbacks import TrainingFailureError
 from dat_lightning.core import SizedDataset
 from dat_lightning.data.digits import Digits, split_indices
@@ -120,3 +123,42 @@ class Bytes(DigitsDataModule):
 def test_pixels_outside_the_unit_interval(tmp_path: Path) -> None:
     with pytest.raises(TrainingFailureError, match=r"pixels outside \[0, 1\], or NaN.*mean and std into EnergyModel"):
         fit(tmp_path, tiny.stage1(), Bytes(batch_size=32))
+
+
+class Sparse(LightningModule):
+    """Logs its loss every fourth step or as the epoch's mean; the loss of step 3 is NaN."""
+
+    def __init__(self, *, epoch: bool, guarded_energy: float = 0.0) -> None:
+        super().__init__()
+        self.epoch, self.guarded_energy = epoch, guarded_energy
+        self.linear = nn.Linear(3, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.linear(batch * math.nan if self.global_step == 2 else batch).square().mean()
+        if self.epoch:
+            self.log("train/loss", loss, on_step=False, on_epoch=True)
+        elif self.global_step % 4 == 2:
+            self.log("train/loss", loss)
+        if self.global_step == 7:
+            self.log("train/energy_gen", torch.tensor(self.guarded_energy))
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*the step is skipped")
+@pytest.mark.parametrize("epoch", [False, True])
+def test_what_a_skipped_step_has_logged_does_not_stop_the_run_later(epoch: bool, tmp_path: Path) -> None:
+    def train(module: Sparse, *, guarded: bool = True) -> Trainer:
+        callbacks = [Diagnostics(every_n_steps=1), *([DivergenceGuard("skip")] if guarded else [])]
+        trainer = tiny.trainer(tmp_path, callbacks, max_epochs=2, limit_train_batches=1.0)
+        trainer.fit(module, DataLoader([torch.ones(2, 3)] * 5, batch_size=None))  # type: ignore[arg-type]
+        return trainer
+
+    assert train(Sparse(epoch=epoch)).global_step == 10
+    # What is logged after that is looked at as before, and so is everything without a guard.
+    with pytest.raises(TrainingFailureError, match=r"train/energy_gen is NaN or infinite"):
+        train(Sparse(epoch=epoch, guarded_energy=math.inf))
+    with pytest.raises(TrainingFailureError, match=r"train/loss is NaN or infinite"):
+        train(Sparse(epoch=epoch), guarded=False)

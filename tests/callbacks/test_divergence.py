@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -37,7 +38,10 @@ FUSED = partial(torch.optim.AdamW, lr=1e-2, fused=True)
 
 Batches = list[dict[str, Tensor]]
 
-pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no"),
+    pytest.mark.filterwarnings("ignore:steps of this run that were skipped"),
+]
 
 
 def batches(count: int = 6, batch_size: int = 16) -> Batches:
@@ -428,48 +432,222 @@ def test_diagnostics_do_not_stop_at_a_step_that_is_skipped(tmp_path: Path) -> No
 
 
 class Foreign(LightningModule):
-    """Somebody else's module: tuples, no energy, two optimisers stepped by hand."""
+    """Somebody else's module: tuples, no energy, a norm layer that is not trained, two optimisers stepped by hand.
 
-    def __init__(self) -> None:
+    What each part sees is multiplied by its entry of the batch; ``together`` is one backward pass for both.
+    """
+
+    def __init__(self, *, together: bool = False) -> None:
         super().__init__()
         self.automatic_optimization = False
+        self.together = together
+        self.norm = nn.BatchNorm1d(3)
         self.one, self.two = nn.Linear(3, 1), nn.Linear(3, 1)
+        self.done: Tensor
+        self.register_buffer("done", torch.zeros(()))
 
     def configure_optimizers(self) -> Any:
         return [torch.optim.Adam(part.parameters(), lr=0.1) for part in (self.one, self.two)]
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
-        x, (scale, _) = batch
         optimizers: Any = self.optimizers()
-        for part, optimizer, factor in zip((self.one, self.two), optimizers, (scale, 1.0), strict=True):
+        x, scales = batch
+        for optimizer in optimizers:
             optimizer.zero_grad()
-            self.manual_backward((part(x) * factor).square().mean())
+        if self.together:
+            self.manual_backward(torch.stack([self.part_loss(k, x, scales[k]) for k in (0, 1)]).sum())
+        for k, optimizer in enumerate(optimizers):
+            if not self.together:
+                self.manual_backward(self.part_loss(k, x, scales[k]))
             optimizer.step()
+        self.done = self.done + 1
+
+    def part_loss(self, k: int, x: Tensor, scale: Tensor) -> Tensor:
+        loss: Tensor = (self.one, self.two)[k](self.norm(x * scale)).square().mean()
+        return loss
 
 
-def test_any_module_can_be_guarded(tmp_path: Path) -> None:
-    """One of two optimisers fails in the second batch: it rests, the other one goes on."""
-    x = torch.randn(4, 4, 3, generator=torch.Generator().manual_seed(0))
-    scales = [1.0, math.inf, 1.0, 1.0]
-    entries = [(x[k], (torch.tensor(scales[k]), k)) for k in range(4)]
+def foreign_batches(scales: list[tuple[float, float]]) -> list[Any]:
+    x = torch.randn(len(scales), 4, 3, generator=torch.Generator().manual_seed(0))
+    return [(x[k], torch.tensor(entry)) for k, entry in enumerate(scales)]
+
+
+@pytest.mark.parametrize(("failing", "together", "step"), [(0, False, 3), (1, False, 4), (0, True, 3), (1, True, 3)])
+def test_any_module_can_be_guarded(failing: int, together: bool, step: int, tmp_path: Path) -> None:
+    """One of two losses fails in the second batch: after that no optimiser moves and no statistics stay."""
+    scales = [(1.0, 1.0) for _ in range(4)]
+    scales[1] = (math.inf, 1.0) if failing == 0 else (1.0, math.inf)
+    entries = foreign_batches(scales)
     torch.manual_seed(0)
-    module, expected = Foreign(), Foreign()
+    module, expected = Foreign(together=together), Foreign()
     expected.load_state_dict(module.state_dict())
-    trainer = tiny.trainer(tmp_path, [DivergenceGuard("skip")], limit_train_batches=1.0)
-    with pytest.warns(UserWarning, match="the loss is NaN or infinite in step 3 "):
+    guard = DivergenceGuard("skip")
+    trainer = tiny.trainer(tmp_path, [guard], limit_train_batches=1.0)
+    with pytest.warns(UserWarning, match=rf"the loss is NaN or infinite in step {step} "):
         trainer.fit(module, DataLoader(entries, batch_size=None))  # type: ignore[arg-type]
+    assert guard.num_skipped == 1
     (path,) = (tmp_path / "post_mortem").iterdir()
     mortem = load_post_mortem(path)
-    assert {name: tuple(t.shape) for name, t in mortem.batch.items()} == {"0": (4, 3), "1.0": ()}
+    assert {name: tuple(t.shape) for name, t in mortem.batch.items()} == {"0": (4, 3), "1": (2,)}
     optimizers = expected.configure_optimizers()
-    for k in range(4):
-        for part, optimizer in zip((expected.one, expected.two), optimizers, strict=True):
-            if k == 1 and part is expected.one:
+    for k, (x, _) in enumerate(entries):
+        before = {name: value.clone() for name, value in expected.norm.state_dict().items()}
+        for j, optimizer in enumerate(optimizers):
+            # Of the bad batch the first optimiser steps if the second one's loss is computed later, and fails.
+            if k == 1 and (failing == 0 or together or j == 1):
                 continue
             optimizer.zero_grad()
-            part(x[k]).square().mean().backward()
+            expected.part_loss(j, x, torch.tensor(1.0)).backward()
             optimizer.step()
+        expected.done += k != 1
+        if k == 1:
+            expected.norm.load_state_dict(before)
     assert_bitwise(module.state_dict(), expected.state_dict())
+
+
+def test_one_optimiser_that_always_fails_is_not_hidden_by_the_other(tmp_path: Path) -> None:
+    entries = foreign_batches([(1.0, math.inf)] * 4)
+    with (
+        pytest.raises(TrainingFailureError, match=r"^3 steps in a row were skipped"),
+        pytest.warns(UserWarning, match="the step is skipped"),
+    ):
+        tiny.trainer(tmp_path, [DivergenceGuard("skip", max_skipped=3)]).fit(
+            Foreign(),
+            DataLoader(entries, batch_size=None),  # type: ignore[arg-type]
+        )
+
+
+class Plain(LightningModule):
+    """A norm layer and a linear one, whose loss is NaN in the batches named bad."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__()
+        self.bad = bad
+        self.norm, self.linear = nn.BatchNorm1d(3), nn.Linear(3, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x = batch * math.nan if batch_idx in self.bad else batch
+        loss: Tensor = self.linear(self.norm(x)).square().mean()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val/loss", self.linear(self.norm(batch)).square().mean())
+
+
+def fit_plain(
+    path: Path, module: LightningModule, callbacks: list[Any], count: int = 8, resume: Path | None = None, **kwargs: Any
+) -> Trainer:
+    """Trains on copies of one batch, so that a run that goes on in mid-epoch has the same data."""
+    torch.manual_seed(0)
+    for layer in module.children():
+        if isinstance(layer, nn.Linear):
+            layer.reset_parameters()
+    x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    trainer = tiny.trainer(path, callbacks, **{"limit_train_batches": 1.0, **kwargs})
+    entries: Any = [x] * count
+    trainer.fit(module, DataLoader(entries, batch_size=None), DataLoader(entries, batch_size=None), ckpt_path=resume)
+    return trainer
+
+
+class Reassigning(Plain):
+    """Buffers that are not changed in place: a mean that is NaN then, a list that grows, one that comes and goes."""
+
+    def __init__(self, *bad: int) -> None:
+        super().__init__(*bad)
+        self.mean: Tensor
+        self.seen: Tensor
+        self.last: Tensor | None
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("seen", torch.zeros(0))
+        self.register_buffer("last", None)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        self.mean = 0.9 * self.mean + 0.1 * loss.detach()
+        self.seen = torch.cat([self.seen, loss.detach()[None]])
+        self.last = None if self.last is not None else loss.detach().clone()
+        return loss
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_buffers_that_are_reassigned_are_as_before_the_step(accumulate: int, tmp_path: Path) -> None:
+    poisoned, expected = Reassigning(2), Reassigning()
+    with pytest.warns(UserWarning, match="the step is skipped"):
+        fit_plain(tmp_path, poisoned, [DivergenceGuard("skip")], 6, accumulate_grad_batches=accumulate)
+    fit_plain(tmp_path, expected, [], 6 - accumulate, accumulate_grad_batches=accumulate)
+    assert_bitwise(poisoned.state_dict(), expected.state_dict())
+    assert poisoned.seen.shape == (6 - accumulate,)
+    assert sorted(name for name, _ in poisoned.named_buffers()) == sorted(name for name, _ in expected.named_buffers())
+
+
+@pytest.mark.filterwarnings("ignore:.*the step is skipped")
+def test_validation_in_the_middle_of_a_step_that_failed_sees_sound_buffers(tmp_path: Path) -> None:
+    seen: list[tuple[int, bool, float]] = []
+
+    class Watched(Plain):
+        def on_validation_epoch_end(self) -> None:
+            finite = all(bool(b.isfinite().all()) for b in self.buffers())
+            seen.append((self.trainer.global_step, finite, float(self.trainer.callback_metrics["val/loss"])))
+
+    fit_plain(
+        tmp_path,
+        # The second and third batch of the second step.
+        Watched(5, 6),
+        [DivergenceGuard("skip")],
+        accumulate_grad_batches=4,
+        val_check_interval=1,
+        limit_val_batches=1,
+    )
+    assert [step for step, _, _ in seen] == [0, 0, 0, 1, 1, 1, 1, 2]
+    assert all(finite for _, finite, _ in seen)
+    # From the failure on, the buffers are those before the step.
+    assert seen[3][2] == seen[5][2] == seen[6][2] == seen[7][2] != seen[4][2]
+
+
+@pytest.mark.filterwarnings("ignore:.*the step is skipped", "ignore:.*your dataloader is not resumable")
+def test_a_run_that_resumes_after_a_skipped_step_is_the_same(tmp_path: Path) -> None:
+    """With accumulated gradients the step's number stays for some batches, in which the average must not move."""
+
+    def callbacks() -> list[Any]:
+        saver = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+        return [Keeper(decay=0.9), DivergenceGuard("skip"), saver]
+
+    first, again = callbacks(), callbacks()
+    settings: dict[str, Any] = {"accumulate_grad_batches": 2, "enable_checkpointing": True}
+    fit_plain(tmp_path, Plain(4), first, **settings)
+    fit_plain(tmp_path, Plain(4), again, **settings, resume=tmp_path / "step=3.ckpt")
+    assert_bitwise(again[0].kept, first[0].kept)
+    assert again[1].state_dict() == first[1].state_dict()
+    assert first[1].state_dict()["recent"] == [False, False, True, False]
+
+
+def test_a_run_of_which_too_many_steps_are_skipped_stops(tmp_path: Path) -> None:
+    """Every fifth step fails: the sixth failure is more than 5 of 100; the share goes on when the run resumes."""
+    guard = DivergenceGuard("skip", max_skipped_share=0.05)
+    with (
+        pytest.raises(TrainingFailureError, match=r"^6 of the last 100 steps were skipped, .*in step 30 "),
+        pytest.warns(UserWarning, match="the step is skipped"),
+    ):
+        fit_plain(tmp_path, Plain(*range(4, 100, 5)), [guard], 100)
+    state = guard.state_dict()
+    later = DivergenceGuard("skip", max_skipped_share=0.05)
+    later.load_state_dict(json.loads(json.dumps(state)))
+    with pytest.raises(TrainingFailureError, match=r"^7 of the last 100 steps were skipped, .*in step 1 "):
+        fit_plain(tmp_path, Plain(0), [later])
+    # The first failures are more than 100 steps ago.
+    spread = DivergenceGuard("skip", max_skipped_share=0.05)
+    with pytest.warns(UserWarning, match="the step is skipped"):
+        fit_plain(tmp_path, Plain(*range(19, 200, 20)), [spread], 200)
+    assert (spread.num_skipped, sum(spread.state_dict()["recent"])) == (10, 5)
+
+
+@pytest.mark.filterwarnings("ignore:.*; the step is skipped")
+def test_the_end_says_how_many_steps_were_skipped(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"that were skipped: 2, by step 8\..*; see .*post_mortem$"):
+        fit_plain(tmp_path, Plain(2, 5), [DivergenceGuard("skip")])
 
 
 @pytest.mark.ddp
@@ -480,8 +658,16 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
     run = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=250)
     assert run.returncode == 0, run.stderr[-3000:]
     states = [torch.load(tmp_path / f"state-{rank}.pt", weights_only=True) for rank in (0, 1)]
+    # The batch that fails on one rank leaves no statistics on either; the others leave those of each rank's images.
+    for seen in (state.pop("seen") for state in states):
+        assert len(seen) == 8
+        for start in (1, 3):
+            assert torch.equal(seen[start + 1], seen[start])
+            assert torch.equal(seen[start + 2], seen[start])
+        assert not torch.equal(seen[6], seen[5])
     assert_bitwise(states[0], states[1])
-    assert states[0]["guard"] == {"num_skipped": 2, "in_a_row": 0}
+    recent = [False, True, True, False]
+    assert states[0]["guard"] == {"num_skipped": 2, "in_a_row": 0, "skipped_step": 3, "recent": recent}
     assert all(bool(value.isfinite().all()) for value in states[0]["weights"].values())
     files = sorted(path.name for path in (tmp_path / "post_mortem").iterdir())
     names = ["step00000002-rank1", "step00000003-rank0", "step00000003-rank1"]
@@ -493,6 +679,8 @@ def test_all_processes_decide_alike(tmp_path: Path) -> None:
     [
         ({"action": "wait"}, "action must be 'stop' or 'skip', got 'wait'"),
         ({"max_skipped": 0}, "max_skipped must be at least 1, got 0"),
+        ({"max_skipped_share": -0.1}, r"max_skipped_share must lie in \[0, 1\], got -0.1"),
+        ({"max_skipped_share": 1.5}, r"max_skipped_share must lie in \[0, 1\], got 1.5"),
         ({"max_saved": -1}, "max_saved must be at least 0, got -1"),
         ({"max_megabytes": -1}, "max_megabytes must be at least 0, got -1"),
     ],

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 
-from dat_lightning import ExponentialMovingAverage
+from dat_lightning import ExponentialMovingAverage, RobustClassifierModule
 from tests import tiny
 
 WEIGHT = "energy_model.backbone.fc.weight"
@@ -204,3 +204,74 @@ def test_an_interrupted_run_leaves_nothing_behind(tmp_path: Path) -> None:
     other = tiny.stage1(energy_model=tiny.energy_model(seed=6))
     trainer.validate(other, datamodule=tiny.digits(), verbose=False)
     assert torch.equal(recorder.seen["batch_end"], tiny.energy_model(seed=6).state_dict()["backbone.fc.weight"])
+
+
+class Labelled(RobustClassifierModule):
+    """Has a say of its own in what is saved."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["label"] = float(checkpoint["state_dict"][WEIGHT].sum())
+
+
+def test_a_file_of_weights_alone_has_the_average(tmp_path: Path) -> None:
+    """Saved in validation, after it and after training; full checkpoints of the same moments have both."""
+    recorder, module = Recorder(), Labelled(tiny.energy_model(), optimizer=tiny.SGD, threat_model=tiny.ATTACK)
+
+    class Saves(Checkpoint):
+        def save(self, trainer: Trainer, name: str) -> None:
+            trainer.save_checkpoint(tmp_path / f"{name}.weights", weights_only=True)
+            trainer.save_checkpoint(tmp_path / f"{name}.full", weights_only=False)
+
+        def on_train_start(self, trainer: Trainer, *args: Any) -> None:
+            # As weights that are loaded after the average was made.
+            module.energy_model.backbone.get_parameter("fc.weight").data.add_(1)
+            self.save(trainer, "start")
+
+        def on_validation_batch_end(self, trainer: Trainer, *args: Any) -> None:
+            self.save(trainer, "in")
+
+        def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
+            self.save(trainer, "after")
+
+        def on_train_end(self, trainer: Trainer, *args: Any) -> None:
+            self.save(trainer, "end")
+
+        def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+            checkpoint["state_dict"]["another callback's"] = torch.ones(1)
+
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/loss", save_weights_only=True)
+    callbacks = [ExponentialMovingAverage(), recorder, Saves(), best]
+    trainer = tiny.trainer(tmp_path, callbacks, limit_val_batches=1, enable_checkpointing=True)
+    initial = {name: value.clone() for name, value in module.state_dict().items()}
+    trainer.fit(module, datamodule=tiny.digits(streams=["clf"]))
+    expected = {name: average([w[name] for w in recorder.weights], 0.999) for name in (WEIGHT, STATISTIC)}
+    files = [Path(best.best_model_path), *(tmp_path / f"{name}.weights" for name in ("in", "after", "end"))]
+    for path in files:
+        saved = torch.load(path, weights_only=True)
+        assert saved["state_dict"].keys() == initial.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(saved["state_dict"][name].double(), value, rtol=1e-5, atol=1e-6)
+        assert saved["label"] == float(saved["state_dict"][WEIGHT].sum())
+        assert "current_model_state" not in saved
+    started = torch.load(tmp_path / "start.weights", weights_only=True)["state_dict"]
+    assert torch.equal(started[WEIGHT], initial[WEIGHT] + 1)
+    full = torch.load(tmp_path / "after.full", weights_only=True)
+    torch.testing.assert_close(full["state_dict"][WEIGHT].double(), expected[WEIGHT], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(full["current_model_state"][WEIGHT].double(), recorder.weights[-1][WEIGHT])
+    assert full["state_dict"].keys() == {*initial, "another callback's"}
+    assert "on_save_checkpoint" not in vars(module)
+
+
+def test_after_an_interrupted_run_another_trainer_saves_its_own_weights(tmp_path: Path) -> None:
+    module, ema = tiny.stage1(), ExponentialMovingAverage()
+    with pytest.raises(RuntimeError, match="interrupted"):
+        tiny.trainer(tmp_path, [ema, FailsInTraining()]).fit(module, datamodule=tiny.digits())
+    saver = ModelCheckpoint(tmp_path, "other", save_weights_only=True)
+    trainer = tiny.trainer(tmp_path, [saver], enable_checkpointing=True)
+    trainer.fit(module, datamodule=tiny.digits())
+    saved = torch.load(saver.best_model_path, weights_only=True)["state_dict"]
+    assert torch.equal(saved[WEIGHT], module.state_dict()[WEIGHT])
+    # The next run with the callback leaves nothing on either module.
+    other = tiny.stage1()
+    tiny.trainer(tmp_path, [ema]).fit(other, datamodule=tiny.digits())
+    assert not {"on_save_checkpoint"} & (vars(module).keys() | vars(other).keys())
