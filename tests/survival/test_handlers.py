@@ -138,5 +138,5 @@ def test_without_modelcheckpoint_lightning_says_that_there_is_no_best_model(tmp_
     trainer = tiny.trainer(tmp_path)
     protect(trainer)
     trainer.fit(tiny.stage1(), tiny.digits())
-    with pytest.raises(ValueError, match="ModelCheckpoint is not configured to save the best model"):
+    with pytest.raises(ValueError, match="is not configured to save the best model"):
         trainer.test(datamodule=tiny.digits(), ckpt_path="best", verbose=False)
