@@ -19,6 +19,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from dat_lightning.callbacks.evaluation_report import EvaluationReport
 from dat_lightning.callbacks.signal_checkpoint import StoppedBySignal
 from dat_lightning.explore import explore
 from dat_lightning.explore.serving import logger as explore_logger
@@ -26,6 +27,7 @@ from dat_lightning.export import ExportingTrainer
 from dat_lightning.export import logger as export_logger
 from dat_lightning.machine_errors import machine_error
 from dat_lightning.modules import EnergyModule
+from dat_lightning.reports.drawing import require_matplotlib
 from dat_lightning.resume import find_checkpoint, protect
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
@@ -95,8 +97,19 @@ class DATCLI(LightningCLI):
         self._warn_of_random_weights()
 
     def before_test(self) -> None:
-        """Warns if nothing says where the weights come from."""
+        """Warns if nothing says where the weights come from, and sees to it that figures are written down."""
         self._warn_of_random_weights()
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        # A trial run of one batch must not replace the evaluation of a checkpoint.
+        if self.trainer.fast_dev_run or any(isinstance(callback, EvaluationReport) for callback in callbacks):  # type: ignore[attr-defined]
+            return
+        page = True
+        try:
+            require_matplotlib()
+        except ModuleNotFoundError as error:
+            page = False
+            rank_zero_warn(f"evaluation.json will have no page beside it: {error}")
+        callbacks.append(EvaluationReport(page=page))
 
     def before_predict(self) -> None:
         """Warns if nothing says where the weights come from."""

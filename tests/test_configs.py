@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -31,6 +32,7 @@ RECIPES = sorted(
     path
     for folder in ("cifar10", "cifar100", "cifar10_small", "imagenet")
     for path in (CONFIGS / folder).glob("*.yaml")
+    if path.stem != "evaluate"  # added after a recipe
 )
 FRAGMENTS = sorted([*(CONFIGS / "trainer").glob("*.yaml"), *(CONFIGS / "data").glob("*.yaml")])
 
@@ -217,6 +219,44 @@ def test_a_data_fragment_leaves_nothing_of_the_recipes_seeds(fragment: Path, tmp
     cli = instantiate(recipe, "--config", str(fragment), "--data.init_args.num_held_out=20")
     x_ood = cli.datamodule.held_out_seeds()(0)[0]
     assert x_ood.shape == (3, 32, 32)
+
+
+# The method's protocols: ε of AutoAttack and how many images, attack on OOD images, sampling steps and their length.
+EVALUATIONS = {
+    "cifar10/stage2_T50": (0.5, None, (1.0, 0.1, 20), 35, 0.2),
+    "imagenet/resnet50_T30": (3.0, 5000, (3.0, 1.0, 10), 14, 8.0),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATIONS)
+def test_an_evaluation_measures_what_the_method_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dat_lightning, "TorchFidelityLayers", Means)
+    np.savez(tmp_path / "data" / "VIRTUAL_imagenet256_labeled.npz", mu=np.zeros(3), sigma=np.eye(3))
+    recipe = CONFIGS / f"{name}.yaml"
+    evaluation = recipe.with_name("evaluate.yaml")
+    cli = instantiate(recipe, *small_data(recipe), "--config", str(evaluation))
+    parts = {type(callback).__name__: callback for callback in cli.trainer.callbacks}
+    eps, max_images, ood, steps, step_size = EVALUATIONS[name]
+    attack = parts["AutoAttack"]
+    assert (attack.norm, attack.eps, attack.version, attack.max_images) == ("L2", eps, "standard", max_images)
+    assert attack.dirpath is not None
+    threat = parts["OODDetection"].attack
+    assert (threat.norm, threat.eps, threat.step_size, threat.num_steps) == ("L2", *ood)
+    assert parts["OODDetection"].num_ood == 1024
+    sampler, metrics = parts["PGDSampler"], parts["SampleMetrics"]
+    assert (sampler.num_samples, sampler.num_steps, sampler.chain.step_size) == (50_000, (steps,), step_size)
+    assert set(metrics.metrics) == {"fid", "kid", "isc", "prc"}
+    assert (metrics.settings.isc_splits, metrics.settings.prc_neighborhood) == (10, 3)
+    assert parts["Calibration"].num_bins == 15
+    assert len(parts["Counterfactuals"].eps) >= 3
+    assert parts["EvaluationReport"].path is None
+    # As it is trained, so it is measured.
+    trained = cli.model.eval_threat_model
+    assert trained in parts["RobustAccuracy"].threat_models
+    text = evaluation.read_text(encoding="utf-8")
+    assert f"--config {recipe.relative_to(ROOT).as_posix()} --config {evaluation.relative_to(ROOT).as_posix()}" in text
 
 
 def small_network(recipe: Path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import Evaluator, is_silent, numbered, require_parts
+from dat_lightning.callbacks.measured_with import images_digest
 from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.fingerprint import image_digest
 from dat_lightning.metrics.calibration import (
@@ -91,10 +92,12 @@ class Calibration(Evaluator):
         if held_out is not None and new is not None and 2 * int(new.sum()) > len(new):
             where = f"on {int(new.sum())} validation images that are no test images"
             temperatures = [fit_temperature(held_out["logits"][new], held_out["y"][new].long())]
+            used = {"validation images": images_digest({"digest": held_out["digest"][new]})}
         else:
             why = "there are no validation images" if new is None else "the validation images are test images"
             where = f"on each half of the test images and applied to the other half, for {why}"
             temperatures = [fit_temperature(logits[1 - k :: 2], y[1 - k :: 2]) for k in (0, 1)]
+            used = {}
         # Example i has the T of the half that it does not belong to.
         each = torch.tensor(temperatures, dtype=torch.float64)[torch.arange(len(y)) % len(temperatures)]
         details: dict[str, Any] = {"temperatures": temperatures, "fitted": where}
@@ -106,11 +109,10 @@ class Calibration(Evaluator):
         t = math.exp(sum(map(math.log, temperatures)) / len(temperatures))
         protocol = f"T of the least negative log-likelihood, fitted {where}"
         mean = " (geometric mean of both)" if len(temperatures) > 1 else ""
-        return [
-            *figures,
-            *self._scores(logits / each.unsqueeze(1), y, "_scaled", f"; logits divided by T, fitted {where}", details),
-            Figure("temperature", t, protocol + mean, len(y), details),
-        ]
+        words = f"; logits divided by T, fitted {where}"
+        scaled = self._scores(logits / each.unsqueeze(1), y, "_scaled", words, details)
+        scaled.append(Figure("temperature", t, protocol + mean, len(y), details))
+        return figures + [replace(figure, measured_with=used) for figure in scaled]
 
     def _scores(self, logits: Tensor, y: Tensor, suffix: str, scaling: str, more: dict[str, Any]) -> list[Figure]:
         """All figures of some logits."""
@@ -133,7 +135,7 @@ class Calibration(Evaluator):
             ("nll", nll, f"mean of −log p(y){scaling}", more),
             ("brier", brier, f"mean over images of the sum over classes of (p(k) − 1[k = y])²{scaling}", more),
         ]
-        return [Figure(name + suffix, value, words, len(y), more, "lower") for name, value, words, more in chosen]
+        return [Figure(name + suffix, value, words, len(y), said, "lower") for name, value, words, said in chosen]
 
     def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> Values | None:
         """Values of the DataModule's validation images; ``None`` if it has no such loader."""

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -26,8 +26,24 @@ _TARGETS: Mapping[Target, str] = {
 _QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 _COLUMNS = 8
 
+# Distances say how far a walk went: an image that did not move has the least, and is no counterfactual.
+_BETTER: Mapping[str, Literal["higher", "lower"]] = {
+    "success": "higher",
+    "confidence": "higher",
+    "plausibility": "higher",
+    "fid": "lower",
+}
+
 ClassDistances = dict[int, tuple[float, int, int]]
 """Class → Fréchet distance, number of counterfactuals, number of training images."""
+
+
+class Judge(NamedTuple):
+    """An independent classifier: its name, its accuracy on the originals, and a digest of it and its input."""
+
+    name: str
+    accuracy: float
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -53,24 +69,34 @@ class Search:
         """Tells it from others, in names of files."""
         return f"counterfactuals_{self.targets}_eps{self.eps:g}"
 
-    def figure(self, name: str, value: float, words: str, count: int, details: Mapping[str, Any]) -> Figure:
+    def figure(
+        self,
+        name: str,
+        value: float,
+        words: str,
+        count: int,
+        details: Mapping[str, Any],
+        measured_with: Mapping[str, str] | None = None,
+    ) -> Figure:
         """Returns a figure whose protocol says how the images were found."""
         protocol = (
             f"{words}; targeted ascent on f(x)[target] from real test images, L2 ball of radius {self.eps:g},"
             f" {self.num_steps} steps of {self.step_size:g}; target: {_TARGETS[self.targets]}"
         )
         settings = {**asdict(self), "norm": "L2", **details}
-        return Figure(f"counterfactual_{name}_{self.targets}_eps{self.eps:g}", value, protocol, count, settings)
+        used = dict(measured_with or {})
+        if self.targets == "uniform":
+            used["seed of targets"] = str(self.seed)
+        whole = f"counterfactual_{name}_{self.targets}_eps{self.eps:g}"
+        return Figure(whole, value, protocol, count, settings, _BETTER.get(name), used)
 
-    def figures(
-        self, values: Values, changed_level: int, judge: tuple[str, float] | None, picture: Path | None
-    ) -> list[Figure]:
+    def figures(self, values: Values, changed_level: int, judge: Judge | None, picture: Path | None) -> list[Figure]:
         """Returns the figures of this search but for the Fréchet distance.
 
         Args:
             values: What was measured, (N, T) each.
             changed_level: From which change on a pixel counted as changed, in levels of 255.
-            judge: Name of the independent classifier, and its accuracy on the originals.
+            judge: The independent classifier, if there is one.
             picture: Where some of the images are shown.
         """
         before = float(values["success_before"].double().mean())
@@ -89,7 +115,7 @@ class Search:
             ),
         }
         if judge is not None:
-            details = {"judge": judge[0], "judge_accuracy_on_originals": judge[1]}
+            details = {"judge": judge.name, "judge_accuracy_on_originals": judge.accuracy}
             told["plausibility"] = ("share that an independent classifier reads as the target", details)
         figures = []
         for name, (words, details) in told.items():
@@ -97,16 +123,20 @@ class Search:
             if values[name].dtype != torch.bool:
                 quantiles = torch.quantile(column, torch.tensor(_QUANTILES, dtype=column.dtype)).tolist()
                 details = {"quantile_levels": list(_QUANTILES), "quantiles": quantiles, **details}
-            figures.append(self.figure(name, float(column.mean()), words, len(column), details))
+            used = {"judge": judge.digest} if judge is not None and name == "plausibility" else {}
+            figures.append(self.figure(name, float(column.mean()), words, len(column), details, used))
         return figures
 
-    def fid(self, distances: ClassDistances, left_out: list[int], min_images: int) -> list[Figure]:
+    def fid(
+        self, distances: ClassDistances, left_out: list[int], min_images: int, measured_with: Mapping[str, str]
+    ) -> list[Figure]:
         """Returns the mean distance over classes; nothing if there is no class.
 
         Args:
             distances: Of the classes.
             left_out: Target classes with fewer images than ``min_images``.
             min_images: Images that a class needed.
+            measured_with: Extractor and training images.
         """
         if not distances:
             return []
@@ -121,7 +151,7 @@ class Search:
         value = sum(fid for fid, _, _ in distances.values()) / len(distances)
         count = sum(n for _, n, _ in distances.values())
         details = {"classes": rows, "left_out": left_out, "min_class_images": min_images}
-        return [self.figure("fid", value, words, count, details)]
+        return [self.figure("fid", value, words, count, details, measured_with)]
 
 
 def class_distances(

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.counterfactual_figures import Search, Target, class_distances, draw_counterfactuals
+from dat_lightning.callbacks.counterfactual_figures import (
+    Judge,
+    Search,
+    Target,
+    class_distances,
+    draw_counterfactuals,
+)
 from dat_lightning.callbacks.evaluator import Evaluator, is_silent
 from dat_lightning.callbacks.frechet import extract_features
+from dat_lightning.callbacks.measured_with import network_digest, reference_digest
 from dat_lightning.callbacks.picture_grids import Shortlist
+from dat_lightning.callbacks.reference_images import reference_data
 from dat_lightning.callbacks.training_features import training_features
 from dat_lightning.core.figures import Figure, Values
 from dat_lightning.core.fingerprint import module_fingerprint
@@ -267,12 +275,14 @@ class Counterfactuals(Evaluator):
             for kind in self.targets
             for place, eps in enumerate(self.eps)
         }
-        distances = {}
+        distances, used = {}, {}
         if self.extractor is not None:
             chosen = {kind: values[f"{kind}_target"] for kind in self.targets}
             features = {key: values[f"{key[0]}_features"][:, :, key[1]] for key in searches}
             batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Counterfactuals")
             distances = class_distances(trainer, pl_module, batches, chosen, features, self.min_class_images)
+            data = reference_data(trainer, "Counterfactuals")
+            used = {"extractor": network_digest(self.extractor), "reference": reference_digest(trainer, data)}
         figures = []
         for (kind, place), search in searches.items():
             picture = None if self.picture_dirpath is None else Path(self.picture_dirpath) / f"{search.name}.png"
@@ -280,7 +290,9 @@ class Counterfactuals(Evaluator):
                 self._draw(picture, pl_module, search, shown)
             accuracy = None
             if self.judge is not None:
-                accuracy = (type(self.judge).__name__, float(values["original_read"].double().mean()))
+                share = float(values["original_read"].double().mean())
+                digest = f"{network_digest(self.judge)}, {self.judge_input} images"
+                accuracy = Judge(type(self.judge).__name__, share, digest)
             found = {
                 name.removeprefix(f"{kind}_"): value[:, :, place] if value.dim() > 2 else value
                 for name, value in values.items()
@@ -288,7 +300,7 @@ class Counterfactuals(Evaluator):
             }
             figures += search.figures(found, self.changed_level, accuracy, picture)
             if (kind, place) in distances:
-                figures += search.fid(*distances[kind, place], self.min_class_images)
+                figures += search.fid(*distances[kind, place], self.min_class_images, used)
         return figures
 
     def _draw(self, path: Path, pl_module: LightningModule, search: Search, shown: Values) -> None:

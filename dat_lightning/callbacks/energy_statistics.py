@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import Evaluator
+from dat_lightning.callbacks.measured_with import images_digest
 from dat_lightning.callbacks.ood_detection import (
     Transform,
     attack_words,
@@ -152,6 +153,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         sets: dict[str, Values] = {"test": values}
         words = {"test": "test images"}
         details: dict[str, dict[str, Any]] = {}
+        images: dict[str, str] = {}
         left_out: dict[str, str] = {}
         if self._attack is None:
             left_out["adversarial"] = "the module has no eval_threat_model, and no attack was given"
@@ -166,6 +168,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             )
             sets[name], words[name] = found, f"images of {name}, chosen by seed {self.seed}"
             details[name] = {"seed": self.seed, "num_skipped": len(skipped)}
+            images[name] = images_digest(found)
         if not self._samples:
             left_out["generated"] = "no PGDSampler of the Trainer samples in test"
         for steps, batches in self._samples.items():
@@ -173,7 +176,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             sets[name] = gather(batches, "the sampler gave no batch")
             words[name] = f"samples after {steps} steps"
         self._samples = {}
-        return self._figures(sets, words, details, left_out)
+        return self._figures(sets, words, details, left_out, images)
 
     def _data(self, trainer: Trainer, left_out: dict[str, str]) -> list[tuple[str, SizedDataset, Transform]]:
         """Name, data and transform of training and OOD images; notes in ``left_out`` what there is not."""
@@ -196,6 +199,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         words: Mapping[str, str],
         details: Mapping[str, Mapping[str, Any]],
         left_out: Mapping[str, str],
+        images: Mapping[str, str],
     ) -> list[Figure]:
         for name, values in sets.items():
             wrong = sum(int((~values[quantity].isfinite()).sum()) for quantity in ("energy", "r1"))
@@ -212,7 +216,9 @@ class EnergyStatistics(Evaluator, SampleConsumer):
                     more |= {"histogram": {"edges": edges, "counts": counts}, "left_out": dict(left_out)}
                 protocol = f"mean of {meaning[quantity]} over {words[name]}; network in eval mode"
                 mean, size = float(values[quantity].mean()), len(values[quantity])
-                figures.append(Figure(f"{quantity}_{name}", mean, protocol, size, {**spread, **more}))
+                used = {"images": images[name]} if name in images else {}
+                figure = Figure(f"{quantity}_{name}", mean, protocol, size, {**spread, **more}, measured_with=used)
+                figures.append(figure)
         return figures
 
 

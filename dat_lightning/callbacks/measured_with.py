@@ -1,8 +1,6 @@
 """Short digests of what decides a figure besides the model, so that only figures with the same ones are compared."""
 
 import hashlib
-import os
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -13,7 +11,6 @@ from dat_lightning.core.fingerprint import data_fingerprint, image_digest, modul
 from dat_lightning.core.images import to_uint8_rgb
 
 _LENGTH = 16
-_WHOLE_UP_TO, _NUM_FILES = 20_000, 2_000
 
 
 def network_digest(network: nn.Module) -> str:
@@ -44,26 +41,3 @@ def data_digest(data: Any) -> str:
     seen = to_uint8_rgb(data[sorted({k * size // 16 for k in range(16)})]["x"])
     parts = (data_fingerprint(data.dataset), repr(data.transform), image_digest(seen))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:_LENGTH]
-
-
-def file_digest(path: Path) -> str:
-    """Returns a digest of a file, or of the files in a folder: of all up to a number, beyond it of evenly spaced ones.
-
-    Folders with the same files in them are alike, wherever they lie.
-    """
-    if path.is_file():
-        return _sha256(path)[:_LENGTH]
-    files = sorted(Path(where) / name for where, _, names in os.walk(path) for name in names)
-    count = len(files) if len(files) <= _WHOLE_UP_TO else _NUM_FILES
-    digest = hashlib.sha256(f"{len(files)}".encode())
-    for file in (files[k * len(files) // count] for k in range(count)):
-        digest.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
-    return digest.hexdigest()[:_LENGTH]
-
-
-def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()

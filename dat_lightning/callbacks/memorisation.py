@@ -262,7 +262,7 @@ class Memorisation(SampleConsumer):
         value, size, used = float((nearest < threshold).double().mean()), len(nearest), self._measured_with
         shared = {**settings, "quantile": self.quantile}
         return (
-            Figure("memorised_share", value, share, size, shared, measured_with=used),
+            Figure("memorised_share", value, share, size, shared, "lower", used),
             Figure("nearest_training_distance", float(nearest.median()), f"median {where}", size, settings, None, used),
         )
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, is_silent
+from dat_lightning.callbacks.evaluator import Evaluator, image_digests, is_silent
+from dat_lightning.callbacks.measured_with import images_digest
 from dat_lightning.core.figures import Figure, Values, all_ranks, gather
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.images import CorruptImageError
@@ -70,7 +71,8 @@ def evaluate_images(
 ) -> tuple[Values, list[str]]:
     """Returns the values of a data set's images, sorted by index, and the messages of images that were corrupt.
 
-    The indices are dealt to the ranks in turn; every rank must call it, and gets everything.
+    Beside the values is a number that tells images apart, under ``digest``. The indices are dealt to the ranks in turn;
+    every rank must call it, and gets everything.
 
     Args:
         evaluator: Remembers what was computed.
@@ -99,7 +101,9 @@ def evaluate_images(
             x = torch.stack(list(images.values())).to(pl_module.device, dtype)
             batch = {"x": x, "index": torch.tensor(list(images))}
             with torch.no_grad():
-                values.append({"index": batch["index"], **evaluator.remember(pl_module, batch, compute, part)})
+                found = evaluator.remember(pl_module, batch, compute, part)
+            digests = image_digests(x, torch.zeros(len(x)))
+            values.append({"index": batch["index"], "digest": digests, **found})
     messages = sorted({message for rank in all_ranks(skipped) for message in rank})
     return gather(values, f"no image of {part!r} could be read: {'; '.join(messages[:3])}"), messages
 
@@ -200,7 +204,7 @@ class OODDetection(Evaluator):
             for attack in (None, self.attack) if self.attack is not None else (None,):
                 for score in self.scores:
                     scores = found[score if attack is None else f"{score}_attacked"]
-                    figures += _figures(name, score, attack, values[score], scores, common)
+                    figures += _figures(name, score, attack, values[score], scores, common, images_digest(found))
         return figures
 
     def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:
@@ -221,7 +225,13 @@ class OODDetection(Evaluator):
 
 
 def _figures(
-    data: str, score: Score, attack: ThreatModel | None, inside: Tensor, outside: Tensor, common: Mapping[str, Any]
+    data: str,
+    score: Score,
+    attack: ThreatModel | None,
+    inside: Tensor,
+    outside: Tensor,
+    common: Mapping[str, Any],
+    images: str,
 ) -> list[Figure]:
     """AUROC and FPR@95 of one score on one data set."""
     rate, threshold = false_positive_rate(inside, outside)
@@ -239,15 +249,12 @@ def _figures(
     how = "clean" if attack is None else f"OOD images attacked to raise it: {attack_words(attack)}"
     against = f"{len(inside)} test images against {len(outside)} OOD images ({data}), score {score}, {how}"
     total = len(inside) + len(outside)
+    area, name = auroc(inside, outside), f"{data}_{score}{end}"
+    reach = f"share of OOD images at or above the score that 95 % of test images reach; {against}"
+    used = {"OOD images": images}
     return [
-        Figure(f"ood_auroc_{data}_{score}{end}", auroc(inside, outside), f"AUROC of {against}", total, details),
-        Figure(
-            f"ood_fpr95_{data}_{score}{end}",
-            rate,
-            f"share of OOD images at or above the score that 95 % of test images reach; {against}",
-            total,
-            details,
-        ),
+        Figure(f"ood_auroc_{name}", area, f"AUROC of {against}", total, details, "higher", used),
+        Figure(f"ood_fpr95_{name}", rate, reach, total, details, "lower", used),
     ]
 
 

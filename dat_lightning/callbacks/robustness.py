@@ -122,7 +122,8 @@ class RobustAccuracy(Evaluator):
         robust = {t: values[self.name(t)][:, -1] for t in self.threat_models}
         signs = masking_signs(correct, robust, values["vanished"], int(values["dimensions"].max()))
         clean = {"confidence_interval": wilson_interval(int(correct.sum()), len(correct))}
-        figures = [Figure("accuracy", share_of(correct), "share of images classified correctly", len(correct), clean)]
+        words = "share of images classified correctly"
+        figures = [Figure("accuracy", share_of(correct), words, len(correct), clean, "higher")]
         for threat_model, survived in robust.items():
             name = self.name(threat_model)
             found = [f"{name}: {sign}" for sign in signs[threat_model]]
@@ -137,7 +138,8 @@ class RobustAccuracy(Evaluator):
                 "vanishing_gradients": share_of(values["vanished"]),
                 "warnings": found,
             }
-            figures.append(Figure(name, share_of(survived), self._protocol(threat_model), len(survived), details))
+            protocol = self._protocol(threat_model)
+            figures.append(Figure(name, share_of(survived), protocol, len(survived), details, "higher"))
         return figures
 
     def _protocol(self, threat_model: ThreatModel) -> str:

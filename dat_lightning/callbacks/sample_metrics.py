@@ -18,10 +18,12 @@ from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.frechet import FrechetDistance, default_cache_dir, reference_key
+from dat_lightning.callbacks.measured_with import reference_digest
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.callbacks.reference_images import ReferenceImages, reference_data
 from dat_lightning.core.figures import Figure, Values, all_ranks, gather
 from dat_lightning.core.files import written_whole
+from dat_lightning.core.fingerprint import file_digest
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.metrics.fidelity import (
     FidelitySettings,
@@ -226,7 +228,8 @@ class SampleMetrics(SampleConsumer):
                 images, self.reader, share, pl_module.device, self.batch_size, silent=is_silent(trainer)
             )
             features = by_class(gather(values, f"{path} has no images"))["features"]
-        return Reference(str(path), 0 if images is None else len(images), gaussian, features)
+        digest = trainer.strategy.broadcast(file_digest(path) if trainer.is_global_zero else "")
+        return Reference(str(path), 0 if images is None else len(images), gaussian, features, digest)
 
     def _reference_from_data(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> Reference:
         name = f"the {len(data.dataset)} images of the DataModule's reference_data()"
@@ -244,7 +247,7 @@ class SampleMetrics(SampleConsumer):
             if images.num_skipped() == 0 and path is not None:
                 with written_whole(path) as file:
                     np.save(file, features.numpy())
-        return Reference(name, len(features), None, features)
+        return Reference(name, len(features), None, features, reference_digest(trainer, data))
 
     def _read(self, images: ReferenceImages, pl_module: LightningModule) -> Tensor:
         values: list[Values] = []

@@ -5,12 +5,13 @@ from dataclasses import asdict, dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dat_lightning.core.figures import Figure, Values
+from dat_lightning.core.fingerprint import module_fingerprint
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.metrics.layers import LayerReader
 
@@ -55,6 +56,15 @@ class FidelitySettings:
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
 
+_BETTER: Mapping[str, Literal["higher", "lower"]] = {
+    "fid": "lower",
+    "kid": "lower",
+    "inception_score": "higher",
+    "precision": "higher",
+    "recall": "higher",
+}
+
+
 @dataclass(frozen=True)
 class Reference:
     """What samples are compared with.
@@ -64,12 +74,14 @@ class Reference:
         num_images: How many; 0 where a file of statistics does not say.
         gaussian: For FID; ``None`` for that of the features.
         features: (N, D) in a fixed order, for KID, precision and recall; ``None`` where only statistics are known.
+        digest: Tells it from others of the same name.
     """
 
     name: str
     num_images: int = 0
     gaussian: Gaussian | None = None
     features: Tensor | None = None
+    digest: str = ""
 
 
 def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
@@ -244,6 +256,9 @@ def make_figures(
         origin: Where the samples come from, in words.
     """
     features, logits = reader.describe()
+    extractor = _named(reader.extractor)
+    of_logits = {"extractor": extractor} if reader.classifier is None else {"classifier": _named(reader.classifier)}
+    of_features = {"extractor": extractor, **({"reference": reference.digest} if reference.digest else {})}
     figures: list[Figure] = []
     for name, value in scores.items():
         if name.endswith("_std"):
@@ -255,8 +270,15 @@ def make_figures(
         if f"{name}_std" in scores:
             details["std"] = scores[f"{name}_std"]
         words = protocol(name, settings, reference.name, features, logits)
-        figures.append(Figure(name, value, f"{words}; {num_samples} samples, {origin}", num_samples, details))
+        words = f"{words}; {num_samples} samples, {origin}"
+        used = of_logits if name == "inception_score" else of_features
+        figures.append(Figure(name, value, words, num_samples, details, _BETTER[name], used))
     return figures
+
+
+def _named(network: nn.Module) -> str:
+    """A network's class, and a digest that tells it from others of that class."""
+    return f"{type(network).__name__} {module_fingerprint(network)[:16]}"
 
 
 def by_class(values: Values) -> Values:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.figures import Figure, Values, gather
+from dat_lightning.core.fingerprint import file_digest
 from dat_lightning.metrics.fidelity import (
     METRICS,
     FidelitySettings,
@@ -88,7 +89,8 @@ def measure_sample_set(
     features: Tensor | None = None
     if known is not None and (gaussian is None or {"kid", "prc"} & set(metrics)) and metrics != ("isc",):
         features = read(known, False)["features"]
-    against = Reference(str(reference), 0 if known is None else len(known), gaussian, features)
+    digest = "" if reference is None else file_digest(Path(reference))
+    against = Reference(str(reference), 0 if known is None else len(known), gaussian, features, digest)
     scores = fidelity_scores(metrics, settings, read(images, "isc" in metrics), against)
     return make_figures(scores, settings, reader, against, len(images), f"from {samples}")
 

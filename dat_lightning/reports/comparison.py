@@ -11,13 +11,37 @@ from dat_lightning.reports.evaluation_file import Entry, Evaluation, is_of_one_s
 
 Direction = Literal["higher", "lower"]
 
-# Parts of names of figures, which say what is better; the first that fits counts.
+# Parts of names, which say what is better on the axis of a plot; the first that fits counts.
 _DIRECTIONS: Mapping[str, Direction] = {
-    r"fid|kid|fd|frechet|ece|nll|brier|loss|error|fpr|fpr95|distance|l2|linf": "lower",
+    r"fid|kid|fd|frechet|ece|nll|brier|loss|error|fpr|fpr95": "lower",
     r"accuracy|auroc|auc|precision|recall|isc|is|inception|success|confidence|plausibility|autoattack": "higher",
 }
 # Numbers that describe a setting or a scale, and are neither good nor bad.
 _NEUTRAL = re.compile(r"(^|_)(steps|temperature|energy|r1|epoch|step)(_|$)")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of measuring a figure.
+
+    Attributes:
+        protocol: In words.
+        num_samples: Number of images.
+        measured_with: Name → digest or name of what else decides the number, sorted.
+    """
+
+    protocol: str
+    num_samples: int
+    measured_with: tuple[tuple[str, str], ...] = ()
+
+    def parts(self) -> dict[str, str]:
+        """Returns name → value of everything that must agree."""
+        return {"protocol": self.protocol, "number of images": str(self.num_samples), **dict(self.measured_with)}
+
+
+def way_of(entry: Entry) -> Way:
+    """Returns how a figure was measured."""
+    return Way(entry.protocol, entry.num_samples, tuple(sorted(entry.measured_with.items())))
 
 
 @dataclass(frozen=True)
@@ -29,7 +53,8 @@ class Column:
         entries: Its entry in each run; ``None`` where a run lacks it.
         direction: What is better, if that is known.
         groups: Number of the way of measuring of each run, from 0 on in the order of the runs; ``None`` without an
-            entry. More than one way means that the numbers cannot be compared.
+            entry.
+        ways: The ways by their numbers. More than one means that the numbers cannot be compared.
         best: Whether a run has the best number; nowhere, if numbers cannot be compared.
     """
 
@@ -37,12 +62,20 @@ class Column:
     entries: tuple[Entry | None, ...]
     direction: Direction | None
     groups: tuple[int | None, ...]
+    ways: tuple[Way, ...]
     best: tuple[bool, ...]
 
     @property
     def comparable(self) -> bool:
-        """Whether all runs have measured it in the same way, on as many images."""
-        return len({group for group in self.groups if group is not None}) <= 1
+        """Whether all runs have measured it in the same way, on the same images."""
+        return len(self.ways) <= 1
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Names of the parts in which the ways of measuring differ, such as ``protocol`` or ``test images``."""
+        parts = [way.parts() for way in self.ways]
+        names = dict.fromkeys(name for each in parts for name in each)
+        return tuple(name for name in names if len({each.get(name) for each in parts}) > 1)
 
 
 @dataclass(frozen=True)
@@ -53,11 +86,13 @@ class Comparison:
         runs: Labels of the runs, no two the same.
         columns: Figures that at least two runs have.
         left_out: Names of figures that only one run has.
+        failures: What stopped the test of each run before its end; ``None`` if nothing did.
     """
 
     runs: tuple[str, ...]
     columns: tuple[Column, ...]
     left_out: tuple[str, ...]
+    failures: tuple[str | None, ...]
 
     def column(self, name: str) -> Column | None:
         """Returns the column of a figure, if there is one."""
@@ -95,7 +130,8 @@ def compare(
 ) -> Comparison:
     """Returns the comparison of several evaluations.
 
-    Numbers are compared only if protocol and number of images agree. What is better is told from the name of a figure.
+    Numbers are compared only if protocol, number of images and all that they were measured with agree. What is better
+    is in the files; those of earlier versions, and figures whose evaluator does not say it, have no best.
 
     Args:
         runs: Label → evaluation.
@@ -126,15 +162,18 @@ def compare(
         raise ValueError(f"the runs {', '.join(runs)} share no figure: nothing can be compared")
     known: dict[str, Direction] = {**dict.fromkeys(higher, "higher"), **dict.fromkeys(lower, "lower")}
     columns = tuple(
-        _column(name, [run.entry(name) for run in runs.values()], known.get(name) or direction(name))
+        _column(name, [run.entry(name) for run in runs.values()], known.get(name))
         for name in (shared if names is None else names)
     )
     left_out = tuple(name for name in counts if name not in {column.name for column in columns})
-    return Comparison(tuple(runs), columns, left_out)
+    return Comparison(tuple(runs), columns, left_out, tuple(run.failure for run in runs.values()))
 
 
 def direction(name: str) -> Direction | None:
-    """Returns what is better for a figure of that name; ``None`` if the name does not tell."""
+    """Returns what is better for a logged scalar of that name, as an axis says it; ``None`` if the name does not tell.
+
+    Comparisons go by what the evaluator said.
+    """
     if _NEUTRAL.search(name):
         return None
     for words, better in _DIRECTIONS.items():
@@ -143,16 +182,15 @@ def direction(name: str) -> Direction | None:
     return None
 
 
-def _column(name: str, entries: Sequence[Entry | None], better: Direction | None) -> Column:
-    ways: dict[tuple[str, int], int] = {}
-    groups: list[int | None] = []
-    for entry in entries:
-        way = None if entry is None else (entry.protocol, entry.num_samples)
-        groups.append(None if way is None else ways.setdefault(way, len(ways)))
+def _column(name: str, entries: Sequence[Entry | None], known: Direction | None) -> Column:
+    ways: dict[Way, int] = {}
+    groups = [None if entry is None else ways.setdefault(way_of(entry), len(ways)) for entry in entries]
+    said = {entry.better for entry in entries if entry is not None}
+    better = known or (said.pop() if len(said) == 1 else None)
     best = [False] * len(entries)
     values = [math.nan if entry is None else entry.value for entry in entries]
     numbers = [value for value in values if not math.isnan(value)]
     if better is not None and len(ways) == 1 and len(numbers) > 1:
         winner = max(numbers) if better == "higher" else min(numbers)
         best = [value == winner for value in values]
-    return Column(name, tuple(entries), better, tuple(groups), tuple(best))
+    return Column(name, tuple(entries), better, tuple(groups), tuple(ways), tuple(best))

@@ -4,7 +4,7 @@ import html
 import string
 from pathlib import Path
 
-from dat_lightning.reports.comparison import Column, Comparison
+from dat_lightning.reports.comparison import Column, Comparison, Way
 from dat_lightning.reports.drawing import write_png
 from dat_lightning.reports.evaluation_file import write_text
 from dat_lightning.reports.page import html_page, number, plot
@@ -38,18 +38,26 @@ def way_letter(group: int) -> str:
 
 
 def _heading(comparison: Comparison) -> str:
-    differing = [column.name for column in comparison.columns if not column.comparable]
-    note = ""
-    if differing:
-        names = ", ".join(f"<b>{html.escape(name)}</b>" for name in differing)
-        note = (
-            f'<p class="note">The runs did not measure {names} in the same way. Letters mark who did what, the'
-            " protocols are below, and no run is called best there.</p>"
+    notes = [
+        f'<p class="note"><b>{html.escape(run)}</b> is incomplete: its test stopped before its end.'
+        f" {html.escape(failure)}</p>"
+        for run, failure in zip(comparison.runs, comparison.failures, strict=True)
+        if failure is not None
+    ]
+    differing: dict[tuple[str, ...], list[str]] = {}
+    for column in comparison.columns:
+        if not column.comparable:
+            differing.setdefault(column.differing, []).append(f"<b>{html.escape(column.name)}</b>")
+    for parts, names in differing.items():
+        notes.append(
+            f'<p class="note">The runs did not measure {", ".join(names)} in the same way: they differ in'
+            f" {html.escape(', '.join(parts))}. Letters mark who did what, the ways are below, and no run is called"
+            " best there.</p>"
         )
     return (
         f'<p class="kicker">Comparison</p><h1>{len(comparison.runs)} runs</h1>'
-        '<p class="lead">A figure is compared where protocol and number of images agree; the best run is'
-        f' <span class="best">marked</span>.</p>{note}'
+        '<p class="lead">A figure is compared where protocol, images and everything else that it was measured with'
+        f' agree; the best run is <span class="best">marked</span>.</p>{"".join(notes)}'
     )
 
 
@@ -60,8 +68,9 @@ def _table(comparison: Comparison) -> str:
         for column in comparison.columns
     )
     rows = "".join(
-        f"<tr><td>{html.escape(run)}</td>{''.join(_cell(column, k) for column in comparison.columns)}</tr>"
-        for k, run in enumerate(comparison.runs)
+        f"<tr><td>{html.escape(run)}{'' if failure is None else '<small>incomplete</small>'}</td>"
+        f"{''.join(_cell(column, k) for column in comparison.columns)}</tr>"
+        for k, (run, failure) in enumerate(zip(comparison.runs, comparison.failures, strict=True))
     )
     left_out = ", ".join(html.escape(name) for name in comparison.left_out)
     why = "one run alone has it, it belongs to one step count of a sweep, or it was not asked for"
@@ -99,13 +108,16 @@ def _plot(comparison: Comparison, x: Column | None, y: Column | None) -> str:
 def _protocols(comparison: Comparison) -> str:
     rows = "".join(
         f"<dt>{html.escape(column.name)}{'' if column.comparable else f'<sup>{way_letter(group)}</sup>'}</dt>"
-        f"<dd>{html.escape(protocol)} ({images} images)</dd>"
+        f"<dd>{html.escape(way.protocol)} ({way.num_samples} images){_measured_with(column, way)}</dd>"
         for column in comparison.columns
-        for group, (protocol, images) in enumerate(_ways(column))
+        for group, way in enumerate(column.ways)
     )
     return f"<h2>How it was measured</h2><dl>{rows}</dl>"
 
 
-def _ways(column: Column) -> list[tuple[str, int]]:
-    """The ways of measuring a figure, in the order of their letters."""
-    return list(dict.fromkeys((entry.protocol, entry.num_samples) for entry in column.entries if entry is not None))
+def _measured_with(column: Column, way: Way) -> str:
+    """What a way was measured with besides its protocol, and what others were and this one does not say."""
+    named = dict(way.measured_with)
+    missing = [name for name in column.differing if name not in way.parts()]
+    parts = [f"{name} {value}" for name, value in named.items()] + [f"{name} not recorded" for name in missing]
+    return f"; {html.escape(', '.join(parts))}" if parts else ""

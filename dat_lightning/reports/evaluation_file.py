@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor
@@ -15,6 +15,8 @@ from dat_lightning.core.files import written_whole
 
 FORMAT = "dat_lightning evaluation"
 SCHEMA_VERSION = 1
+
+_ADDED_LATER = ("better", "measured_with")
 
 # JSON has no numbers for these.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -32,6 +34,8 @@ class Entry:
         source: Class of the callback or module that measured it.
         details: Further primitives. ``pictures`` lists PNG files, absolute or relative to the file's folder,
             ``captions`` says what is on them, ``warnings`` lists sentences.
+        better: Which of two values is the better one; ``None`` if the evaluator does not say.
+        measured_with: Name → short digest or name of what decides the number besides the model and the protocol.
     """
 
     name: str
@@ -40,6 +44,8 @@ class Entry:
     num_samples: int
     source: str
     details: Mapping[str, Any] = field(default_factory=dict)
+    better: Literal["higher", "lower"] | None = None
+    measured_with: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,13 @@ class Evaluation:
         name: Label of the run in tables and plots.
         entries: The figures.
         provenance: Where they come from: checkpoint, weights, versions, seeds, device, date.
+        failure: What stopped the test before all figures were measured; ``None`` if nothing did.
     """
 
     name: str
     entries: Sequence[Entry]
     provenance: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
 
     def entry(self, name: str) -> Entry | None:
         """Returns the figure of that name, if there is one."""
@@ -68,6 +76,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
         "schema_version": SCHEMA_VERSION,
         "note": "NaN, Infinity and -Infinity are written as strings",
         "name": evaluation.name,
+        "failure": evaluation.failure,
         "figures": [asdict(entry) for entry in evaluation.entries],
         "provenance": evaluation.provenance,
     }
@@ -93,15 +102,48 @@ def read_evaluation(path: Path) -> Evaluation:
     if version != SCHEMA_VERSION:
         raise ValueError(f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}: evaluate anew")
     try:
-        names = [each.name for each in fields(Entry)]
-        entries = [Entry(**{name: restored(figure[name]) for name in names}) for figure in contents["figures"]]
-        evaluation = Evaluation(contents["name"], entries, contents["provenance"])
+        entries = [_entry(figure) for figure in contents["figures"]]
+        evaluation = Evaluation(contents["name"], entries, contents["provenance"], contents.get("failure"))
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path} is a damaged evaluation file: a figure or an entry lacks {error}") from error
     wrong = [entry.name for entry in entries if not _well_formed(entry)]
-    if wrong or not isinstance(evaluation.name, str):
+    if wrong or not (isinstance(evaluation.name, str) and isinstance(evaluation.failure, str | None)):
         raise ValueError(f"{path} is a damaged evaluation file: name or figure {wrong} has an entry of a wrong type")
     return evaluation
+
+
+def path_for(path: Path, evaluation: Evaluation) -> Path:
+    """Returns where an evaluation can be written so that none of other weights is lost: ``path``, or one beside it.
+
+    A file of the same checkpoint is replaced, but not a complete one by one that is incomplete. A file of another
+    checkpoint, or that is no evaluation, stays; then the first eight digits of this one's hash are in the name.
+    """
+    beside = f"{path.stem}-{(identity(evaluation) or 'unknown')[:8]}"
+    names = (path.stem, beside, *(f"{beside}-{k}" for k in range(2, 1000)))
+    for name in names:
+        place = path.with_stem(name)
+        if not place.exists():
+            return place
+        old = _evaluation_or_none(place)
+        if old is not None and identity(old) is not None and identity(old) == identity(evaluation):
+            complete_stays = old.failure is None and evaluation.failure is not None
+            return path_for(place.with_stem(f"{name}-incomplete"), evaluation) if complete_stays else place
+    raise ValueError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
+
+
+def identity(evaluation: Evaluation) -> str | None:
+    """Returns the hash of the checkpoint's file, or of the weights where there is no file; ``None`` if unknown."""
+    checkpoint = evaluation.provenance.get("checkpoint")
+    digest = checkpoint.get("sha256") if isinstance(checkpoint, Mapping) else None
+    digest = digest or evaluation.provenance.get("weights_sha256")
+    return digest if isinstance(digest, str) else None
+
+
+def _evaluation_or_none(path: Path) -> Evaluation | None:
+    try:
+        return read_evaluation(path)
+    except (ValueError, OSError):
+        return None
 
 
 def is_of_one_step_count(name: str) -> bool:
@@ -147,6 +189,12 @@ def restored(value: Any) -> Any:
     return value
 
 
+def _entry(figure: Mapping[str, Any]) -> Entry:
+    """A figure of a file; files of earlier versions lack some of its parts."""
+    names = [each.name for each in fields(Entry) if each.name in figure or each.name not in _ADDED_LATER]
+    return Entry(**{name: restored(figure[name]) for name in names})
+
+
 def _well_formed(entry: Entry) -> bool:
     texts = (entry.name, entry.protocol, entry.source)
     numbers = (entry.value, entry.num_samples)
@@ -154,4 +202,7 @@ def _well_formed(entry: Entry) -> bool:
         all(isinstance(text, str) for text in texts)
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         and isinstance(entry.details, dict)
+        and entry.better in (None, "higher", "lower")
+        and isinstance(entry.measured_with, dict)
+        and all(isinstance(part, str) for part in entry.measured_with.values())
     )

@@ -25,6 +25,7 @@ def write_evaluation_page(path: Path, evaluation: Evaluation, pictures: Mapping[
     """
     sections = [
         _heading(evaluation),
+        _failure(evaluation),
         _warnings(evaluation),
         _table(evaluation),
         _plots(evaluation),
@@ -52,6 +53,15 @@ def _heading(evaluation: Evaluation) -> str:
     return (
         f'<p class="kicker">Evaluation</p><h1>{html.escape(evaluation.name)}</h1>'
         f'<p class="lead">{html.escape(" ".join(parts))}.</p><p>{weights}</p>'
+    )
+
+
+def _failure(evaluation: Evaluation) -> str:
+    if evaluation.failure is None:
+        return ""
+    return (
+        '<p class="note"><b>Incomplete.</b> The test stopped before its end; what was measured by then is below.'
+        f" {html.escape(evaluation.failure)}</p>"
     )
 
 
@@ -95,6 +105,8 @@ def _row(entry: Entry) -> str:
     ends = ""
     if isinstance(interval, Sequence) and len(interval) == 2:
         ends = f"<small>{number(interval[0])} … {number(interval[1])}</small>"
+    if entry.measured_with:
+        rest["measured with"] = entry.measured_with
     more = f"<details><summary>Details</summary>{settings(rest)}</details>" if rest else ""
     return (
         f'<tr><td class="name">{breakable(entry.name)}</td><td class="value">{number(entry.value)}{ends}</td>'

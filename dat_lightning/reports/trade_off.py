@@ -1,6 +1,7 @@
 """The trade-off plot: two figures of several runs against each other, a labelled point for each run."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,8 @@ from dat_lightning.reports.comparison import Column, Comparison
 from dat_lightning.reports.drawing import NEUTRAL, PALETTE, label, require_matplotlib
 
 _MARKERS = "osD^vP*X"
+# The number of steps in a name such as robust_accuracy_L2_0.5_10x0.1.
+_STEPS = re.compile(r"_(\d+)x[\d.e+-]+(?:_random)?$")
 # Where a label may stand beside its point, in points, best first, with its alignments.
 _PLACES = (
     (8, 0, "left", "center"),
@@ -22,12 +25,21 @@ _PLACES = (
 
 
 def default_axes(comparison: Comparison) -> tuple[str | None, str | None]:
-    """Returns the figures that the plot shows if nobody chooses: distance of samples, and accuracy under attack."""
+    """Returns the figures that the plot shows if nobody chooses: distance of samples, and accuracy under attack.
+
+    The latter is that under AutoAttack, or else what the module logs as ``robust_accuracy``, or else the one under the
+    attack of the most steps, the first of several. Attacks that may go anywhere are no threat model, and left out.
+    """
     names = [column.name for column in comparison.columns]
     x = next((name for name in ("fid", *names) if name in names and name.startswith("fid")), None)
-    robust = [name for name in names if name.startswith(("autoattack", "robust_accuracy"))]
-    y = "robust_accuracy" if "robust_accuracy" in robust else next(iter(robust), None)
-    return x, y
+    robust = [name for name in names if name.startswith(("autoattack", "robust_accuracy")) and "_inf_" not in name]
+    return x, max(robust, key=_strength, default=None)
+
+
+def _strength(name: str) -> tuple[bool, bool, int]:
+    """Orders accuracies under attack by how far they can be trusted."""
+    steps = _STEPS.search(name)
+    return name.startswith("autoattack"), name == "robust_accuracy", int(steps[1]) if steps else 0
 
 
 def trade_off_figure(comparison: Comparison, x: Column, y: Column) -> Any:

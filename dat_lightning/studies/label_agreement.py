@@ -10,6 +10,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dat_lightning.callbacks.measured_with import network_digest
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.callbacks.sample_metrics import SampleMetrics
 from dat_lightning.core.figures import Figure, Values, gather
@@ -58,9 +59,14 @@ class LabelAgreement(SampleConsumer):
         )
         curve = {"sweep_steps": list(self._shares), "sweep": list(self._shares.values())}
         count = self._plan.num_samples
-        figures = [Figure("label_agreement", self._shares[best], words, count, {"num_steps": best, **curve})]
+        used = {"judge": network_digest(self.judge)}
+        chosen_share = Figure(
+            "label_agreement", self._shares[best], words, count, {"num_steps": best, **curve}, "higher", used
+        )
+        figures = [chosen_share]
         for steps, share in self._shares.items():
-            figures.append(Figure(f"label_agreement_{steps}_steps", share, words, count, {"num_steps": steps}))
+            name = f"label_agreement_{steps}_steps"
+            figures.append(Figure(name, share, words, count, {"num_steps": steps}, "higher", used))
         return figures
 
     @override

@@ -1,10 +1,12 @@
 """What a test measures is in the file and on the page, whatever callbacks there are and in whatever order."""
 
+import contextlib
 import hashlib
 import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,18 +14,41 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from dat_lightning import DigitsFeatures, FrechetDistance, PGDSampler, SampleConsumer, SampleGrid
-from dat_lightning.callbacks import EvaluationReport, evaluation_report
+from dat_lightning import (
+    DigitsDataModule,
+    DigitsFeatures,
+    FrechetDistance,
+    PGDSampler,
+    SampleConsumer,
+    SampleGrid,
+    cli,
+)
+from dat_lightning.callbacks import (
+    Calibration,
+    Counterfactuals,
+    EnergyStatistics,
+    EvaluationReport,
+    OODDetection,
+    RobustAccuracy,
+    SampleMetrics,
+    evaluation_report,
+)
 from dat_lightning.callbacks.evaluator import Evaluator
 from dat_lightning.cli import main
 from dat_lightning.core.figures import Figure, Values
+from dat_lightning.core.fingerprint import file_digest
+from dat_lightning.data.digits import Digits, split_indices
+from dat_lightning.data.draws import EvaluationBatches
+from dat_lightning.metrics.fidelity import FidelitySettings
+from dat_lightning.metrics.layers import DigitsLayers
 from dat_lightning.reports import Evaluation, read_evaluation
+from dat_lightning.reports.comparison import Column, Way, compare, way_of
 from tests import tiny
 from tests.reports.page import Page
 
@@ -58,7 +83,8 @@ def evaluate(path: Path, callbacks: Sequence[Callback], module: LightningModule 
     trainer = tiny.trainer(path, callbacks, limit_test_batches=2)
     trainer.test(module or tiny.stage1(), datamodule=tiny.digits(eval_batch_size=30), verbose=False)
     report = next(c for c in callbacks if isinstance(c, EvaluationReport))
-    return read_evaluation(report.path)
+    assert report.written is not None
+    return read_evaluation(report.written)
 
 
 def report(path: Path) -> EvaluationReport:
@@ -233,6 +259,266 @@ def test_paths_and_packages_are_checked_before_the_test(tmp_path: Path, monkeypa
     with pytest.raises(ModuleNotFoundError, match=r"dat-lightning\[reports\]"):
         evaluate(tmp_path, [brightness, report(tmp_path)])
     assert brightness.figures == []
+    evaluate(tmp_path, [brightness, EvaluationReport(page=False)])
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+# Like is compared with like.
+
+
+def compared(tmp_path: Path, name: str, *runs: tuple[LightningDataModule, Sequence[Callback]]) -> Column:
+    """A figure of several tests of one network, side by side."""
+    found = {}
+    for k, (data, callbacks) in enumerate(runs):
+        trainer = tiny.trainer(tmp_path / f"{k}", [*callbacks, report(tmp_path / f"{k}")], limit_test_batches=2)
+        trainer.test(tiny.stage1(), datamodule=data, verbose=False)
+        found[f"{k}"] = read_evaluation(tmp_path / f"{k}" / "evaluation.json")
+    column = compare(found).column(name)
+    assert column is not None
+    return column
+
+
+class Others(DigitsDataModule):
+    """Tests on as many training images, and compares samples with fewer."""
+
+    def in_distribution(self, split: Any) -> Any:
+        return Digits(split_indices(20)["train"][:360]) if split == "test" else super().in_distribution(split)
+
+    def reference_data(self) -> Any:
+        return EvaluationBatches(super().in_distribution("train"), self.evaluation_transform())
+
+
+@pytest.mark.parametrize("name", ["brightness", "accuracy"])
+def test_figures_of_other_test_images_are_not_compared(name: str, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"batch_size": 32, "eval_batch_size": 40, "validation_size": 20, "num_ood": 60}
+    settings["num_held_out"] = 20
+    one, other = DigitsDataModule(**settings), Others(**settings)
+    column = compared(tmp_path, name, (one, [Brightness()]), (other, [Brightness()]), (one, [Brightness()]))
+    assert [entry.num_samples for entry in column.entries if entry is not None] == [80, 80, 80]
+    assert column.groups == (0, 1, 0)
+    assert column.differing == ("test images",)
+
+
+def test_the_digest_of_test_images_depends_on_no_batch_size(tmp_path: Path) -> None:
+    used = []
+    for k, (size, count) in enumerate(((30, 2), (20, 3))):
+        callbacks = [Brightness(), report(tmp_path / f"{k}")]
+        trainer = tiny.trainer(tmp_path, callbacks, limit_test_batches=count)
+        trainer.test(tiny.stage1(), datamodule=tiny.digits(eval_batch_size=size), verbose=False)
+        used.append([entry.measured_with for entry in read_evaluation(tmp_path / f"{k}" / "evaluation.json").entries])
+    assert used[0] == used[1]
+    # Evaluators and the module have seen the same.
+    assert len({each["test images"] for each in used[0]}) == 1
+
+
+class Flat(nn.Module):
+    """Random features of pixels."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(256, 12, generator=torch.Generator().manual_seed(seed)))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images[:, 0].flatten(1).float() / 255 @ self.weight
+
+
+def sampled(metric: Callback) -> list[Callback]:
+    return [PGDSampler(num_samples=20, num_steps=[1], step_size=0.5), metric]
+
+
+def of_samples(seed: int) -> Callback:
+    return SampleMetrics(Flat(seed), metrics=["fid", "prc"])
+
+
+@pytest.mark.parametrize("make", [lambda seed: FrechetDistance(Flat(seed)), of_samples], ids=["frechet", "metrics"])
+def test_distances_of_other_extractors_or_references_are_not_compared(make: Any, tmp_path: Path) -> None:
+    data, fewer = tiny.digits(), Others(batch_size=32, validation_size=20, num_ood=60, num_held_out=20)
+    runs = [(data, sampled(make(0))), (data, sampled(make(1))), (data, sampled(make(0))), (fewer, sampled(make(0)))]
+    column = compared(tmp_path, "fid", *runs)
+    assert column.groups == (0, 1, 0, 2)
+    assert len({dict(way.measured_with)["reference"] for way in column.ways}) == 2
+    assert {"extractor", "reference"} <= set(column.differing)
+    assert column.direction == "lower"
+
+
+def test_a_reference_file_is_known_by_its_contents(tmp_path: Path) -> None:
+    file = tmp_path / "reference.npz"
+    ways: list[Way] = []
+    for seed in (0, 1, 0):
+        numbers = np.random.default_rng(seed).normal(size=(50, 12))
+        np.savez(file, mu=numbers.mean(0), sigma=np.cov(numbers.T))
+        for make in (FrechetDistance(Flat(0), str(file)), SampleMetrics(Flat(0), ["fid"], reference=str(file))):
+            out = tmp_path / f"{len(ways)}"
+            entry = evaluate(out, [*sampled(make), report(out)]).entry("fid")
+            assert entry is not None
+            ways.append(way_of(entry))
+    assert ways[0] == ways[4] != ways[2]
+    assert ways[1] == ways[5] != ways[3]
+    assert ways[0].protocol == ways[2].protocol
+
+
+def test_a_reference_folder_is_known_by_its_contents_wherever_it_lies(tmp_path: Path) -> None:
+    for name, content in (("a", "1"), ("b", "1"), ("c", "2")):
+        (tmp_path / name / "class").mkdir(parents=True)
+        (tmp_path / name / "class" / "0.png").write_text(content)
+        (tmp_path / name / "1.png").write_text("1")
+    digests = [file_digest(tmp_path / name) for name in "abc"]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_plausibility_of_other_judges_and_distances_say_nothing_of_better(tmp_path: Path) -> None:
+    def searching(seed: int) -> list[Callback]:
+        judge = tiny.energy_model(seed)
+        return [Counterfactuals([1.0], 2, targets=["next"], judge=judge, extractor=Flat(seed), min_class_images=2)]
+
+    found = {}
+    for k, seed in enumerate((0, 1)):
+        callbacks = [*searching(seed), report(tmp_path / f"{k}")]
+        found[f"{k}"] = evaluate(tmp_path / f"{k}", callbacks)
+    comparison = {column.name: column for column in compare(found).columns}
+    assert comparison["counterfactual_plausibility_next_eps1"].differing == ("judge",)
+    assert comparison["counterfactual_fid_next_eps1"].differing == ("extractor",)
+    assert comparison["counterfactual_success_next_eps1"].comparable
+    directions = {name.split("_")[1]: column.direction for name, column in comparison.items() if "next" in name}
+    assert directions == {
+        "success": "higher",
+        "confidence": "higher",
+        "plausibility": "higher",
+        "fid": "lower",
+        "l2": None,
+        "linf": None,
+        "changed": None,
+    }
+
+
+def test_detection_of_other_images_is_not_compared(tmp_path: Path) -> None:
+    def detecting(seed: int) -> list[Callback]:
+        images = torch.rand(30, 1, 16, 16, generator=torch.Generator().manual_seed(seed))
+        return [OODDetection({"noise": images}, ["logsumexp"], attack=None)]
+
+    data = tiny.digits()
+    runs = [(data, detecting(0)), (data, detecting(1)), (data, detecting(0))]
+    area = compared(tmp_path, "ood_auroc_noise_logsumexp", *runs)
+    assert (area.groups, area.differing, area.direction) == ((0, 1, 0), ("OOD images",), "higher")
+
+
+def test_evaluators_say_what_is_better(tmp_path: Path) -> None:
+    callbacks = [
+        RobustAccuracy(tiny.ATTACK),
+        Calibration(),
+        OODDetection(scores=["logsumexp"], attack=None),
+        EnergyStatistics(num_images=20),
+        *sampled(SampleMetrics(DigitsLayers(), ["fid", "kid", "isc", "prc"], FidelitySettings(kid_subset_size=10))),
+    ]
+    entries = evaluate(tmp_path, [*callbacks, report(tmp_path)]).entries
+    better = {each.name.partition(" ")[0]: each.better for each in entries}
+    higher = ("accuracy", "robust_accuracy", "ood_auroc", "inception_score", "precision", "recall")
+    lower = ("fid", "kid", "ece", "nll", "brier", "ood_fpr95")
+    for name, said in better.items():
+        expected = "higher" if name.startswith(higher) else "lower" if name.startswith(lower) else None
+        assert said == expected, name
+    neutral = {name for name, said in better.items() if said is None}
+    assert {"temperature", "energy_test", "r1_train", "loss"} <= neutral
+
+
+# Nothing is lost.
+
+
+class Late(Brightness):
+    """Fails after the others have finished."""
+
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+        raise RuntimeError("too late\nby far")
+
+
+def test_an_error_leaves_what_others_have_finished(tmp_path: Path) -> None:
+    done, stale = Brightness(), FrechetDistance(DigitsFeatures())
+    stale.scores = {3: 1.0}
+    callbacks = [report(tmp_path), done, Late("late"), Darkness("never reached"), stale, samplers(tmp_path)[0]]
+    trainer = tiny.trainer(tmp_path, callbacks, limit_test_batches=2)
+    with pytest.raises(RuntimeError, match="too late"):
+        trainer.test(tiny.stage1(), datamodule=tiny.digits(eval_batch_size=30), verbose=False)
+    found = read_evaluation(tmp_path / "evaluation.json")
+    assert [(each.name, each.value) for each in found.entries] == [("brightness", done.figures[0].value)]
+    assert found.failure == "RuntimeError: too late"
+    assert "Incomplete" in Page(tmp_path / "evaluation.html").text
+    # The next, whole evaluation of the same weights takes its place, and is not replaced by half of one.
+    evaluate(tmp_path, [Brightness(), report(tmp_path)])
+    assert read_evaluation(tmp_path / "evaluation.json").failure is None
+    with pytest.raises(RuntimeError, match="too late"), pytest.warns(UserWarning, match="evaluation-incomplete.json"):
+        tiny.trainer(tmp_path, callbacks[:3]).test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+    assert read_evaluation(tmp_path / "evaluation.json").failure is None
+    assert read_evaluation(tmp_path / "evaluation-incomplete.json").failure is not None
+
+
+def test_an_error_is_not_hidden_by_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(evaluation_report, "write_evaluation", full)
+    callbacks = [Brightness(), Late("late"), report(tmp_path)]
+    with pytest.raises(RuntimeError, match="too late"), pytest.warns(UserWarning, match="could not save .* No space"):
+        tiny.trainer(tmp_path, callbacks).test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+
+
+def test_an_error_in_training_writes_no_evaluation(tmp_path: Path) -> None:
+    class Failing(Callback):
+        def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            raise RuntimeError("no training")
+
+    brightness, failing = Brightness(), Failing()
+    callbacks = [brightness, report(tmp_path), failing]
+    evaluate(tmp_path, callbacks)
+    (tmp_path / "evaluation.json").unlink()
+    with pytest.raises(RuntimeError, match="no training"):
+        tiny.trainer(tmp_path, callbacks).fit(tiny.stage1(), datamodule=tiny.digits())
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_without_a_path_the_evaluation_lies_with_the_run_and_other_checkpoints_keep_theirs(tmp_path: Path) -> None:
+    module, elsewhere = tiny.stage1(), tmp_path / "elsewhere"
+    names, digests = [], []
+    trainer = tiny.trainer(tmp_path, [], limit_train_batches=1)
+    trainer.fit(module, datamodule=tiny.digits())
+    for file in ("run/checkpoints/last.ckpt", "run/checkpoints/best.ckpt", "loose/last.ckpt"):
+        with torch.no_grad():
+            next(module.parameters()).add_(0.1)
+        trainer.save_checkpoint(tmp_path / file)
+        callback = EvaluationReport(page=False)
+        tester = tiny.trainer(elsewhere, [callback], limit_test_batches=1)
+        test = partial(tester.test, module, datamodule=tiny.digits(), ckpt_path=tmp_path / file, verbose=False)
+        if "best" in file:
+            with pytest.warns(UserWarning, match="is the evaluation of another checkpoint"):
+                test()
+        else:
+            test()
+        assert callback.written is not None
+        found = read_evaluation(callback.written)
+        digest = hashlib.sha256((tmp_path / file).read_bytes()).hexdigest()
+        assert found.provenance["checkpoint"]["sha256"] == digest
+        digests.append(digest)
+        names.append((callback.written.relative_to(tmp_path).as_posix(), found.name))
+    assert names == [
+        ("run/evaluation.json", "run last"),
+        (f"run/evaluation-{digests[1][:8]}.json", "run best"),
+        ("elsewhere/evaluation.json", "elsewhere last"),
+    ]
+
+
+def test_what_was_trained_since_is_not_the_checkpoint_that_it_began_with(tmp_path: Path) -> None:
+    start = tmp_path / "start.ckpt"
+    trainer = tiny.trainer(tmp_path, [], limit_train_batches=1)
+    trainer.fit(tiny.stage1(), datamodule=tiny.digits())
+    trainer.save_checkpoint(start)
+    module, callback = tiny.stage2(init_from=str(start)), EvaluationReport(page=False)
+    trainer = tiny.trainer(tmp_path / "2", [callback], limit_train_batches=1, limit_test_batches=1)
+    for trained in (False, True):
+        if trained:
+            trainer.fit(module, datamodule=tiny.digits())
+        with contextlib.nullcontext() if not trained else pytest.warns(UserWarning, match="another checkpoint"):
+            trainer.test(module, datamodule=tiny.digits(), verbose=False)
+        assert callback.written is not None
+        assert (read_evaluation(callback.written).provenance["checkpoint"] is None) == trained
 
 
 # LightningCLI notes that it was called with arguments, which is the point here.
@@ -242,6 +528,23 @@ def test_the_command_line_writes_both_files(tmp_path: Path, monkeypatch: pytest.
     config = [str(ROOT / "configs" / "digits" / "stage1.yaml"), "--config", str(ROOT / "tests" / "conf" / "tiny.yaml")]
     main(["fit", "--config", *config])
     checkpoint = tmp_path / "runs" / "checkpoints" / "last.ckpt"
+    # A configuration that asks for no report gets one, in the folder of the run.
+    tested = ["test", "--config", *config, "--ckpt_path", str(checkpoint)]
+    main([*tested, "--trainer.fast_dev_run=true"])
+    assert not list(tmp_path.rglob("evaluation*"))
+    main(tested)
+    assert read_evaluation(tmp_path / "runs" / "evaluation.json").name == "runs last"
+    assert "runs last" in Page(tmp_path / "runs" / "evaluation.html").text
+    (tmp_path / "runs" / "evaluation.html").unlink()
+
+    def missing() -> None:
+        raise ModuleNotFoundError("plots need matplotlib: pip install 'dat-lightning[reports]'")
+
+    with monkeypatch.context() as without:
+        without.setattr(cli, "require_matplotlib", missing)
+        with pytest.warns(UserWarning, match=r"no page beside it: .*dat-lightning\[reports\]"):
+            main(tested)
+    assert not (tmp_path / "runs" / "evaluation.html").exists()
     added = "--trainer.callbacks+=dat_lightning.callbacks.EvaluationReport"
     arguments = [added, "--trainer.callbacks.path=out/evaluation.json", "--trainer.callbacks.name=a run"]
     main(["test", "--config", *config, "--ckpt_path", str(checkpoint), "--seed_everything=7", *arguments])
@@ -254,6 +557,8 @@ def test_the_command_line_writes_both_files(tmp_path: Path, monkeypatch: pytest.
     assert known["seeds"] == {"seed_everything": 7, "module": 0, "data": 0}
     assert known["versions"]["torch"] == version("torch")
     assert known["versions"]["lightning"] == version("lightning")
+    assert known["versions"]["torch-fidelity"] == version("torch-fidelity")
+    assert {"timm", "scipy", "scikit-learn", "torchvision", "numpy", "dat_lightning"} <= set(known["versions"])
     assert known["module"]["class"] == "dat_lightning.modules.robust_classifier.RobustClassifierModule"
     assert known["module"]["hyperparameters"]["threat_model"]["num_steps"] == 2
     assert known["device"] == "cpu"

@@ -484,8 +484,11 @@ def test_the_program_writes_the_figures_as_json(
     main(args)
     printed = json.loads(capsys.readouterr().out)
     expected = measure_sample_set(sets["npz"], sets["real"], DigitsLayers(), ["kid", "prc"], SETTINGS, silent=True)
-    assert {figure["name"]: figure["value"] for figure in printed["figures"]} == values(expected)
-    assert set(printed["figures"][0]) == {"name", "value", "protocol", "num_samples", "details"}
+    found = {figure["name"]: figure["value"] for figure in printed["figures"]}
+    assert found == pytest.approx(values(expected), rel=1e-6)
+    keys = {"name", "value", "protocol", "num_samples", "details", "better", "measured_with"}
+    assert set(printed["figures"][0]) == keys
+    assert printed["figures"][0]["measured_with"].keys() == {"extractor", "reference"}
     main([*args, "--out", str(tmp_path / "figures.json")])
     assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")) == printed
     assert capsys.readouterr().out == ""

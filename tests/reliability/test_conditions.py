@@ -345,7 +345,7 @@ def test_nan_pixels_in_evaluation_show_in_the_figures_and_touch_no_weight(tmp_pa
 
 def test_every_shipped_recipe_guards_its_steps() -> None:
     recipes = [p for p in (ROOT / "configs").rglob("stage*.yaml") if "studies" not in p.parts]
-    recipes += (ROOT / "configs" / "imagenet").glob("*.yaml")
+    recipes += [p for p in (ROOT / "configs" / "imagenet").glob("*.yaml") if p.stem != "evaluate"]
     assert len(recipes) >= 15
     for recipe in recipes:
         callbacks = yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["callbacks"]

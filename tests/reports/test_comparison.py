@@ -3,7 +3,9 @@
 import math
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,9 +18,23 @@ from dat_lightning.reports.comparison_page import way_letter
 from dat_lightning.reports.trade_off import default_axes, trade_off_figure
 from tests.reports.page import Page
 
+BETTER: dict[str, Literal["higher", "lower"]] = {
+    "accuracy": "higher",
+    "robust_accuracy": "higher",
+    "fid": "lower",
+    "ece": "lower",
+}
+
 
 def run(name: str, protocol: str = "p", samples: int = 100, **figures: float) -> Evaluation:
-    return Evaluation(name, [Entry(key, value, protocol, samples, "Source") for key, value in figures.items()])
+    entries = [Entry(key, value, protocol, samples, "Source", better=BETTER.get(key)) for key, value in figures.items()]
+    return Evaluation(name, entries)
+
+
+def of_images(name: str, fid: float, **measured_with: str) -> Evaluation:
+    """A run whose distance was measured with something."""
+    used = {key.replace("_", " "): value for key, value in measured_with.items()}
+    return Evaluation(name, [Entry("fid", fid, "p", 80, "Source", better="lower", measured_with=used)])
 
 
 AT, DAT, JEM = (
@@ -63,7 +79,8 @@ def test_nan_is_never_best_and_infinity_may_be() -> None:
         ("fid [SampleMetrics]", "lower"),
         ("ece_scaled", "lower"),
         ("ood_fpr95_max_logit", "lower"),
-        ("counterfactual_l2_next_eps4", "lower"),
+        ("counterfactual_l2_next_eps4", None),
+        ("nearest_training_distance", None),
         ("loss", "lower"),
         ("energy", None),
         ("r1", None),
@@ -72,7 +89,7 @@ def test_nan_is_never_best_and_infinity_may_be() -> None:
         ("fidelity", None),
     ],
 )
-def test_the_name_tells_what_is_better(name: str, better: str | None) -> None:
+def test_the_name_of_a_logged_scalar_tells_what_is_better(name: str, better: str | None) -> None:
     assert direction(name) == better
 
 
@@ -97,6 +114,63 @@ def test_what_was_measured_differently_is_flagged_and_not_compared(other: Evalua
     assert all(text in page.text for text in ("2a", "1b", "3a"))
     assert page.text.count("fida") == page.text.count("fidb") == 1  # the protocols, with their letters
     assert "ecea" not in page.text
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "differing"),
+    [
+        ({"test_images": "aa"}, {"test_images": "bb"}, ("test images",)),
+        ({"extractor": "E aa", "reference": "r"}, {"extractor": "E bb", "reference": "r"}, ("extractor",)),
+        ({}, {"judge": "J aa"}, ("judge",)),
+    ],
+)
+def test_what_was_measured_with_something_else_is_not_compared_and_the_page_says_with_what(
+    one: dict[str, str], other: dict[str, str], differing: tuple[str, ...], tmp_path: Path
+) -> None:
+    runs = [of_images("a", 2.0, **one), of_images("b", 1.0, **other), of_images("c", 3.0, **one)]
+    column = compare({each.name: each for each in runs}).column("fid")
+    assert column is not None
+    assert (column.groups, column.best) == ((0, 1, 0), (False, False, False))
+    assert column.differing == differing
+    page = page_of(tmp_path, *runs)
+    assert f"did not measure fid in the same way: they differ in {differing[0]}." in page.text
+    assert f"{differing[0]} {next(iter(other.values()))}" in page.text
+    assert (f"{differing[0]} not recorded" in page.text) == (not one)
+    same = [of_images("a", 2.0, **other), of_images("b", 1.0, **other)]
+    assert best("fid", *same) == ["b"]
+    assert "differ in" not in page_of(tmp_path, *same).text
+
+
+def test_nobody_is_best_where_nobody_said_what_is_better() -> None:
+    """A copy of a training image is nearest to it, and an image that stays where it is has moved least."""
+    for name in ("nearest_training_distance", "counterfactual_l2_next_eps4", "accuracy_of_old_files"):
+        runs = [Evaluation(each, [Entry(name, value, "p", 1, "Source")]) for each, value in (("a", 0.0), ("b", 1.0))]
+        assert best(name, *runs) == []
+    told, silent = run("a", fid=1.0), run("b", fid=2.0)
+    silent = Evaluation("b", [replace(silent.entries[0], better=None)])
+    assert best("fid", told, silent) == []
+
+
+def test_a_run_that_was_stopped_is_shown_as_incomplete(tmp_path: Path) -> None:
+    stopped = replace(run("b", fid=2.0), failure="RuntimeError: out of <memory>")
+    page = page_of(tmp_path, run("a", fid=1.0), stopped)
+    assert "b is incomplete: its test stopped before its end. RuntimeError: out of <memory>" in page.text
+    assert page.text.count("bincomplete") == 1
+    assert "incomplete" not in page_of(tmp_path, run("a", fid=1.0), run("b", fid=2.0)).text
+
+
+@pytest.mark.parametrize(
+    ("names", "chosen"),
+    [
+        (["robust_accuracy_L2_1_1x1", "robust_accuracy_L2_1_20x0.25", "robust_accuracy_L2_2_20x0.25"], 1),
+        (["robust_accuracy_L2_inf_90x0.5", "robust_accuracy_L2_1_7x0.25", "robust_accuracy_L2_1_10x0.2_random"], 2),
+        (["robust_accuracy_L2_1_20x0.25", "robust_accuracy"], 1),
+        (["robust_accuracy", "robust_accuracy_L2_1_20x0.25", "autoattack_L2_0.5"], 2),
+    ],
+)
+def test_the_plot_shows_the_accuracy_under_the_strongest_attack(names: list[str], chosen: int) -> None:
+    evaluation = Evaluation("a", [Entry(name, 0.5, "p", 1, "Source") for name in ["fid", *names]])
+    assert default_axes(compare({"a": evaluation, "b": evaluation})) == ("fid", names[chosen])
 
 
 def test_figures_that_one_run_has_are_left_out_and_named(tmp_path: Path) -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from dat_lightning.reports import Entry, Evaluation, evaluation_file, read_evaluation, write_evaluation
+from dat_lightning.reports.evaluation_file import path_for
 
 DETAILS = {"curve": [1.0, math.inf, -math.inf], "seed": 3, "text": "a <b> ε", "none": None, "nested": {"ok": True}}
-RUN = Evaluation("run 1", [Entry("fid", 9.12, "50 000 samples", 50000, "FrechetDistance", DETAILS)], {"python": "3.10"})
+FID = Entry("fid", 9.12, "50 000 samples", 50000, "FrechetDistance", DETAILS, "lower", {"reference": "ab"})
+RUN = Evaluation("run 1", [FID], {"python": "3.10"}, "ValueError: too late")
 
 
 def test_figures_in_are_figures_out(tmp_path: Path) -> None:
@@ -92,6 +94,9 @@ def damaged(**changes: Any) -> str:
             damaged(figures=[{**json.loads(damaged())["figures"][0], "value": "high"}]),
             r"\['f'\] has an entry of a wrong",
         ),
+        (damaged(figures=[{**FIGURE, "better": "more"}]), r"\['f'\] has an entry of a wrong"),
+        (damaged(figures=[{**FIGURE, "measured_with": {"judge": 3}}]), r"\['f'\] has an entry of a wrong"),
+        (damaged(failure=3), "wrong type"),
         (damaged(figures=[{**json.loads(damaged())["figures"][0], "details": []}]), r"\['f'\] has an entry of a wrong"),
     ],
 )
@@ -102,6 +107,64 @@ def test_damaged_files_cost_one_sentence(text: str, message: str, tmp_path: Path
         read_evaluation(path)
     assert "broken.json" in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
+    (tmp_path / "old.json").write_text(damaged())
+    old = read_evaluation(tmp_path / "old.json")
+    assert old.failure is None
+    assert (old.entries[0].better, old.entries[0].measured_with) == (None, {})
+
+
+def of(sha256: str | None, failure: str | None = None) -> Evaluation:
+    return Evaluation("x", [], {"checkpoint": {"path": "last.ckpt", "sha256": sha256}}, failure)
+
+
+def placed(path: Path, evaluation: Evaluation) -> str:
+    """Where an evaluation goes; and puts it there."""
+    place = path_for(path, evaluation)
+    write_evaluation(place, evaluation)
+    return place.name
+
+
+def test_the_evaluation_of_another_checkpoint_stays(tmp_path: Path) -> None:
+    path = tmp_path / "e.json"
+    one, other = of("a" * 64), of("b" * 64)
+    assert [placed(path, each) for each in (one, one, other, other, one)] == [
+        "e.json",
+        "e.json",
+        "e-bbbbbbbb.json",
+        "e-bbbbbbbb.json",
+        "e.json",
+    ]
+    # A hash that begins alike, and weights that came from no file.
+    assert placed(path, of("b" * 8 + "c" * 56)) == "e-bbbbbbbb-2.json"
+    in_memory = Evaluation("x", [], {"checkpoint": None, "weights_sha256": "d" * 64})
+    assert placed(path, in_memory) == placed(path, in_memory) == "e-dddddddd.json"
+    assert read_evaluation(path) == one
+
+
+@pytest.mark.parametrize("text", ["my notes", damaged(), damaged(schema_version=7)])
+def test_a_file_that_is_no_evaluation_of_a_known_checkpoint_stays(text: str, tmp_path: Path) -> None:
+    (tmp_path / "e.json").write_text(text)
+    assert placed(tmp_path / "e.json", of("a" * 64)) == "e-aaaaaaaa.json"
+    assert placed(tmp_path / "e.json", of(None)) == "e-unknown.json"
+    assert placed(tmp_path / "e.json", of(None)) == "e-unknown-2.json"
+    assert (tmp_path / "e.json").read_text() == text
+
+
+def test_an_incomplete_evaluation_replaces_no_complete_one(tmp_path: Path) -> None:
+    path, whole, part = tmp_path / "e.json", of("a" * 64), of("a" * 64, "ValueError: no")
+    assert [placed(path, each) for each in (part, part, whole, part, part, whole)] == [
+        "e.json",
+        "e.json",
+        "e.json",
+        "e-incomplete.json",
+        "e-incomplete.json",
+        "e.json",
+    ]
+    assert placed(path, of("b" * 64, "ValueError: no")) == "e-bbbbbbbb.json"
+    assert read_evaluation(path) == whole
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -56,6 +56,20 @@ def test_warnings_stand_above_the_table_once(tmp_path: Path) -> None:
     assert shown.text.index("Square beats APGD.") < shown.text.index("how a came about")
 
 
+def test_what_stopped_a_test_stands_at_the_top(tmp_path: Path) -> None:
+    evaluation = Evaluation("run", [entry(warnings=["Square beats APGD."])], {}, "RuntimeError: out of <memory>")
+    write_evaluation_page(tmp_path / "e.html", evaluation)
+    shown = Page(tmp_path / "e.html")
+    assert "Incomplete. The test stopped before its end" in shown.text
+    assert shown.text.index("RuntimeError: out of <memory>") < shown.text.index("Square beats APGD.")
+    assert "Incomplete" not in page(tmp_path, entry()).text
+
+
+def test_what_a_figure_was_measured_with_is_among_its_details(tmp_path: Path) -> None:
+    figure = Entry("fid", 1.0, "p", 10, "Source", measured_with={"reference": "ab12"})
+    assert "measured with.referenceab12" in page(tmp_path, figure).text
+
+
 def test_confidence_intervals_stand_with_the_value(tmp_path: Path) -> None:
     assert "0.5 0.25 … 0.75".replace(" ", "") in page(
         tmp_path, entry("accuracy", 0.5, confidence_interval=[0.25, 0.75])
