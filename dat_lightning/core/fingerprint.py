@@ -48,7 +48,8 @@ def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
 def module_fingerprint(module: nn.Module) -> str:
     """Returns a hash of a network's class, structure, weights and buffers, those outside its state dict among them."""
     digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}\n{module}".encode())
-    tensors = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    # First the state dict, for which a module may load its weights.
+    tensors = {**module.state_dict(), **dict(module.named_buffers())}
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())

@@ -5,8 +5,9 @@ of the plain implementation and of the package are compared. Then contenders tak
 call, which is reported by itself. Sizes fit the device that is found; on a CPU, networks beyond the first are timed
 without the compiled variants unless ``--variants`` names them, since compiling would take longer than all the rest.
 
-Utilisation is the time that a task's floating-point operations would take at the rate of a large matrix product in the
-same precision, over the time that they took: an ascent step counts two forward passes, a training pass three.
+Utilisation is the time that a task's floating-point operations would take at the dense rate of the device in the same
+precision, that of a large matrix product or of a wide convolution, over the time that they took: an ascent step counts
+two forward passes, a training pass three.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from dat_lightning.core import ascend_snapshots, targeted_logit, unbounded_ascen
 
 from .cases import Agreement, compare, random_batch
 from .contenders import GENERATION_STEP_SIZE, SIZES, STAGES, TASKS, VARIANTS, Size, Task, Workload, sampling_network
-from .timing import matmul_rate, summarise, table, take_turns
+from .timing import convolution_rate, matmul_rate, summarise, table, take_turns
 
 TOLERANCE = 1e-5
 # A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
@@ -144,9 +145,12 @@ def machine(device: str) -> dict[str, str | int]:
 
 
 def rates(device: str) -> dict[str, float]:
-    """Returns the matrix rate by precision."""
-    size = 2048 if device == "cpu" else 8192
-    return {str(dtype): matmul_rate(device, dtype, size) for dtype in (torch.float32, torch.bfloat16)}
+    """Returns the dense rate by precision: that of a large matrix product or of a wide convolution, if it is higher."""
+    size, channels = (2048, 256) if device == "cpu" else (8192, 1024)
+    return {
+        str(dtype): max(matmul_rate(device, dtype, size), convolution_rate(device, dtype, channels))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def run(workload: Workload, plan: Plan, rate: dict[str, float]) -> dict[str, Any]:
@@ -222,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     device = plan.workloads[0].device
     where, rate = machine(device), rates(device)
     sys.stdout.write("".join(f"{name}: {value}\n" for name, value in where.items()))
-    sys.stdout.write("".join(f"matrix product, {name}: {value / 1e12:.3g} TFLOP/s\n" for name, value in rate.items()))
+    sys.stdout.write("".join(f"dense rate, {name}: {value / 1e12:.3g} TFLOP/s\n" for name, value in rate.items()))
     try:
         results = [run(workload, plan, rate) for workload in plan.workloads]
     except DisagreementError as error:
@@ -231,7 +235,7 @@ def main(arguments: list[str] | None = None) -> int:
     if any(VARIANTS[name].compile for workload in plan.workloads for name in plan.variants_of(workload)):
         sys.stdout.write(f"graphs compiled: {compiled_graphs()}\n")
     if out is not None:
-        content = {"where": where, "matrix rate": rate, "rounds": plan.rounds, "results": results}
+        content = {"where": where, "dense rate": rate, "rounds": plan.rounds, "results": results}
         out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 

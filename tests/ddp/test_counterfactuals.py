@@ -19,7 +19,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """Number of processes → folder of its run."""
     folder = tmp_path_factory.mktemp("runs")
     run("run_counterfactuals", folder)
-    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 2, 4)}
+    return {num_ranks: folder / str(num_ranks) for num_ranks in (1, 4)}
 
 
 def same(a: Any, b: Any) -> bool:
@@ -35,7 +35,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
+@pytest.mark.parametrize("num_ranks", [4])
 def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[int, Path]) -> None:
     one = json.loads((runs[1] / "figures-0.json").read_text())
     assert len(one) == 2 * 7 + 2 * 3
@@ -49,7 +49,7 @@ def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[in
 
 def test_the_same_images_are_shown(runs: dict[int, Path]) -> None:
     names = [sorted(path.name for path in (folder / "pictures").iterdir()) for folder in runs.values()]
-    assert names[0] == names[1] == names[2]
+    assert names[0] == names[1]
     assert len(names[0]) == 3
     for name in names[0]:
         pixels = []

@@ -49,7 +49,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("moment", "ranks", "signum", "statuses"),
     [
         # The rank that does not save, in the middle of a step; nobody tells the other one.
-        (("attack", 20), "1", TERM, {143}),
+        pytest.param(("attack", 20), "1", TERM, {143}, marks=pytest.mark.slow),
         pytest.param(("attack", 20), "0", TERM, {143}, marks=pytest.mark.slow),
         pytest.param(("attack", 20), "01", TERM, {143}, marks=pytest.mark.slow),
         pytest.param(("validation", 2), "0", TERM, {143}, marks=pytest.mark.slow),
