@@ -96,8 +96,11 @@ def test_a_run_killed_at_twenty_moments_goes_on_bit_for_bit(
     for k in range(20):
         workers = 2 * (k % 2)
         if k < 2 * len(MOMENTS):
-            moment = (MOMENTS[k // 2], chance.randint(2, 8), 9)
-            step, killed = assert_survives(lives, folder, tmp_path / str(k), stage, workers, moment=moment)
+            count, killed = chance.randint(2, 8), False
+            while not killed:  # so often it does not happen in a run
+                moment = (MOMENTS[k // 2], count, 9)
+                step, killed = assert_survives(lives, folder, tmp_path / f"{k}-{count}", stage, workers, moment=moment)
+                count -= 1
         else:
             after, killed = chance.uniform(0.3, 1.0) * seconds, False
             while not killed:  # a run that was done before is no kill
