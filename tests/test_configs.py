@@ -11,7 +11,6 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule
-from torch import Tensor, nn
 
 import dat_lightning
 from dat_lightning import (
@@ -24,7 +23,7 @@ from dat_lightning import (
 )
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
 from dat_lightning.data.images import image_name
-from tests.recipes import write_all
+from tests.recipes import Means, write_all
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -62,13 +61,6 @@ SWEEPS = {
     "imagenet/wrn50_4_T65": (16, 19, 22),
     "imagenet/convnext_l_T110": (33, 36, 39),
 }
-
-
-class Means(nn.Module):
-    """Stands in for Inception, whose weights are not at hand: the mean of each channel."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().mean((2, 3))
 
 
 @pytest.fixture(autouse=True)

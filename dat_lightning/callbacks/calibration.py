@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import Evaluator, is_silent, numbered, require_parts
-from dat_lightning.callbacks.measured_with import images_digest
+from dat_lightning.callbacks.measured_with import set_digest
 from dat_lightning.core.figures import Figure, Values, gather
 from dat_lightning.core.fingerprint import image_digest
 from dat_lightning.metrics.calibration import (
@@ -92,7 +92,7 @@ class Calibration(Evaluator):
         if held_out is not None and new is not None and 2 * int(new.sum()) > len(new):
             where = f"on {int(new.sum())} validation images that are no test images"
             temperatures = [fit_temperature(held_out["logits"][new], held_out["y"][new].long())]
-            used = {"validation images": images_digest({"digest": held_out["digest"][new]})}
+            used = {"validation images": set_digest(held_out["digest"][new])}
         else:
             why = "there are no validation images" if new is None else "the validation images are test images"
             where = f"on each half of the test images and applied to the other half, for {why}"

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import Evaluator
-from dat_lightning.callbacks.measured_with import images_digest
+from dat_lightning.callbacks.measured_with import set_digest
 from dat_lightning.callbacks.ood_detection import (
     Transform,
     attack_words,
@@ -168,7 +168,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             )
             sets[name], words[name] = found, f"images of {name}, chosen by seed {self.seed}"
             details[name] = {"seed": self.seed, "num_skipped": len(skipped)}
-            images[name] = images_digest(found)
+            images[name] = set_digest(found["digest"])
         if not self._samples:
             left_out["generated"] = "no PGDSampler of the Trainer samples in test"
         for steps, batches in self._samples.items():

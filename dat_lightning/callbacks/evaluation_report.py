@@ -1,6 +1,5 @@
 """One file and one page with everything that a test has measured."""
 
-import hashlib
 import os
 import time
 from collections import Counter
@@ -17,7 +16,8 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import image_digests, numbered
+from dat_lightning.callbacks.evaluator import numbered
+from dat_lightning.callbacks.measured_with import image_digests, set_digest
 from dat_lightning.callbacks.provenance import checkpoint_path, provenance, run_folder
 from dat_lightning.callbacks.reported_figures import (
     callbacks_of,
@@ -206,8 +206,8 @@ class EvaluationReport(Callback):
         if any(part is None for part in parts):
             return {}
         images = dict(sorted((index, digest) for part in parts for index, digest in part.items()))
-        digests = torch.tensor(list(images.values()), dtype=torch.int64).numpy()
-        return {"test images": hashlib.sha256(digests.tobytes()).hexdigest()[:16]} if images else {}
+        digests = torch.tensor(list(images.values()), dtype=torch.int64)
+        return {"test images": set_digest(digests)} if images else {}
 
     def _sample_grids(self, trainer: Trainer) -> dict[str, str]:
         """Pictures of generated samples that this test has drawn → what they show."""

@@ -1,6 +1,5 @@
 """What all evaluators share: values per example, gathered over all ranks, kept in files, and summed up in figures."""
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -15,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.callbacks.kept_values import KeptValues
+from dat_lightning.callbacks.measured_with import image_digests, set_digest
 from dat_lightning.core.figures import Figure, Values, gather
 
 
@@ -151,7 +151,7 @@ class Evaluator(Callback, ABC):
         """Gathers the values of all ranks, and logs the figures."""
         values = gather(self._values)
         self._values = []
-        images = hashlib.sha256(gather(self._digests)["digest"].numpy().tobytes()).hexdigest()[:16]
+        images = set_digest(gather(self._digests)["digest"])
         self._digests = []
         self.figures = [
             replace(figure, measured_with={"test images": images, **figure.measured_with})
@@ -160,15 +160,6 @@ class Evaluator(Callback, ABC):
         for figure in self.figures:
             # The same number on every rank, so there is nothing to reduce.
             pl_module.log(f"test/{figure.name}", figure.value, sync_dist=False)
-
-
-def image_digests(x: Tensor, y: Tensor) -> Tensor:
-    """Returns a number for each image and label, (N,) int64, from at most 4 096 of the image's values as ten bits."""
-    values = x.detach().flatten(1)
-    values = values[:, :: max(1, values.shape[1] // 4096)].float().nan_to_num().mul(1023).round().to(torch.int32).cpu()
-    pairs = zip(values, y.tolist(), strict=True)
-    digests = [hashlib.sha256(f"{label}".encode() + image.numpy().tobytes()).digest() for image, label in pairs]
-    return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
 
 
 def numbered(batch: Any, num_seen: int, loader: Any, trainer: Trainer) -> Any:

@@ -3,10 +3,10 @@
 import hashlib
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
-from torch import nn
+from torch import Tensor, nn
 
-from dat_lightning.core.figures import Values
 from dat_lightning.core.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.core.images import to_uint8_rgb
 
@@ -18,9 +18,18 @@ def network_digest(network: nn.Module) -> str:
     return f"{type(network).__name__} {module_fingerprint(network)[:_LENGTH]}"
 
 
-def images_digest(values: Values) -> str:
-    """Returns a digest of the images behind values with a number per image under ``digest``, in their order."""
-    return hashlib.sha256(values["digest"].numpy().tobytes()).hexdigest()[:_LENGTH]
+def image_digests(x: Tensor, y: Tensor) -> Tensor:
+    """Returns a number for each image and label, (N,) int64, from at most 4 096 of the image's values as ten bits."""
+    values = x.detach().flatten(1)
+    values = values[:, :: max(1, values.shape[1] // 4096)].float().nan_to_num().mul(1023).round().to(torch.int32).cpu()
+    pairs = zip(values, y.tolist(), strict=True)
+    digests = [hashlib.sha256(f"{label}".encode() + image.numpy().tobytes()).digest() for image, label in pairs]
+    return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
+
+
+def set_digest(digests: Tensor) -> str:
+    """Returns a digest of the images behind :func:`image_digests`, (N,), in their order."""
+    return hashlib.sha256(digests.numpy().tobytes()).hexdigest()[:_LENGTH]
 
 
 def reference_digest(trainer: Trainer, data: Any) -> str:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import image_digests, is_silent
+from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.frechet import extract_features
-from dat_lightning.callbacks.measured_with import images_digest, network_digest, reference_digest
+from dat_lightning.callbacks.measured_with import image_digests, network_digest, reference_digest, set_digest
 from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.callbacks.picture_grids import Shortlist, Tile, write_captioned_grid
 from dat_lightning.callbacks.reference_images import reference_data
@@ -114,10 +114,7 @@ class Memorisation(SampleConsumer):
         self._plan = plan if plan.stage in self.stages else None
         if self._plan is None:
             return
-        if self.num_steps is not None and self.num_steps not in plan.num_steps:
-            raise ValueError(
-                f"Memorisation.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
-            )
+        plan.check_snapshot("Memorisation", self.num_steps)
         self.figures = []
         self._found = {steps: [] for steps in plan.num_steps}
         self._closest = {steps: Shortlist(self.num_pictures) for steps in plan.num_steps}
@@ -135,7 +132,7 @@ class Memorisation(SampleConsumer):
             self._measured_with = {
                 "extractor": network_digest(self.extractor),
                 "reference": reference_digest(trainer, data),
-                "test images": images_digest(self._held_out),
+                "test images": set_digest(self._held_out["digest"]),
             }
             self._training = training
 

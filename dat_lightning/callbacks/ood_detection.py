@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluator import Evaluator, image_digests, is_silent
-from dat_lightning.callbacks.measured_with import images_digest
+from dat_lightning.callbacks.evaluator import Evaluator, is_silent
+from dat_lightning.callbacks.measured_with import image_digests, set_digest
 from dat_lightning.core.figures import Figure, Values, all_ranks, gather
 from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.core.images import CorruptImageError
@@ -204,7 +204,7 @@ class OODDetection(Evaluator):
             for attack in (None, self.attack) if self.attack is not None else (None,):
                 for score in self.scores:
                     scores = found[score if attack is None else f"{score}_attacked"]
-                    figures += _figures(name, score, attack, values[score], scores, common, images_digest(found))
+                    figures += _figures(name, score, attack, values[score], scores, common, set_digest(found["digest"]))
         return figures
 
     def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:

@@ -39,6 +39,13 @@ class SamplingPlan:
     num_steps: tuple[int, ...]
     step_size: float
 
+    def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
+        """Raises a ValueError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
+        if num_steps is not None and num_steps not in self.num_steps:
+            raise ValueError(
+                f"{consumer}.num_steps={num_steps} is not among the sampler's snapshots {list(self.num_steps)}"
+            )
+
 
 @dataclass(frozen=True)
 class SampleBatch:

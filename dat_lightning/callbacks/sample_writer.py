@@ -70,10 +70,7 @@ class SampleWriter(SampleConsumer):
         self._plan = plan if plan.stage in self.stages else None
         if self._plan is None:
             return
-        if self.num_steps is not None and self.num_steps not in plan.num_steps:
-            raise ValueError(
-                f"SampleWriter.num_steps={self.num_steps} is not among the sampler's snapshots {list(plan.num_steps)}"
-            )
+        plan.check_snapshot("SampleWriter", self.num_steps)
         if trainer.is_global_zero:
             shutil.rmtree(self.dirpath / "shards", ignore_errors=True)
             (self.dirpath / "shards").mkdir(parents=True)

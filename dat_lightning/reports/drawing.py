@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -80,6 +80,48 @@ def require_matplotlib(extra: str = "reports") -> ModuleType:
 def label(name: str) -> str:
     """Returns a name as text in a plot: with spaces, and with dollars that begin no formula."""
     return name.replace("_", " ").replace("$", r"\$")
+
+
+def write_beside(
+    figure: Any,
+    axes: Any,
+    points: Sequence[tuple[float, float]],
+    names: Sequence[str],
+    places: Sequence[tuple[int, int, str, str]],
+    colors: Sequence[str] | None = None,
+) -> None:
+    """Writes names beside points, each where it covers no other point and no name, if there is such a place.
+
+    Args:
+        figure: Has the axes.
+        axes: Where the points are.
+        points: In the units of the axes.
+        names: One for each.
+        places: Where a name may stand beside its point, in 1/72 inch, with its alignments; the best come first.
+        colors: Of the names; by default that of the axis' label, and grey where no place is free.
+    """
+    from matplotlib.transforms import Bbox
+
+    figure.draw_without_rendering()
+    frame = axes.get_window_extent()
+    centers = [axes.transData.transform(point) for point in points]
+    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in centers]
+    for k, (point, name) in enumerate(zip(points, names, strict=True)):
+        others = taken[:k] + taken[k + 1 :]
+        tried: list[tuple[int, Any, Any]] = []
+        for dx, dy, across, up in places:
+            text = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=across, va=up, fontsize=9)
+            box = text.get_window_extent()
+            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
+            tried.append((sum(box.overlaps(other) for other in others) + outside, text, box))
+            if tried[-1][0] == 0:
+                break
+        covered, best, box = min(tried, key=lambda each: each[0])
+        for _, text, _ in tried:
+            if text is not best:
+                text.remove()
+        best.set_color(colors[k] if colors is not None else NEUTRAL if covered else axes.yaxis.label.get_color())
+        taken.append(box)
 
 
 def svg_uri(draw: Drawing, style: Mapping[str, Any] = STYLE) -> str:

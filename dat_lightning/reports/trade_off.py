@@ -2,11 +2,10 @@
 
 import math
 import re
-from collections.abc import Sequence
 from typing import Any
 
 from dat_lightning.reports.comparison import Column, Comparison
-from dat_lightning.reports.drawing import NEUTRAL, PALETTE, label, require_matplotlib
+from dat_lightning.reports.drawing import PALETTE, label, require_matplotlib, write_beside
 
 _MARKERS = "osD^vP*X"
 # The number of steps in a name such as robust_accuracy_L2_0.5_10x0.1.
@@ -65,7 +64,7 @@ def trade_off_figure(comparison: Comparison, x: Column, y: Column) -> Any:
         marker, color = _MARKERS[place % len(_MARKERS)], PALETTE[place % len(PALETTE)]
         axes.plot(across, up, marker, color=color, ms=8, markeredgewidth=0)
     axes.set(xlabel=axis_label(x), ylabel=axis_label(y))
-    _label(figure, axes, points, labels)
+    write_beside(figure, axes, points, labels, _PLACES)
     return figure
 
 
@@ -73,35 +72,3 @@ def axis_label(column: Column) -> str:
     """Returns the name of a figure and what is better."""
     better = "" if column.direction is None else f" ({column.direction} is better)"
     return label(column.name) + better
-
-
-def _label(figure: Any, axes: Any, points: Sequence[tuple[float, float]], labels: Sequence[str]) -> None:
-    """Writes each label where it covers no point and no other label, if there is such a place."""
-    figure.draw_without_rendering()
-    frame = axes.get_window_extent()
-    taken = [_box(axes.transData.transform(point), 6) for point in points]
-    for k, (point, text) in enumerate(zip(points, labels, strict=True)):
-        tried = []
-        for dx, dy, horizontal, vertical in _PLACES:
-            written = axes.annotate(
-                text, point, (dx, dy), textcoords="offset points", ha=horizontal, va=vertical, fontsize=9
-            )
-            box = written.get_window_extent()
-            others = taken[:k] + taken[k + 1 :]
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            tried.append((sum(box.overlaps(other) for other in others) + outside, written, box))
-            if tried[-1][0] == 0:
-                break
-        best = min(tried, key=lambda each: each[0])
-        for _, written, _ in tried:
-            if written is not best[1]:
-                written.remove()
-        best[1].set_color(NEUTRAL if best[0] else axes.yaxis.label.get_color())
-        taken.append(best[2])
-
-
-def _box(center: Any, radius: float) -> Any:
-    from matplotlib.transforms import Bbox
-
-    x, y = center
-    return Bbox.from_extents(x - radius, y - radius, x + radius, y + radius)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dat_lightning.reports.comparison import direction
-from dat_lightning.reports.drawing import PALETTE, label, require_matplotlib
+from dat_lightning.reports.drawing import PALETTE, label, require_matplotlib, write_beside
 from dat_lightning.studies.collection import Result, Summary, summaries, summary
 from dat_lightning.studies.study_file import Plot, PlotKind, Study
 
@@ -166,33 +166,7 @@ def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence
                 names.append(label(variant.name))
                 points.append((x.mean, y.mean))
     axes.margins(0.15)
-    _write_beside(figure, axes, points, names, colors)
-
-
-def _write_beside(
-    figure: Any, axes: Any, points: Sequence[tuple[float, float]], names: Sequence[str], colors: Sequence[str]
-) -> None:
-    """Writes names beside points, in their colours, each where it covers no point or name, if there is such a place."""
-    from matplotlib.transforms import Bbox
-
-    figure.draw_without_rendering()
-    frame = axes.get_window_extent()
-    centers = [axes.transData.transform(point) for point in points]
-    taken = [Bbox.from_extents(x - 6, y - 6, x + 6, y + 6) for x, y in centers]
-    for point, name, color in zip(points, names, colors, strict=True):
-        tried: list[tuple[int, int, Any, Any]] = []
-        for dx, dy, across, up in _PLACES:
-            text = axes.annotate(
-                name, point, (dx, dy), textcoords="offset points", ha=across, va=up, fontsize=9, color=color
-            )
-            box = text.get_window_extent()
-            outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)
-            tried.append((sum(box.overlaps(other) for other in taken) + outside, len(tried), text, box))
-        best = min(tried, key=lambda each: each[:2])
-        for _, _, text, _ in tried:
-            if text is not best[2]:
-                text.remove()
-        taken.append(best[3])
+    write_beside(figure, axes, points, names, _PLACES, colors)
 
 
 def _plain_numbers(axes: Any, plot: Plot) -> None:

@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from torch import Tensor, nn
 
 import dat_lightning
 from dat_lightning.cli import main
 from dat_lightning.export import ExportingTrainer
-from tests.recipes import write_all
+from tests.recipes import Means, write_all
 from tests.reliability.conditions import ROOT, TINY
 
 # Whatever a value makes libraries warn of is no error here.
@@ -35,13 +34,6 @@ WRONG: list[Any] = [
 ]
 # Nobody waits for these: they are parsed and instantiated, and not trained with.
 HUGE: list[Any] = [10**6, 10**18, 10**400, 1e30, -(10**18)]
-
-
-class Means(nn.Module):
-    """Stands in for Inception, whose weights are not at hand."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        return images.float().mean((2, 3))
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 
@@ -17,10 +16,13 @@ from dat_lightning.cli import DATCLI, DATArgumentParser
 from dat_lightning.studies import Plan, plan, read_study
 from dat_lightning.studies.planning import Task
 from tests.recipes import write_all
+from tests.test_configs import instantiate
 
 STUDIES = Path(dat_lightning.__file__).parents[1] / "configs" / "studies"
 NAMES = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
-FILES = [STUDIES / folder / f"{name}.yaml" for folder in ("cifar10_small", "digits") for name in NAMES]
+FILES = [STUDIES / folder / f"{name}.yaml" for folder in ("cifar10_small", "digits") for name in NAMES] + [
+    STUDIES / "digits" / "soak.yaml"
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -146,22 +148,11 @@ def test_stage_2_of_the_ood_study_on_cifar_instantiates(
     member = next(member for member in found.members if member.variant == variant)
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(dict(found.tasks[member.training].config)), encoding="utf-8")
-    with torch.device("meta"):
-        cli = DATCLI(
-            EnergyModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_class=DATArgumentParser,
-            run=False,
-            args=[
-                *("--config", str(config), "--trainer.accelerator=cpu", "--trainer.precision=32"),
-                *("--data.init_args.validation_size=5", "--data.init_args.num_held_out=20"),
-                "--data.init_args.max_ood_samples=90",
-            ],
-        )
+    cli = instantiate(
+        config,
+        *("--trainer.accelerator=cpu", "--trainer.precision=32", "--data.init_args.num_held_out=20"),
+        "--data.init_args.max_ood_samples=90",
+    )
     assert isinstance(cli.model, DualAdversarialModule)
     assert isinstance(cli.datamodule, ImageDataModule)
     seeds: Any = cli.datamodule.out_of_distribution("train")
