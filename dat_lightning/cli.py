@@ -8,8 +8,9 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
+import torch
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
@@ -66,7 +67,13 @@ class DATCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Sets defaults that need one: evaluation must allow gradients with respect to images."""
+        """Adds what torch keeps for the whole process; evaluation must allow gradients with respect to images."""
+        parser.add_argument(
+            "--float32_matmul_precision",
+            type=Literal["highest", "high", "medium"],
+            default="high",
+            help="torch's setting of that name; high allows TF32 on GPUs, as torch does for convolutions in any case",
+        )
         parser.set_defaults({"trainer.inference_mode": False})
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DATCLI":
@@ -140,6 +147,7 @@ class DATCLI(LightningCLI):
         """Keeps a checkpoint from running code, unless ``--weights_only false`` asks for that; exports on the CPU."""
         # LightningCLI(run=False) has no subcommand.
         arguments = self.config if self.subcommand is None else self.config[self.subcommand]
+        torch.set_float32_matmul_precision(arguments["float32_matmul_precision"])
         if "weights_only" in arguments and arguments["weights_only"] is None:
             arguments["weights_only"] = True
         if self.subcommand == "export":

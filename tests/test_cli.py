@@ -201,6 +201,20 @@ def test_a_bug_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
         main(["fit", "--config", STAGE1, "--config", TINY])
 
 
+def test_torchs_precision_of_products_is_part_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", given.append)
+    tiny = ["test", "--config", STAGE1, "--config", TINY, "--trainer.limit_test_batches=1"]
+    with pytest.warns(UserWarning, match="weights are random"):
+        main(tiny)
+    with pytest.warns(UserWarning, match="weights are random"):
+        main([*tiny, "--float32_matmul_precision", "highest"])
+    assert given == ["high", "highest"]
+    assert "float32_matmul_precision" in refusal(capsys, *tiny, "--float32_matmul_precision", "double")
+
+
 def test_nested_messages_become_one_sentence() -> None:
     message = """Parser key "model": Does not validate against any of the Union subtypes
 Subtypes: [<class 'a.B'>, <class 'NoneType'>]

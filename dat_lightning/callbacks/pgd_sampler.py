@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +15,9 @@ from typing_extensions import override
 
 from dat_lightning.callbacks.evaluator import is_silent
 from dat_lightning.callbacks.kept_values import KeptValues
+from dat_lightning.callbacks.seed_batches import SeedBatches
 from dat_lightning.core.figures import Values
+from dat_lightning.core.network_forms import CompiledNetwork, NetworkForms
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.pgd import AUTOCAST_DTYPES, Logits, Precision, ascend_snapshots, unbounded_ascent
 
@@ -100,7 +103,7 @@ class PGDSampler(Callback):
     averaged ones under :class:`~dat_lightning.callbacks.ExponentialMovingAverage`.
 
     The LightningModule may be any that maps images in [0, 1] to logits. Seeds come from the DataModule's
-    ``held_out_seeds()``.
+    ``held_out_seeds()``; if it has ``num_workers``, so many loader processes read them while chains are walked.
 
     With a ``dirpath``, generation that was interrupted goes on where it stopped: batches that were finished are read,
     and consumers see them as if they were new. Override :meth:`settings` where a subclass has more of them.
@@ -189,25 +192,31 @@ class PGDSampler(Callback):
         consumers = [c for c in trainer.callbacks if isinstance(c, SampleConsumer)]  # type: ignore[attr-defined]
         if stage not in self.stages or not consumers:
             return
-        seeds = trainer.datamodule.held_out_seeds()  # type: ignore[attr-defined]
         like = next(
             (p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device)
         )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
+        seeds = SeedBatches(data.held_out_seeds(), chunks, like, getattr(data, "num_workers", None) or 0)
         with torch.no_grad():
-            num_classes = pl_module(seeds(0)[0].unsqueeze(0).to(like)).shape[1]
+            num_classes = pl_module(seeds.first.unsqueeze(0).to(like)).shape[1]
         plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
         for consumer in consumers:
             consumer.on_samples_start(trainer, pl_module, plan)
         # A faster form of the same function, where the module has one.
         network: Logits = getattr(pl_module, "ascent_network", lambda: pl_module)()
+        forms = getattr(pl_module, "network_forms", None)
+        if isinstance(forms, NetworkForms):
+            forms.expect(min(self.batch_size, self.num_samples))
         kept = self._kept_values(trainer, network, stage)
-        chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
-        for indices in tqdm(chunks, desc="Generating", leave=False, disable=is_silent(trainer)):
-            images = torch.stack([seeds(i)[0] for i in indices]).to(like)
-            with trainer.precision_plugin.forward_context():
-                batch = self._generate_or_read(kept, pl_module, network, images, torch.tensor(indices), num_classes)
-            for consumer in consumers:
-                consumer.on_samples_batch(trainer, pl_module, batch)
+        # Closed, so that an error here ends the loader processes.
+        with closing(iter(seeds)) as batches:
+            for indices in tqdm(chunks, desc="Generating", leave=False, disable=is_silent(trainer)):
+                images = next(batches)
+                with trainer.precision_plugin.forward_context():
+                    batch = self._generate_or_read(kept, pl_module, network, images, torch.tensor(indices), num_classes)
+                for consumer in consumers:
+                    consumer.on_samples_batch(trainer, pl_module, batch)
         for consumer in consumers:
             consumer.on_samples_end(trainer, pl_module)
         if kept is not None:
@@ -236,7 +245,7 @@ class PGDSampler(Callback):
         if self.dirpath is None or stage == "val":
             return None
         # A network that is folded for speed has the weights of the module, and other last bits.
-        climbed = f"{type(network).__module__}.{type(network).__qualname__}"
+        climbed = [f"{type(part).__module__}.{type(part).__qualname__}" for part in _forms_of(network)]
         # The size of set and batches enters, so that a folder holds one set, and goes with it.
         sizes = {"num_samples": self.num_samples, "batch_size": self.batch_size}
         settings = {**self.settings(), **sizes, "climbed": climbed, "trainer_precision": str(trainer.precision)}
@@ -264,6 +273,11 @@ class PGDSampler(Callback):
         # A new batch goes the same way as one that was read, so that they cannot differ.
         images = {steps: values[f"images_{steps}"].to(seeds) for steps in self.num_steps}
         return SampleBatch(indices, values["labels"].to(seeds.device), seeds, images)
+
+
+def _forms_of(network: Logits) -> list[object]:
+    """The network as it is climbed, and what a compiled graph was made from."""
+    return [network, network.network] if isinstance(network, CompiledNetwork) else [network]
 
 
 def _storable(images: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dat_lightning.core.curriculum import AUCCurriculum
-from dat_lightning.core.energy import EnergyModel, batch_norm_layers
+from dat_lightning.core.energy import EnergyModel, batch_norm_layers, marginal_energy
 from dat_lightning.core.pgd import no_trace
 
 
@@ -75,8 +75,7 @@ def batch_energies(
     device = pl_module.device.type
     precision = torch.autocast(device, enabled=False) if full_precision else trainer.precision_plugin.forward_context()
     with torch.no_grad(), no_trace(model), precision:
-        # forward, not __call__, so that nothing is compiled for this.
-        return {name: -model.forward(x).logsumexp(1) for name, x in images.items()}
+        return {name: marginal_energy(model(x)) for name, x in images.items()}
 
 
 def _weights(pl_module: LightningModule) -> Iterator[str]:

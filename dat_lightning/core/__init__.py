@@ -8,6 +8,7 @@ from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, r1_penalty, robust_cross_entropy
+from dat_lightning.core.network_forms import CompiledNetwork, CompileMode, NetworkForms
 from dat_lightning.core.objectives import (
     Objective,
     cross_entropy,
@@ -39,11 +40,14 @@ __all__ = [
     "AUTOCAST_DTYPES",
     "AUCCurriculum",
     "AttackMode",
+    "CompileMode",
+    "CompiledNetwork",
     "EnergyModel",
     "FeatureMoments",
     "FoldedNetwork",
     "Gaussian",
     "Logits",
+    "NetworkForms",
     "Norm",
     "Objective",
     "Precision",

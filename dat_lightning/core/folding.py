@@ -65,12 +65,16 @@ class FoldedNetwork(nn.Module):
 class _FoldedConvolution(nn.Module):
     """A convolution and the batch norm after it."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, convolution: nn.modules.conv._ConvNd, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
         # In a tuple they are no submodules, and their parameters not those of the folded network.
         self._source = (convolution, norm)
-        self.weight = torch.empty(0)
-        self.bias = torch.empty(0)
+        # Buffers, whose addresses CUDA graphs take as fixed instead of copying the weights in every pass.
+        self.register_buffer("weight", torch.empty(0), persistent=False)
+        self.register_buffer("bias", torch.empty(0), persistent=False)
 
     def refresh(self) -> None:
         convolution, norm = self._source
@@ -88,11 +92,14 @@ class _FoldedConvolution(nn.Module):
 class _Affine(nn.Module):
     """A batch norm that cannot be folded, as a scale and a shift for each channel."""
 
+    scale: Tensor
+    shift: Tensor
+
     def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
         super().__init__()
         self._source = (norm,)
-        self.scale = torch.empty(0)
-        self.shift = torch.empty(0)
+        self.register_buffer("scale", torch.empty(0), persistent=False)
+        self.register_buffer("shift", torch.empty(0), persistent=False)
 
     def refresh(self) -> None:
         (norm,) = self._source

@@ -14,16 +14,13 @@ from torch import Tensor, nn
 
 from dat_lightning.checkpoints import check_stamp, load_weights, run_of, stamp
 from dat_lightning.core.energy import EnergyModel, marginal_energy
-from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
+from dat_lightning.core.network_forms import CompileMode, NetworkForms
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.threat_model import ThreatModel
 
 Batch = Mapping[str, Tensor]
-
-CompileMode = bool | Literal["reduce-overhead", "max-autotune"]
-"""Whether to compile, or ``torch.compile``'s mode; "reduce-overhead" replays CUDA graphs."""
 
 
 class EnergyModule(LightningModule):
@@ -48,7 +45,8 @@ class EnergyModule(LightningModule):
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
-        compile: Whether to compile the network with ``torch.compile``, or the mode to compile it in.
+        compile: Whether to compile the network with ``torch.compile``, or the mode to compile it in; batches of other
+            sizes than those of training, evaluation and sampling run uncompiled.
         fold_batch_norm: Whether attacks in eval mode climb a copy in which batch norm is part of the convolutions: the
             same function up to rounding, and faster.
         attack_precision: Precision of attacks' passes, in training and evaluation; by default the Trainer's.
@@ -84,15 +82,12 @@ class EnergyModule(LightningModule):
         self.attack_mode: AttackMode = attack_mode
         self.init_from = init_from
         self.new_head = new_head
-        self.compile_network: CompileMode = compile
-        self.fold_batch_norm = fold_batch_norm
+        self.network_forms = NetworkForms(compile, fold_batch_norm)
         self.attack_precision: Precision | None = attack_precision
         self.seed = seed
         self._initialized = False
         self._labels_checked = False
         self._run_name: str | None = None
-        # In a list it is no submodule: a second form of the same weights is not for state dicts and optimisers.
-        self._folded: list[FoldedNetwork] = []
         if memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
 
@@ -100,7 +95,7 @@ class EnergyModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits f(x), (N, K), of images (N, C, H, W) in [0, 1]."""
-        logits: Tensor = self.energy_model(x)
+        logits: Tensor = self.network_forms.for_passes(self.energy_model)(x)
         return logits
 
     def attack_objective(self, logits: Tensor, y: Tensor) -> Tensor:
@@ -128,25 +123,18 @@ class EnergyModule(LightningModule):
         )
 
     def ascent_network(self) -> nn.Module:
-        """Returns the network that ascents in eval mode climb: the network, or its folded form with current weights.
+        """Returns the network that ascents in eval mode climb, in its fastest form, with current weights.
 
         Raises:
             ValueError: If batch norm is to be folded, and cannot be.
         """
-        if not self.fold_batch_norm:
-            return self.energy_model
-        if self._folded:
-            self._folded[0].refresh()
-        else:
-            # Not in setup: the weights may still move to another device.
-            self._folded.append(FoldedNetwork(self.energy_model))
-            if self.compile_network:
-                _compile(self._folded[0], self.compile_network)
-        return self._folded[0]
+        return self.network_forms.for_ascents(self.energy_model)
 
     def attacked_network(self) -> nn.Module:
         """Returns the network that the attack in training climbs: its folded form has no train mode."""
-        return self.ascent_network() if self.attack_mode == "eval" else self.energy_model
+        if self.attack_mode == "eval":
+            return self.ascent_network()
+        return self.network_forms.for_passes(self.energy_model)
 
     def classification_loss(self, logits_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the mean cross-entropy at adversarial examples, a scalar."""
@@ -177,15 +165,10 @@ class EnergyModule(LightningModule):
     def energy_gradient_norm(self, x: Tensor) -> Tensor:
         """Returns ‖∇ₓE(x)‖² of each image, (N,), without a graph; works where gradients are off."""
         with torch.inference_mode(False), torch.enable_grad():
-            # Past __call__ there is no compiled graph, which would not give second derivatives either.
-            return energy_gradient_norm(self.energy_model.forward, x.clone()).detach()
+            # Not self: a compiled graph has no second derivatives.
+            return energy_gradient_norm(self.energy_model, x.clone()).detach()
 
     # Lightning's hooks.
-
-    def setup(self, stage: str) -> None:
-        """Compiles the network if asked to."""
-        if self.compile_network:
-            _compile(self.energy_model, self.compile_network)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
@@ -252,14 +235,23 @@ class EnergyModule(LightningModule):
             ValueError: If a label is not below the number of logits.
         """
         self._check_labels(batch)
+        sizes = [len(batch[key]) for key in batch if key.startswith("x")] if isinstance(batch, Mapping) else []
+        # One by one in ascents, and all at once in the pass for the loss.
+        self.network_forms.expect(*sizes, sum(sizes))
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Checks the labels, likewise."""
         self._check_labels(batch)
+        self._expect_whole_batches(batch, batch_idx)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Checks the labels, likewise."""
         self._check_labels(batch)
+        self._expect_whole_batches(batch, batch_idx)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Prepares for batches of this size."""
+        self._expect_whole_batches(batch, batch_idx)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule.
@@ -302,6 +294,11 @@ class EnergyModule(LightningModule):
             load_weights(self.energy_model, self.init_from, new_head=self.new_head)
         self._initialized = True
 
+    def _expect_whole_batches(self, batch: Any, batch_idx: int) -> None:
+        """Lets graphs be compiled for the size of a loader's first batch; its last one may be smaller."""
+        if batch_idx == 0 and isinstance(batch, Mapping) and "x" in batch:
+            self.network_forms.expect(len(batch["x"]))
+
     def _check_labels(self, batch: Any) -> None:
         if self._labels_checked or not isinstance(batch, Mapping):
             return
@@ -326,8 +323,7 @@ class EnergyModule(LightningModule):
     def _logits_of_one(self, x: Tensor) -> Tensor:
         """Logits of the first image, or a sentence if the network cannot take it."""
         try:
-            # Past __call__, so that no graph is compiled for a single image.
-            logits: Tensor = self.energy_model.forward(x[:1])
+            logits: Tensor = self.energy_model(x[:1])
         except RuntimeError as error:
             # Out of memory is another matter, as are errors of devices.
             if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
@@ -365,7 +361,3 @@ class EnergyModule(LightningModule):
 
 def _class_path(module: EnergyModule) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
-
-
-def _compile(network: nn.Module, how: CompileMode) -> None:
-    network.compile(dynamic=False, mode=None if how is True else str(how))

@@ -10,10 +10,11 @@ from torch import Tensor, distributed
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import EnergyModel, joint_energy, marginal_energy
 from dat_lightning.core.losses import energy_bce, r1_penalty
+from dat_lightning.core.network_forms import CompileMode
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.pgd import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.modules.base import Batch, CompileMode, EnergyModule
+from dat_lightning.modules.base import Batch, EnergyModule
 
 
 class JointLogits(NamedTuple):
@@ -147,8 +148,8 @@ class DualAdversarialModule(EnergyModule):
 
     def regularization(self, x_gen: Tensor) -> Tensor:
         """Returns ½E‖∇ₓE(x_gen)‖², a scalar."""
-        # forward, not __call__: a compiled graph has no second derivatives.
-        return r1_penalty(self.energy_model.forward, x_gen)
+        # Not self: a compiled graph has no second derivatives.
+        return r1_penalty(self.energy_model, x_gen)
 
     def separation(self, logits: JointLogits, y_gen: Tensor) -> Tensor:
         """Returns the AUC that tells f(x_gen)[y] from f(x_contrast)[y] over the images of all ranks, a scalar.

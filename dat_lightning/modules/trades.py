@@ -9,11 +9,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.network_forms import CompileMode
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.modules.base import Batch, CompileMode, EnergyModule
+from dat_lightning.modules.base import Batch, EnergyModule
 
 # Standard deviation of the noise that the attack starts with, in units of [0, 1] pixels.
 START_NOISE = 0.001
@@ -163,7 +164,7 @@ class TradesModule(EnergyModule):
         """The clean logits as the attack sees them, without a graph and without a trace on the network."""
         # Outside of inference mode, whose tensors no later gradient can use.
         with torch.inference_mode(False), torch.no_grad(), no_trace(self.energy_model, self.attack_mode):
-            logits: Tensor = self.energy_model(x.clone())
+            logits: Tensor = self(x.clone())
         return logits
 
     def _noised(self, x: Tensor, draws: Tensor | None) -> Tensor:

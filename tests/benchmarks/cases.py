@@ -124,7 +124,8 @@ class PackageDAT:
         self.module.to(device)
         self.module.logged = {}
         self.module.train()
-        self.module.setup("fit")
+        # There is no Trainer whose data could be compared with the network.
+        self.module._labels_checked = True
         self.autocast = autocast
         self.optimizer = cast(torch.optim.Optimizer, self.module.configure_optimizers())
         self.average = ExponentialMovingAverage()
@@ -134,6 +135,7 @@ class PackageDAT:
     def step(self, batch: dict[str, Tensor]) -> PlainStep:
         """Takes one optimiser step, in the order of Lightning's loop."""
         device = batch["x_clf"].device.type
+        self.module.on_train_batch_start(batch, 0)
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             loss = self.module.training_step(batch, 0)
         self.optimizer.zero_grad()

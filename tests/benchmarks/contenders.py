@@ -12,8 +12,15 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat_lightning.backbones import WideResNet, convnext_convstem, resnet50
-from dat_lightning.core import EnergyModel, FoldedNetwork, ascend, batch_norm_layers, targeted_logit, unbounded_ascent
-from dat_lightning.modules.base import CompileMode
+from dat_lightning.core import (
+    CompileMode,
+    EnergyModel,
+    NetworkForms,
+    ascend,
+    batch_norm_layers,
+    targeted_logit,
+    unbounded_ascent,
+)
 
 from .cases import MEAN, STD, PackageDAT, calibrated, random_batch
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
@@ -196,9 +203,7 @@ class Workload:
         if not variant.package:
             model = PlainClassifier(copy.deepcopy(backbone), MEAN, STD).to(self.device).eval()
             return partial(generate, model, x, y, chain.step_size, chain.num_steps, self.plain_gradient)
-        network = sampling_network(backbone, self.device)
-        if variant.compile:
-            network.compile(dynamic=False, mode=None if variant.compile is True else variant.compile)
+        network = sampling_network(backbone, self.device, variant.compile, len(x))
         context: Callable[[], AbstractContextManager[object]] = nullcontext
         if variant.bfloat16:
             context = partial(torch.autocast, torch.device(self.device).type, torch.bfloat16)
@@ -210,8 +215,13 @@ class Workload:
         return walk
 
 
-def sampling_network(backbone: nn.Module, device: str) -> nn.Module:
+def sampling_network(
+    backbone: nn.Module, device: str, compile: CompileMode = False, batch_size: int | None = None
+) -> nn.Module:
     """Returns what the package's modules climb when they generate."""
     energy_model = EnergyModel(copy.deepcopy(backbone), MEAN, STD).to(device).eval()
     energy_model.to(memory_format=torch.channels_last)
-    return FoldedNetwork(energy_model) if batch_norm_layers(energy_model) else energy_model
+    forms = NetworkForms(compile, fold_batch_norm=bool(batch_norm_layers(energy_model)))
+    if batch_size is not None:
+        forms.expect(batch_size)
+    return forms.for_ascents(energy_model)
