@@ -13,6 +13,7 @@ two forward passes, a training pass three.
 import argparse
 import json
 import platform
+import statistics
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import __version__
-from dat_lightning.core import ascend_snapshots, targeted_logit, unbounded_ascent
+from dat_lightning.core import ascend, ascend_snapshots, targeted_logit, unbounded_ascent
 
 from .cases import Agreement, compare, random_batch
 from .contenders import GENERATION_STEP_SIZE, SIZES, STAGES, TASKS, VARIANTS, Size, Task, Workload, sampling_network
@@ -120,8 +121,27 @@ def time_sweep(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str
     timings = take_turns(
         {"one state": walk([max(seven)]), "seven states": walk(seven)}, max(rounds, 5), workload.device
     )
-    rows = summarise({"plain": timings["one state"], "seven": timings["seven states"]}, 1, 0, {"plain": 1, "seven": 1})
-    return {"one": rows["plain"]["median s"], "seven": rows["seven"]["median s"], "ratio": 1 / rows["seven"]["x plain"]}
+    one, several = (statistics.median(timings[name].wall) for name in ("one state", "seven states"))
+    return {"one": one, "seven": several, "ratio": several / one}
+
+
+def time_joint_chain(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float]:
+    """Returns the medians of two chains of B images, and of one chain of 2B; and the ratio.
+
+    It is the most that both ascents of Stage 2 could gain in the steps that they have in common.
+    """
+    x, y = workload.batches()[0]["x_ood"], torch.arange(workload.size.batch, device=workload.device) % 10
+    chain = unbounded_ascent(GENERATION_STEP_SIZE, min(workload.size.attack, workload.size.contrastive))
+    network = sampling_network(backbone, workload.device)
+
+    def walk(images: Tensor, labels: Tensor) -> Any:
+        return ascend(network, images, labels, targeted_logit, chain)
+
+    both = torch.cat([x, x]), torch.cat([y, y])
+    contenders = {"two chains": lambda _: (walk(x, y), walk(x, y)), "one chain": lambda _: walk(*both)}
+    timings = take_turns(contenders, max(rounds, 5), workload.device)
+    two, one = (statistics.median(timings[name].wall) for name in contenders)
+    return {"two": two, "one": one, "ratio": one / two}
 
 
 def compiled_graphs() -> int:
@@ -173,15 +193,23 @@ def run(workload: Workload, plan: Plan, rate: dict[str, float]) -> dict[str, Any
     for task in plan.tasks:
         contenders = {name: workload.call(task, VARIANTS[name], backbone) for name in names}
         timings = take_turns(contenders, plan.rounds, workload.device)
+        for name in contenders.keys() - timings.keys():
+            tell(f"  {workload.net}, {task}, {name}: out of memory\n")
         work = float(flops) * workload.size.forwards(task) * workload.size.batch
         rows = summarise(timings, workload.size.batch, work, by_variant)
         tell(table(f"{workload.net}, {task}", rows))
         sys.stdout.flush()
         result[task] = {"summary": rows, "seconds": {name: asdict(timing) for name, timing in timings.items()}}
         del contenders
+        if any(VARIANTS[name].compile for name in names):
+            # torch makes a limited number of graphs for one piece of code, and then runs it uncompiled.
+            torch.compiler.reset()
     if "generation" in plan.tasks:
         result["sweep"] = time_sweep(workload, backbone, plan.rounds)
         tell("  seven step counts from one chain cost {ratio:.3f} of the longest alone\n".format(**result["sweep"]))
+    if "stage2" in plan.tasks:
+        result["joint chain"] = time_joint_chain(workload, backbone, plan.rounds)
+        tell("  one chain of 2B images costs {ratio:.3f} of two of B\n".format(**result["joint chain"]))
     return result
 
 
@@ -223,20 +251,23 @@ def main(arguments: list[str] | None = None) -> int:
         torch.set_num_threads(threads)
     # The plain implementation may use TF32 as well: fp32 in the sense of published training code.
     torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     device = plan.workloads[0].device
     where, rate = machine(device), rates(device)
     sys.stdout.write("".join(f"{name}: {value}\n" for name, value in where.items()))
     sys.stdout.write("".join(f"dense rate, {name}: {value / 1e12:.3g} TFLOP/s\n" for name, value in rate.items()))
-    try:
-        results = [run(workload, plan, rate) for workload in plan.workloads]
-    except DisagreementError as error:
-        sys.stdout.write(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
-        return 1
+    content: dict[str, Any] = {"where": where, "dense rate": rate, "rounds": plan.rounds, "results": []}
+    for workload in plan.workloads:
+        try:
+            content["results"].append(run(workload, plan, rate))
+        except DisagreementError as error:
+            sys.stdout.write(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
+            return 1
+        if out is not None:
+            # After each network, so that an interrupted run leaves what it has.
+            out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     if any(VARIANTS[name].compile for workload in plan.workloads for name in plan.variants_of(workload)):
         sys.stdout.write(f"graphs compiled: {compiled_graphs()}\n")
-    if out is not None:
-        content = {"where": where, "dense rate": rate, "rounds": plan.rounds, "results": results}
-        out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -16,7 +16,7 @@ from .bench import main
 from .cases import MEAN, STD, PackageDAT, calibrated_backbone, compare, largest_difference, random_batch
 from .contenders import STAGES, VARIANTS, Size, Workload
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
-from .timing import Timing, summarise
+from .timing import Timing, summarise, take_turns
 
 TOLERANCE = 1e-5
 
@@ -110,6 +110,20 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         assert {len(timing["wall"]) for timing in result[task]["seconds"].values()} == {2}
         assert {"plain", "eager"} <= result[task]["summary"].keys()
     assert result["sweep"]["ratio"] > 0
+    assert result["joint chain"]["ratio"] == pytest.approx(result["joint chain"]["one"] / result["joint chain"]["two"])
+
+
+def test_a_contender_that_lacks_memory_is_left_out() -> None:
+    calls: list[str] = []
+
+    def hungry(number: int) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    timings = take_turns({"plain": hungry, "eager": lambda number: calls.append("eager")}, 3)
+    assert timings.keys() == {"eager"}
+    assert len(timings["eager"].wall) == 3
+    assert calls == ["eager"] * 5
+    assert summarise(timings, 8, 1e9, {"eager": 1e9}).keys() == {"eager"}
 
 
 def test_a_benchmark_of_implementations_that_disagree_says_so(

@@ -31,19 +31,18 @@ class Timing:
 
 
 def take_turns(contenders: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, Timing]:
-    """Returns the times of ``rounds`` calls of each contender after a first one.
+    """Returns the times of ``rounds`` calls of each contender after a first one; one that lacks memory is left out.
 
     They take turns, in an order that is reversed from round to round, so that whatever else the machine does falls on
     all of them alike.
     """
-    timings = {name: Timing() for name in contenders}
-    for name, call in contenders.items():
-        timings[name].first = _timed(call, 0, device)[0]
-    for name, call in contenders.items():
+    started = {name: _started(call, device) for name, call in contenders.items()}
+    timings = {name: timing for name, timing in started.items() if timing is not None}
+    for name, timing in timings.items():
         before = _reset_peak(device)
-        call(0)
-        timings[name].memory = _peak(device) - before
-    order = list(contenders)
+        contenders[name](0)
+        timing.memory = _peak(device) - before
+    order = list(timings)
     for number in range(rounds):
         for name in order if number % 2 == 0 else reversed(order):
             wall, cpu = _timed(contenders[name], number, device)
@@ -111,6 +110,14 @@ def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
     lines = [f"{title:40}" + "".join(f"{column:>20}" for column in columns)]
     lines += [f"  {name:38}" + "".join(f"{row[column]:>20.4g}" for column in columns) for name, row in rows.items()]
     return "\n".join(lines) + "\n"
+
+
+def _started(call: Call, device: str) -> Timing | None:
+    """What the first call took, or nothing if there is not enough memory."""
+    try:
+        return Timing(first=_timed(call, 0, device)[0])
+    except torch.OutOfMemoryError:
+        return None
 
 
 def _timed(call: Call, number: int, device: str) -> tuple[float, float]:

@@ -21,7 +21,8 @@ from tests.test_configs import instantiate
 STUDIES = Path(dat_lightning.__file__).parents[1] / "configs" / "studies"
 NAMES = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 FILES = [STUDIES / folder / f"{name}.yaml" for folder in ("cifar10_small", "digits") for name in NAMES] + [
-    STUDIES / "digits" / "soak.yaml"
+    STUDIES / "digits" / "soak.yaml",
+    STUDIES / "cifar10_small" / "precision.yaml",
 ]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
