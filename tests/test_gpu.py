@@ -5,8 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from dat_lightning import DigitsFeatures, ExponentialMovingAverage, FrechetDistance, PGDSampler, ThreatModel, ascend
-from dat_lightning.core import cross_entropy
+from dat_lightning import (
+    DigitsFeatures,
+    ExponentialMovingAverage,
+    FrechetDistance,
+    PGDSampler,
+    ThreatModel,
+    ascend,
+    unbounded_ascent,
+)
+from dat_lightning.core import CompileMode, NetworkForms, cross_entropy, targeted_logit
 from tests import tiny
 
 pytestmark = [
@@ -15,9 +23,12 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_stage2_trains_and_samples(precision: str, tmp_path: Path) -> None:
-    module = tiny.stage2()
+@pytest.mark.parametrize(
+    ("precision", "compile"),
+    [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True), ("bf16-mixed", "reduce-overhead")],
+)
+def test_stage2_trains_and_samples(precision: str, compile: CompileMode, tmp_path: Path) -> None:
+    module = tiny.stage2(compile=compile, fold_batch_norm=compile is not False)
     fid = FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path))
     sampler = PGDSampler(num_samples=100, num_steps=[1, 3], step_size=0.5)
     callbacks = [ExponentialMovingAverage(), sampler, fid]
@@ -28,6 +39,37 @@ def test_stage2_trains_and_samples(precision: str, tmp_path: Path) -> None:
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
     assert fid.scores.keys() == {1, 3}
     assert int(module.curriculum.num_steps) > 0
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("mode", [True, "reduce-overhead"])
+def test_compiled_ascents_agree_with_eager_ones(mode: CompileMode, fold: bool) -> None:
+    """Chains of several lengths replay the same graph, and see weights that change between them."""
+    model = tiny.energy_model().eval().cuda()
+    x, y = torch.rand(16, 1, 16, 16).cuda(), torch.arange(16).cuda() % 10
+    forms = NetworkForms(mode, fold)
+    forms.expect(16)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        for steps in (1, 4, 7):
+            chain = unbounded_ascent(0.1, steps)
+            expected = ascend(model, x, y, targeted_logit, chain)
+            found = ascend(forms.for_ascents(model), x, y, targeted_logit, chain)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.mul_(1.05)
+
+
+def test_passes_of_a_run_with_cuda_graphs_can_be_kept_and_added_up(tmp_path: Path) -> None:
+    """Two batches' gradients make one step, and evaluation looks at logits of several passes."""
+    module = tiny.stage2(compile="reduce-overhead", fold_batch_norm=True)
+    trainer = tiny.trainer(
+        tmp_path, accelerator="gpu", devices=1, accumulate_grad_batches=2, limit_val_batches=2, deterministic=False
+    )
+    trainer.fit(module, datamodule=tiny.digits())
+    assert trainer.global_step == 3
+    assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+    assert torch.isfinite(trainer.callback_metrics["val/loss"])
 
 
 def test_the_attack_agrees_with_the_cpu() -> None:
