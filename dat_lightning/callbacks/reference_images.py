@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -55,7 +56,10 @@ class ReferenceImages:
         mine = range(self.trainer.global_rank, len(self.data.dataset), self.trainer.world_size)
         batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
         workers: int = getattr(self.trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
-        loader = DataLoader(self.data, batch_size=None, sampler=batches, num_workers=workers)
+        # A generator of its own: a loader draws a number when an iteration begins, and would move those of training.
+        loader = DataLoader(
+            self.data, batch_size=None, sampler=batches, num_workers=workers, generator=torch.Generator()
+        )
         title = f"{self.who}: training images"
         for batch in tqdm(loader, desc=title, leave=False, disable=is_silent(self.trainer)):
             self._skipped += batch.get("skipped", ())

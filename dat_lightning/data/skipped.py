@@ -1,5 +1,6 @@
 """The count of images that could not be read: a few are skipped, too many stop the run."""
 
+import copy
 import logging
 from collections.abc import Sequence
 
@@ -59,6 +60,8 @@ class SkippedImages:
 class CountedStream(DrawStream):
     """Draws in the process that counts, so that each draw is counted at once.
 
+    What draws in other processes, whose counters would be copies, is :meth:`uncounted`; :meth:`count` counts its draws.
+
     Args:
         dataset: See :class:`DrawStream`, as for the next three.
         transform: Likewise.
@@ -72,6 +75,7 @@ class CountedStream(DrawStream):
     ) -> None:
         super().__init__(dataset, transform, seed, name)
         self.counter = counter
+        self._counts = True
 
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image and label of a draw.
@@ -80,5 +84,21 @@ class CountedStream(DrawStream):
             ValueError: If too many images were corrupt so far.
         """
         entry = super().__call__(draw)
-        self.counter.update(self.take_skipped(), loaded=1)
+        if self._counts:
+            self.count(self.take_skipped())
         return entry
+
+    def uncounted(self) -> DrawStream:
+        """Returns the same stream without the counting; ask it for its messages after each draw."""
+        stream = copy.copy(self)
+        stream._counts = False
+        stream._skipped = []
+        return stream
+
+    def count(self, messages: Sequence[str]) -> None:
+        """Counts a draw, and why images were skipped on the way to it.
+
+        Raises:
+            ValueError: If too many images were corrupt so far.
+        """
+        self.counter.update(messages, loaded=1)

@@ -1,0 +1,152 @@
+"""Held-out seeds in batches: loader processes read the next one while the chain of the last one climbs."""
+
+import itertools
+import pickle
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.multiprocessing
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+Seeds = Callable[[int], tuple[Tensor, Any]]
+"""Index of a sample → seed (C, H, W) in [0, 1], and its label or ``None``; a pure function of the index."""
+
+
+class UncountedSeeds(Protocol):
+    """Seeds that say on request why images were skipped."""
+
+    def __call__(self, index: int, /) -> tuple[Tensor, Any]:
+        """Returns a seed and its label, if it has one."""
+
+    def take_skipped(self) -> list[str]:
+        """Returns why images were skipped since the last call, a message each."""
+
+
+@runtime_checkable
+class CountedSeeds(Protocol):
+    """Seeds that count corrupt images, as those of :class:`~dat_lightning.data.PairedDataModule` do."""
+
+    def __call__(self, index: int, /) -> tuple[Tensor, Any]:
+        """Returns a seed and its label, if it has one."""
+
+    def uncounted(self) -> UncountedSeeds:
+        """Returns the same seeds without the counting, which is left to :meth:`count`."""
+
+    def count(self, messages: Sequence[str]) -> None:
+        """Counts a seed that another process has read, and why images were skipped on the way to it.
+
+        Raises:
+            ValueError: If too many were skipped so far.
+        """
+
+
+class SeedBatches:
+    """The seeds of each batch of samples, (N, C, H, W), with dtype and device of the network.
+
+    Loader processes read the next batch while one is worked on. Each reads a share of every batch, so that no more than
+    one batch waits in memory, however many processes there are. A seed is the same whoever reads it. Corrupt images
+    are counted here, seed by seed in the order of the batches, when a batch is taken.
+
+    Args:
+        seeds: See :data:`Seeds`; corrupt images are counted if it is one of :class:`CountedSeeds`.
+        batches: Indices of the samples of each batch.
+        like: Names dtype and device.
+        num_workers: Number of loader processes; 0 reads each batch in this process when it is asked for.
+
+    Attributes:
+        first: Seed 0 as it was read, which shows the shape.
+
+    Raises:
+        ValueError: When a batch is taken, if too many images were corrupt.
+    """
+
+    def __init__(self, seeds: Seeds, batches: Sequence[Sequence[int]], like: Tensor, num_workers: int = 0) -> None:
+        self.seeds = seeds
+        self.batches = batches
+        self.like = like
+        self.num_workers = num_workers
+        self.first = seeds(0)[0]
+
+    def __iter__(self) -> Generator[Tensor, None, None]:
+        if isinstance(self.seeds, CountedSeeds):
+            uncounted = self.seeds.uncounted()
+            reader = _Reader(uncounted, uncounted.take_skipped)
+        else:
+            reader = _Reader(self.seeds)
+        workers = self._possible_workers(reader)
+        shares = [_shares(batch, workers) for batch in self.batches]
+        loader = DataLoader(
+            reader,
+            batch_size=None,
+            sampler=[share for batch in shares for share in batch],
+            num_workers=workers,
+            # One share for each process: what they hold together is the next batch.
+            prefetch_factor=1 if workers else None,
+            pin_memory=self.like.is_cuda and self.first.device.type == "cpu",
+            # Its own: a loader draws a number when an iteration begins, and would move those of training.
+            generator=torch.Generator(),
+        )
+        read = iter(loader)
+        for batch in shares:
+            yield torch.cat([self._counted(*part) for part in itertools.islice(read, len(batch))])
+
+    def _counted(self, images: Tensor, skipped: Sequence[Sequence[str]]) -> Tensor:
+        """The images of a share where they are needed, after its corrupt ones were counted."""
+        if isinstance(self.seeds, CountedSeeds):
+            for messages in skipped:
+                self.seeds.count(messages)
+        return images.to(self.like, non_blocking=True)
+
+    def _possible_workers(self, reader: "_Reader") -> int:
+        """Number of loader processes that can be used and have something to do."""
+        workers = min(self.num_workers, max((len(batch) for batch in self.batches), default=0))
+        if workers == 0 or self.first.device.type != "cpu":
+            # Seeds that are on a device already are not for another process.
+            return 0
+        method = torch.multiprocessing.get_start_method()
+        error = None if method == "fork" else _pickling_error(reader)
+        if error is None:
+            return workers
+        rank_zero_warn(
+            f"held_out_seeds() of the DataModule gave {self.seeds!r}, which cannot be pickled ({error}), as its"
+            f" num_workers={self.num_workers} needs where processes start by {method!r}: seeds are read in the main"
+            " process, and generation waits for them; a function or a class at the top of a module can be pickled"
+        )
+        return 0
+
+
+class _Reader(Dataset[tuple[Tensor, list[list[str]]]]):
+    """Seeds by their indices, (N, C, H, W), and for each of them why images were skipped."""
+
+    def __init__(self, seeds: Seeds, take_skipped: Callable[[], list[str]] = list) -> None:
+        self.seeds = seeds
+        self.take_skipped = take_skipped
+
+    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[list[str]]]:
+        images, skipped = zip(*((self.seeds(index)[0], self.take_skipped()) for index in indices), strict=True)
+        return torch.stack(images), list(skipped)
+
+
+class _Nowhere:
+    """A file that keeps nothing."""
+
+    def write(self, data: Any) -> int:
+        return memoryview(data).nbytes
+
+
+def _pickling_error(thing: Any) -> str | None:
+    try:
+        pickle.Pickler(_Nowhere(), protocol=pickle.HIGHEST_PROTOCOL).dump(thing)
+    except Exception as error:  # each type has its own way to say no
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _shares(batch: Sequence[int], workers: int) -> list[Sequence[int]]:
+    """The batch in as many equal parts as there are processes, one at least; none is empty."""
+    count = max(1, min(workers, len(batch)))
+    ends = [len(batch) * k // count for k in range(count + 1)]
+    return [batch[first:last] for first, last in itertools.pairwise(ends)]
