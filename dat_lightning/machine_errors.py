@@ -1,4 +1,4 @@
-"""Errors that the machine makes, not the program: a full disk, an unwritable folder, a process that is gone."""
+"""Errors that the machine makes, not the program: a full disk, an unwritable folder, a process or compiler gone."""
 
 import errno
 import re
@@ -24,6 +24,9 @@ def machine_error(error: BaseException) -> Exception | None:
         killed = _KILLED.search(str(current)) if isinstance(current, RuntimeError) else None
         if killed:
             return RuntimeError(_of_a_loader(killed))
+        # By its name: torch's compiler is slow to import, and is not there unless it was used.
+        if any(kind.__name__ == "BackendCompilerFailed" for kind in type(current).__mro__):
+            return RuntimeError(_of_the_compiler(current))
         if isinstance(current, OSError) and current.errno is not None and current.strerror:
             return OSError(_of_a_file(current))
         # What was being handled when a RuntimeError was raised is its cause only where torch could not say so.
@@ -39,6 +42,13 @@ def _of_a_loader(match: re.Match[str]) -> str:
     return (
         f"a loader process (pid {match[1]}) was killed{how}, mostly because memory or shared memory ran out: lower"
         " data.num_workers, or give the job more memory, and go on from the last checkpoint with --ckpt_path"
+    )
+
+
+def _of_the_compiler(error: BaseException) -> str:
+    return (
+        f"the network could not be compiled: {str(error).strip().splitlines()[0]}; set model.compile to false, or give"
+        " torch the compiler that it misses (for CPUs one for C++, such as g++; the variable CXX names it)"
     )
 
 

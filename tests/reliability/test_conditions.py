@@ -156,6 +156,20 @@ def test_a_loader_process_that_is_killed_is_a_sentence(tmp_path: Path, capsys: p
     assert said.endswith("with --ckpt_path")
 
 
+def test_a_compiler_that_is_missing_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        raise RuntimeError("No working C++ compiler found")
+
+    original = torch.nn.Module.compile
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: original(self, backend=backend, dynamic=False))
+    said = refusal(capsys, "fit", "--config", STAGE1, "--config", TINY, "--model.compile", "true")
+    assert said.startswith("the network could not be compiled: ")
+    assert "No working C++ compiler found; set model.compile to false, or give torch the compiler" in said
+
+
 def test_the_ways_in_which_torch_reports_a_killed_process() -> None:
     for message, expected in (
         ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "a loader process (pid 12) was killed, mostly"),
