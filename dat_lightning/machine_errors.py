@@ -46,8 +46,9 @@ def _of_a_loader(match: re.Match[str]) -> str:
 
 
 def _of_the_compiler(error: BaseException) -> str:
+    reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
     return (
-        f"the network could not be compiled: {str(error).strip().splitlines()[0]}; set model.compile to false, or give"
+        f"the network could not be compiled: {reason}; set model.compile to false, or give"
         " torch the compiler that it misses (for CPUs one for C++, such as g++; the variable CXX names it)"
     )
 
