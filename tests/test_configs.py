@@ -302,6 +302,7 @@ def test_a_recipe_trains_samples_and_keeps_its_checkpoints(recipe: str, tmp_path
     assert list((run / "samples").glob("*.png"))
 
 
+@pytest.mark.slow
 def test_the_small_recipes_run_from_one_script(tmp_path: Path) -> None:
     """The script trains a feature network and both stages, and tests them; here with a network of almost nothing."""
     (tmp_path / "configs").mkdir()
