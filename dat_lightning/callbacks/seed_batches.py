@@ -90,15 +90,20 @@ class SeedBatches:
             generator=torch.Generator(),
         )
         read = iter(loader)
-        for batch in shares:
-            yield torch.cat([self._counted(*part) for part in itertools.islice(read, len(batch))])
+        try:
+            for batch in shares:
+                yield torch.cat([self._counted(*part) for part in itertools.islice(read, len(batch))])
+        finally:
+            # torch ends processes when an iterator is deleted, which the traceback of an error puts off.
+            getattr(read, "_shutdown_workers", lambda: None)()
 
     def _counted(self, images: Tensor, skipped: Sequence[Sequence[str]]) -> Tensor:
         """The images of a share where they are needed, after its corrupt ones were counted."""
         if isinstance(self.seeds, CountedSeeds):
             for messages in skipped:
                 self.seeds.count(messages)
-        return images.to(self.like, non_blocking=True)
+        # From a device to the CPU, nobody would wait for the copy.
+        return images.to(self.like, non_blocking=self.like.is_cuda)
 
     def _possible_workers(self, reader: "_Reader") -> int:
         """Number of loader processes that can be used and have something to do."""

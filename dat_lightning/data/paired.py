@@ -275,10 +275,14 @@ class PairedDataModule(LightningDataModule):
     def _evaluation_loader(self, split: Split) -> ResumableLoader:
         dataset = self.in_distribution(split)
         sampler = ShardedBatches(len(dataset), self.eval_batch_size, *self._rank())
-        return self._loader(EvaluationBatches(dataset, self.evaluation_transform()), sampler)
+        # A generator of its own: a loader draws a number when an iteration begins, and would move those of training.
+        return self._loader(EvaluationBatches(dataset, self.evaluation_transform()), sampler, torch.Generator())
 
     def _loader(
-        self, dataset: PairedDraws | EvaluationBatches, sampler: DrawBatches | ShardedBatches
+        self,
+        dataset: PairedDraws | EvaluationBatches,
+        sampler: DrawBatches | ShardedBatches,
+        generator: torch.Generator | None = None,
     ) -> ResumableLoader:
         return ResumableLoader(
             dataset,
@@ -287,6 +291,7 @@ class PairedDataModule(LightningDataModule):
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
+            generator=generator,
         )
 
 

@@ -211,9 +211,13 @@ def test_the_next_seeds_are_read_while_a_chain_runs(num_workers: int, seen: list
     assert all((readers[first] != readers[first + 5]) == (num_workers > 0) for first in (0, 10))
 
 
-def test_an_error_leaves_no_process_behind(tmp_path: Path) -> None:
-    with pytest.raises(InterruptedError) as caught:
-        test(tmp_path, Foreign(Noting(tmp_path), 2), Counting(), Interrupted(12))
+@pytest.mark.parametrize("of_seeds", [False, True])
+def test_an_error_leaves_no_process_behind(of_seeds: bool, tmp_path: Path) -> None:
+    """One of a consumer, or one with the seeds."""
+    seeds = DamagedSeeds(0, 0.0).held_out_seeds() if of_seeds else Noting(tmp_path)
+    with pytest.raises((InterruptedError, ValueError)) as caught:
+        test(tmp_path / "run", Foreign(seeds, 2), Counting(), Interrupted(12))
+    assert ("could not be read" in str(caught.value)) == of_seeds
     # While somebody still holds the error, and with it the frames that it went through.
     assert caught.value.__traceback__ is not None
     assert multiprocessing.active_children() == []
@@ -251,7 +255,12 @@ def test_too_many_corrupt_seeds_are_the_same_error_whoever_reads_them(tmp_path: 
     for num_workers in (0, 2):
         collector = Collector()
         with pytest.raises(ValueError, match="loaded images") as found:
-            test(tmp_path, DamagedSeeds(num_workers, 0.003), Counting(batch_size=5), collector)
+            test(
+                tmp_path,
+                Foreign(DamagedSeeds(0, 0.003).held_out_seeds(), num_workers),
+                Counting(batch_size=5),
+                collector,
+            )
         assert str(found.value) == str(expected.value)
         # Samples of the batches before were handed out.
         failed = int(str(found.value).split()[2]) - 2
@@ -265,12 +274,12 @@ def test_what_is_read_without_counting_can_be_counted_later() -> None:
     for index in range(12):
         assert torch.equal(other(index)[0], data.held_out_seeds()(index)[0])
     data.skipped_seeds.count = data.skipped_seeds.loaded = 0
+    # The stream itself has none of the messages, and counts on.
+    assert seeds.take_skipped() == []
     messages = other.take_skipped()
     assert messages
     seeds.count(messages)
     assert (data.skipped_seeds.count, data.skipped_seeds.loaded) == (len(messages), 1)
-    # The stream itself has none of them, and counts on.
-    assert seeds.take_skipped() == []
     seeds(0)
     assert data.skipped_seeds.loaded == 2
 
@@ -311,7 +320,12 @@ def test_loaders_beside_training_leave_its_random_numbers_alone(num_workers: int
     )
     reference = ReferenceImages(cast(Trainer, trainer), data.reference_data(), 500, "A test")
     batches = SeedBatches(data.held_out_seeds(), BATCHES, torch.empty(0), num_workers)
-    loaders: list[Callable[[], Iterator[Any]]] = [lambda: iter(reference), lambda: iter(batches)]
+    data.eval_batch_size = 120
+    loaders: list[Callable[[], Iterator[Any]]] = [
+        lambda: iter(reference),
+        lambda: iter(batches),
+        lambda: iter(data.test_dataloader()),
+    ]
     for loader in loaders:
         before = random_states()
         assert len(list(loader())) == 3
@@ -351,6 +365,7 @@ def test_an_error_of_a_loader_process_is_that_error() -> None:
         next(batches)
         with pytest.raises(FileNotFoundError, match=r"no image at /nowhere/11\.png"):
             next(batches)
+        assert multiprocessing.active_children() == []
 
 
 def test_a_killed_loader_process_is_an_error_that_says_so() -> None:
