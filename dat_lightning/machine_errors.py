@@ -46,11 +46,11 @@ def _of_a_loader(match: re.Match[str]) -> str:
 
 
 def _of_the_compiler(error: BaseException) -> str:
-    reason = str(getattr(error, "inner_exception", error)).strip().splitlines()[0]
-    return (
-        f"the network could not be compiled: {reason}; set model.compile to false, or give"
-        " torch the compiler that it misses (for CPUs one for C++, such as g++; the variable CXX names it)"
-    )
+    inner = getattr(error, "inner_exception", error)
+    reason = str(inner).strip().splitlines()[0] if str(inner).strip() else type(inner).__name__
+    missing = "ompiler" in f"{type(inner).__name__} {reason}"
+    remedy = ", or install the compiler that torch misses (g++ or another one that CXX or CC names)" if missing else ""
+    return f"the network could not be compiled: {reason}; set model.compile to false{remedy}"
 
 
 def _of_a_file(error: OSError) -> str:

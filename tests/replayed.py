@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from functorch.compile import make_boxed_func
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 
 # torch's modes that replay CUDA graphs.
@@ -15,7 +15,7 @@ REPLAYING = ("reduce-overhead", "max-autotune")
 
 
 class Compiler:
-    """Runs graphs by their own operations.
+    """Runs graphs by their own operations, in the place of the real compiler.
 
     In a mode that replays CUDA graphs all that graphs returned is overwritten with NaN when the next forward pass
     begins: on a GPU they write to the same memory again.
@@ -30,15 +30,15 @@ class Compiler:
 
     @contextmanager
     def installed(self, monkeypatch: pytest.MonkeyPatch) -> Iterator["Compiler"]:
-        """Takes the place of the real compiler for modules."""
-        original = nn.Module.compile
+        """Takes the place of ``torch.compile``."""
+        original = torch.compile
 
-        def compile(module: nn.Module, *, dynamic: bool, mode: str | None) -> None:
-            original(module, dynamic=dynamic, backend=self._backend(mode))
+        def compile(function: Callable[..., Any], *, dynamic: bool, mode: str | None) -> Callable[..., Any]:
+            return original(function, dynamic=dynamic, backend=self._backend(mode))
 
         torch._dynamo.reset()
         with monkeypatch.context() as patch:
-            patch.setattr(nn.Module, "compile", compile)
+            patch.setattr(torch, "compile", compile)
             yield self
         torch._dynamo.reset()
 

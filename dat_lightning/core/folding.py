@@ -4,6 +4,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dat_lightning.core.energy import batch_norm_layers
@@ -14,15 +15,16 @@ class FoldedNetwork(nn.Module):
     """A network's eval-mode function for input gradients, with batch norm folded away.
 
     A batch norm layer that follows a convolution, and alone reads it, becomes part of its weights; any other is one
-    multiplication and addition per channel. All other layers are the network's own. Nothing here is a parameter or
-    enters a state dict, and what an optimiser, an average or a checkpoint changes shows after :meth:`refresh`. Hooks
-    on folded layers do not run.
+    multiplication and addition per channel. All other layers are the network's own, among them those with hooks or
+    parametrisations. Nothing here is a parameter or enters a state dict, and what an optimiser, an average or a
+    checkpoint changes shows after :meth:`refresh`. Python values that ``forward`` reads are those of the construction.
 
     Args:
         network: Batch norm layers use their running statistics, whatever mode they are in.
 
     Raises:
-        ValueError: If the network cannot be traced, since its path depends on its input, or has no batch norm to fold.
+        ValueError: If the network cannot be traced, since its path depends on its input or it makes tensors of its own,
+            has hooks on the whole of it, or has no batch norm to fold.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877), Eq. 14, on folding.
     """
@@ -35,13 +37,14 @@ class FoldedNetwork(nn.Module):
             # In eval mode: what depends on the mode is decided by the trace.
             with no_trace(network):
                 graph = fx.symbolic_trace(network)
+            self._layers = _replace_batch_norm(graph)
+            _check_kept(network, graph)
         except Exception as error:  # whatever a network's own code does with a proxy
             raise ValueError(
                 f"{type(network).__name__} cannot be traced, so its batch norm cannot be folded: set fold_batch_norm to"
                 f" false ({type(error).__name__}: {error})"
             ) from error
         self._network = (network,)
-        self._layers = _replace_batch_norm(graph)
         self.graph_module = graph
         self.refresh()
 
@@ -110,7 +113,9 @@ class _Affine(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         shape = (1, -1, *[1] * (x.dim() - 2))
-        return torch.addcmul(self.shift.view(shape), x, self.scale.view(shape))
+        # In the features' type: under autocast float32 would make all that follows float32, as batch norm does not.
+        scale, shift = (value.view(shape).to(x.dtype) for value in (self.scale, self.shift))
+        return torch.addcmul(shift, x, scale)
 
 
 _Layer = _FoldedConvolution | _Affine
@@ -132,23 +137,24 @@ def _updated(old: Tensor, new: Tensor) -> Tensor:
 
 
 def _replace_batch_norm(graph: fx.GraphModule) -> list[_Layer]:
-    """Replaces every batch norm layer of a traced network, and returns the new layers."""
+    """Replaces every batch norm layer of a traced network that can be replaced, and returns the new layers."""
     layers: list[_Layer] = []
     modules = dict(graph.named_modules())
     calls = [str(node.target) for node in graph.graph.nodes if node.op == "call_module"]
     for node in list(graph.graph.nodes):
         norm = modules.get(str(node.target)) if node.op == "call_module" else None
-        if not isinstance(norm, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(norm, nn.modules.batchnorm._BatchNorm) or _has_more_than_its_code(norm):
             continue
-        before = node.args[0]
+        before = node.args[0] if node.args else node.kwargs["input"]
         convolution = modules.get(str(before.target)) if before.op == "call_module" else None
         # A convolution that is called twice, or that something else reads, needs its own weights there.
         alone = len(before.users) == 1 and calls.count(str(before.target)) == 1
-        if isinstance(convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and alone:
-            layer: _Layer = _FoldedConvolution(convolution, norm)
-            name, source = f"folded_{len(layers)}", before.args
+        plain = isinstance(convolution, (nn.Conv1d, nn.Conv2d, nn.Conv3d)) and not _has_more_than_its_code(convolution)
+        if plain and alone:
+            layer: _Layer = _FoldedConvolution(cast(nn.modules.conv._ConvNd, convolution), norm)
+            name, source = f"folded_{len(layers)}", before.args or (before.kwargs["input"],)
         else:
-            layer, name, source = _Affine(norm), f"affine_{len(layers)}", node.args
+            layer, name, source = _Affine(norm), f"affine_{len(layers)}", (before,)
         layers.append(layer)
         graph.add_submodule(name, layer)
         with graph.graph.inserting_before(node):
@@ -159,3 +165,17 @@ def _replace_batch_norm(graph: fx.GraphModule) -> list[_Layer]:
     graph.delete_all_unused_submodules()
     graph.recompile()
     return layers
+
+
+def _has_more_than_its_code(layer: nn.Module) -> bool:
+    """Whether hooks or parametrisations, such as those of weight and spectral norms, belong to the layer's function."""
+    return bool(layer._forward_hooks or layer._forward_pre_hooks) or parametrize.is_parametrized(layer)
+
+
+def _check_kept(network: nn.Module, graph: fx.GraphModule) -> None:
+    """Raises an error for what a trace loses without a word."""
+    if network._forward_hooks or network._forward_pre_hooks:
+        raise TypeError("it has forward hooks, which a trace leaves out")
+    names = [str(node.target) for node in graph.graph.find_nodes(op="get_attr")]
+    if any(name.startswith("_tensor_constant") for name in names):
+        raise TypeError("its forward makes tensors that do not come from its input, which a trace would fix")

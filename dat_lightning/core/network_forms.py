@@ -1,7 +1,9 @@
 """Faster forms of a network: compiled for the batch sizes that come again, with batch norm folded, or both."""
 
-from typing import Literal, cast
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.folding import FoldedNetwork
@@ -21,35 +23,52 @@ class CompiledNetwork(nn.Module):
     """Runs a network's compiled graph where a batch has an expected size, and its own code otherwise.
 
     A graph holds for one batch size, and takes longer to make than many passes: the rest of an evaluation set, or the
-    images that an attack has left over, are not worth one. Weights are the network's. A copy runs the own code.
+    images that an attack has left over, are not worth one. Weights are the network's. A copy makes graphs of its own.
 
     Args:
         network: Maps images (N, C, H, W) to logits (N, K).
         mode: ``torch.compile``'s. Results of CUDA graphs are overwritten by the next call.
         expected_sizes: The batch sizes N; the set may grow later.
+
+    Attributes:
+        in_training: Whether to expect every size, as training has one or few.
     """
 
     def __init__(self, network: nn.Module, mode: str | None, expected_sizes: set[int]) -> None:
         super().__init__()
         self.network = network
+        self.mode = mode
         self.expected_sizes = expected_sizes
-        # A module of its own: the network may be compiled in two modes, and stays as it is.
-        self._graph = _OwnCode(network)
-        # T steps are T calls, so that T is no constant of the graph.
-        self._graph.compile(dynamic=False, mode=mode)
+        self.in_training = False
+        self._graph = _compiled(network, mode)
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the network's logits."""
-        return cast(Tensor, self._graph(x) if len(x) in self.expected_sizes else self.network(x))
+        compiled = self.in_training or len(x) in self.expected_sizes
+        return cast(Tensor, self._graph(x) if compiled else self.network(x))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph is of one network, and a copy's network is another.
+        return {name: value for name, value in self.__dict__.items() if name != "_graph"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._graph = _compiled(self.network, self.mode)
 
 
 class NetworkForms:
     """Makes the forms in which a module calls its network, each at its first use.
 
+    Where a layer or a parameter of the network is replaced by another one, forms are made anew.
+
     Args:
-        compile: Whether, or how, to compile. CUDA graphs serve ascents alone, which keep neither logits nor gradients
-            over a step; other passes are compiled without.
+        compile: Whether, or how, to compile: for any batch size in train mode, for sizes that :meth:`expect` was told
+            of in eval mode. CUDA graphs serve ascents alone, which keep neither logits nor gradients over a step; other
+            passes are compiled without.
         fold_batch_norm: Whether ascents climb a :class:`~dat_lightning.core.FoldedNetwork`.
+
+    Raises:
+        ValueError: If there is no such mode.
     """
 
     def __init__(self, compile: CompileMode, fold_batch_norm: bool) -> None:
@@ -58,18 +77,18 @@ class NetworkForms:
         self.compile: CompileMode = compile
         self.fold_batch_norm = fold_batch_norm
         self._expected_sizes: set[int] = set()
-        self._source: nn.Module | None = None
+        self._parts: list[object] = []
         self._folded: FoldedNetwork | None = None
         self._compiled: dict[str, CompiledNetwork] = {}
 
-    def expect(self, *sizes: int) -> None:
-        """Says that batches of these sizes come again."""
-        self._expected_sizes.update(sizes)
+    def expect(self, size: int) -> None:
+        """Says that batches of this size come again in evaluation."""
+        self._expected_sizes.add(size)
 
     def for_passes(self, network: nn.Module) -> nn.Module:
         """Returns the form for training and evaluation: any mode, logits that last."""
         self._forget_other_than(network)
-        return self._compile("passes", network)
+        return self._compile("passes", network, network.training)
 
     def for_ascents(self, network: nn.Module) -> nn.Module:
         """Returns the form that ascents in eval mode climb, with the current weights.
@@ -79,34 +98,38 @@ class NetworkForms:
         """
         self._forget_other_than(network)
         if not self.fold_batch_norm:
-            return self._compile("ascents", network)
+            return self._compile("ascents", network, network.training)
         if self._folded is None:
             self._folded = FoldedNetwork(network)
         else:
             self._folded.refresh()
-        return self._compile("ascents", self._folded)
+        return self._compile("ascents", self._folded, network.training)
 
-    def _compile(self, purpose: Literal["ascents", "passes"], network: nn.Module) -> nn.Module:
+    def _compile(self, purpose: Literal["ascents", "passes"], network: nn.Module, in_training: bool) -> nn.Module:
         if self.compile is False:
             return network
         if purpose not in self._compiled:
             mode = _TORCH_MODES[self.compile][purpose == "passes"]
             self._compiled[purpose] = CompiledNetwork(network, mode, self._expected_sizes)
+        # Ascents change the mode before they call the network, so it is told here.
+        self._compiled[purpose].in_training = in_training
         return self._compiled[purpose]
 
     def _forget_other_than(self, network: nn.Module) -> None:
-        """Drops the forms of a network that another one has replaced."""
-        if self._source is not network:
-            self._source, self._folded = network, None
+        """Drops the forms of a network that is another one now, in whole or in part."""
+        if self.compile is False and not self.fold_batch_norm:
+            return
+        parts = [*network.modules(), *network.parameters()]
+        if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
+            self._parts, self._folded = parts, None
             self._compiled.clear()
 
 
-class _OwnCode(nn.Module):
-    """Calls a network past its hooks, which graphs would have to be broken for."""
+def _compiled(network: nn.Module, mode: str | None) -> Callable[[Tensor], Tensor]:
+    def call(x: Tensor) -> Tensor:
+        return cast(Tensor, network(x))
 
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.network.forward(x))
+    # torch limits the graphs of one piece of code, so each network has its own. T steps are T calls of it: T is no
+    # constant of the graph.
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, dynamic=False, mode=mode)

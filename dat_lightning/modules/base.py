@@ -235,23 +235,14 @@ class EnergyModule(LightningModule):
             ValueError: If a label is not below the number of logits.
         """
         self._check_labels(batch)
-        sizes = [len(batch[key]) for key in batch if key.startswith("x")] if isinstance(batch, Mapping) else []
-        # One by one in ascents, and all at once in the pass for the loss.
-        self.network_forms.expect(*sizes, sum(sizes))
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Checks the labels, likewise."""
         self._check_labels(batch)
-        self._expect_whole_batches(batch, batch_idx)
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Checks the labels, likewise."""
         self._check_labels(batch)
-        self._expect_whole_batches(batch, batch_idx)
-
-    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Prepares for batches of this size."""
-        self._expect_whole_batches(batch, batch_idx)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule.
@@ -274,14 +265,17 @@ class EnergyModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the validation metrics."""
+        self._expect_whole_batches(batch, batch_idx)
         self._evaluate(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the test metrics."""
+        self._expect_whole_batches(batch, batch_idx)
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns ``index``, ``prediction``, ``confidence`` and ``energy`` of each image, (N,) each."""
+        self._expect_whole_batches(batch, batch_idx)
         logits = self(self.part(batch, "x"))
         confidence, prediction = logits.softmax(1).max(1)
         index = batch.get("index", torch.arange(len(logits)))

@@ -162,9 +162,10 @@ class TradesModule(EnergyModule):
 
     def _fixed_logits(self, x: Tensor) -> Tensor:
         """The clean logits as the attack sees them, without a graph and without a trace on the network."""
+        network = self.network_forms.for_passes(self.energy_model)
         # Outside of inference mode, whose tensors no later gradient can use.
         with torch.inference_mode(False), torch.no_grad(), no_trace(self.energy_model, self.attack_mode):
-            logits: Tensor = self(x.clone())
+            logits: Tensor = network(x.clone())
         return logits
 
     def _noised(self, x: Tensor, draws: Tensor | None) -> Tensor:

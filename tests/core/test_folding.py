@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import EnergyModel, SmallResNet, WideResNet, ascend, resnet50, unbounded_ascent
-from dat_lightning.core import FoldedNetwork, batch_norm_layers, targeted_logit
+from dat_lightning.core import FoldedNetwork, batch_norm_layers, no_trace, targeted_logit
 from dat_lightning.core.folding import _FoldedConvolution
 
 
@@ -88,6 +88,80 @@ def test_logits_and_gradients_are_those_of_the_network(name: str, kinds: tuple[i
     expected = logits_and_gradient(copy.deepcopy(network).eval(), images())
     for found, value in zip(logits_and_gradient(folded, images()), expected, strict=True):
         torch.testing.assert_close(found, value, rtol=1e-10, atol=1e-12 * float(value.abs().max()))
+
+
+class Keywords(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(3, 4, 3)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(4), nn.BatchNorm2d(4)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norms[0](input=self.convolution(input=x))
+        logits: Tensor = self.norms[1](input=torch.tanh(h)).mean((2, 3))
+        return logits
+
+
+def test_layers_may_be_called_by_keyword() -> None:
+    network = Keywords().double()
+    randomize(network, 3)
+    folded = FoldedNetwork(network)
+    assert len(folded._layers) == 2
+    torch.testing.assert_close(folded(images()), network.eval()(images()), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["weight_norm", "spectral_norm", "parametrisation", "hook of the norm"])
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated:FutureWarning")
+def test_layers_with_hooks_and_parametrisations_stay_as_they_are(how: str) -> None:
+    network = Keywords().double()
+    randomize(network, 3)
+    if how == "weight_norm":
+        torch.nn.utils.weight_norm(network.convolution)
+    elif how == "spectral_norm":
+        torch.nn.utils.spectral_norm(network.convolution)
+    elif how == "parametrisation":
+        torch.nn.utils.parametrizations.spectral_norm(network.convolution)
+    else:
+        network.norms[0].register_forward_hook(lambda layer, args, result: 2 * result)
+    folded = FoldedNetwork(network)
+    state = copy.deepcopy(network.state_dict())
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.3)
+    folded.refresh()
+    with no_trace(folded):
+        found = folded(images())
+    with no_trace(network):
+        torch.testing.assert_close(found, network(images()), rtol=1e-10, atol=1e-10)
+    # Power iterations belong to training.
+    for name, value in network.named_buffers():
+        torch.testing.assert_close(value, state[name], rtol=0, atol=0)
+
+
+class Noisy(Keywords):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + 0.1 * torch.randn(3, 1, 1))
+
+
+def test_what_a_trace_would_lose_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"Noisy cannot be traced.*its forward makes tensors"):
+        FoldedNetwork(Noisy())
+    network = Keywords()
+    network.register_forward_hook(lambda layer, args, result: 2 * result)
+    with pytest.raises(ValueError, match=r"Keywords cannot be traced.*it has forward hooks"):
+        FoldedNetwork(network)
+
+
+def test_features_keep_the_type_of_autocast() -> None:
+    network = build("wide").float().eval()
+    folded = FoldedNetwork(network)
+    seen: list[torch.dtype] = []
+    for layer in folded._layers:
+        layer.register_forward_hook(lambda layer, args, result: seen.append(result.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = folded(images().float())
+    assert seen == [torch.bfloat16] * 7
+    torch.testing.assert_close(logits.float(), network(images().float()), rtol=0.1, atol=0.1)
 
 
 def test_it_follows_the_weights_when_refreshed() -> None:

@@ -34,13 +34,39 @@ def test_expected_sizes_have_a_graph_each_and_others_run_the_networks_own_code(
     with Compiler().installed(monkeypatch) as compiler:
         forms = NetworkForms(True, fold_batch_norm=False)
         form = forms.for_passes(model)
+        assert form is forms.for_passes(model)
         with torch.no_grad():
             form(images(4))
             assert compiler.graphs == []
-            forms.expect(4, 6)
+            forms.expect(4)
+            forms.expect(6)
             for size in (4, 6, 4, 5, 6, 1, 4):
                 torch.testing.assert_close(form(images(size)), model(images(size)), rtol=1e-10, atol=1e-12)
     assert compiler.graphs == [(None, (4, 3, 16, 16), False), (None, (6, 3, 16, 16), False)]
+
+
+def test_in_training_every_size_has_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ascents of a training step too, although they climb in eval mode."""
+    model = network()
+    with Compiler().installed(monkeypatch) as compiler:
+        forms = NetworkForms(True, fold_batch_norm=True)
+        climb(forms.for_ascents(model), images(3), 2)
+        assert len(compiler.graphs) == 1
+        forms.for_passes(model)(images(5))
+        assert len(compiler.graphs) == 2
+        climb(forms.for_ascents(model.eval()), images(4), 2)
+        forms.for_passes(model)(images(4))
+        assert len(compiler.graphs) == 2
+
+
+def test_networks_do_not_share_the_limit_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch makes eight for one piece of code, and says so only in its log."""
+    with Compiler().installed(monkeypatch) as compiler:
+        for seed in range(3):
+            forms = NetworkForms(True, fold_batch_norm=False)
+            for size in range(1, 6):
+                forms.for_passes(network(seed))(images(size))
+    assert len(compiler.graphs) == 15
 
 
 @pytest.mark.parametrize("fold", [False, True])
@@ -98,8 +124,36 @@ def test_another_network_gets_forms_of_its_own(mode: CompileMode, monkeypatch: p
                 torch.testing.assert_close(form(images(3)), model(images(3)), rtol=1e-8, atol=1e-8)
 
 
-def test_a_copy_follows_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("fold", [False, True])
+def test_parts_that_are_replaced_are_noticed(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with Compiler().installed(monkeypatch):
+        for compile in (False, True):
+            forms, model = NetworkForms(compile, fold), network().eval()
+            forms.expect(3)
+            forms.for_ascents(model)(images(3)), forms.for_passes(model)(images(3))
+            model.backbone.fc = nn.Linear(64, 4).double()
+            for form in (forms.for_ascents(model), forms.for_passes(model)):
+                torch.testing.assert_close(form(images(3)), model(images(3)), rtol=1e-8, atol=1e-8)
+            weight = nn.Parameter(torch.ones(4, 64, dtype=torch.float64))
+            model.backbone.fc.weight = weight
+            for form in (forms.for_ascents(model), forms.for_passes(model)):
+                torch.testing.assert_close(form(images(3)), model(images(3)), rtol=1e-8, atol=1e-8)
+
+
+def test_hooks_belong_to_the_network_whatever_the_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network().eval()
+    model.register_forward_pre_hook(lambda _, args: (0.5 * args[0],))
+    with Compiler().installed(monkeypatch) as compiler:
+        forms = NetworkForms(True, fold_batch_norm=False)
+        forms.expect(4)
+        for size in (3, 4):
+            form = forms.for_passes(model)
+            torch.testing.assert_close(form(images(size)), model(images(size)), rtol=1e-8, atol=1e-8)
+    assert len(compiler.graphs) == 1
+
+
+def test_a_copy_follows_its_own_weights_and_has_its_own_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    with Compiler().installed(monkeypatch) as compiler:
         forms = NetworkForms(True, fold_batch_norm=True)
         forms.expect(3)
         model = network().eval()
@@ -114,6 +168,7 @@ def test_a_copy_follows_its_own_weights(monkeypatch: pytest.MonkeyPatch) -> None
         torch.testing.assert_close(changed(images(3)), other(images(3)), rtol=1e-8, atol=1e-8)
         assert not torch.allclose(changed(images(3)), before)
         torch.testing.assert_close(forms.for_ascents(model)(images(3)), before)
+        assert len(compiler.graphs) == 2
 
 
 def test_an_unknown_mode_is_an_error() -> None:

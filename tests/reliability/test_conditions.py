@@ -162,12 +162,12 @@ def test_a_compiler_that_is_missing_is_a_sentence(
     def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
         raise RuntimeError("No working C++ compiler found")
 
-    original = torch.nn.Module.compile
+    original = torch.compile
     torch._dynamo.reset()
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: original(self, backend=backend, dynamic=False))
+    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend, dynamic=False))
     said = refusal(capsys, "fit", "--config", STAGE1, "--config", TINY, "--model.compile", "true")
     assert said.startswith("the network could not be compiled: ")
-    assert "No working C++ compiler found; set model.compile to false, or give torch the compiler" in said
+    assert "No working C++ compiler found; set model.compile to false, or install the compiler that torch" in said
 
 
 def test_the_ways_in_which_torch_reports_a_killed_process() -> None:
