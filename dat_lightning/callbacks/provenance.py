@@ -40,6 +40,7 @@ def provenance(trainer: Trainer, pl_module: LightningModule, seconds: float) -> 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_processes": trainer.world_size,
         "precision": str(trainer.precision),
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
         "python": platform.python_version(),
         "versions": versions(),
         "module": _class_and_hyperparameters(pl_module),

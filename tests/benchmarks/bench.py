@@ -12,13 +12,18 @@ two forward passes, a training pass three.
 
 import argparse
 import json
+import math
+import os
 import platform
 import statistics
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import lightning
 import torch
@@ -28,12 +33,27 @@ from dat_lightning import __version__
 from dat_lightning.core import ascend, ascend_snapshots, targeted_logit, unbounded_ascent
 
 from .cases import Agreement, compare, random_batch
-from .contenders import GENERATION_STEP_SIZE, SIZES, STAGES, TASKS, VARIANTS, Size, Task, Workload, sampling_network
-from .timing import convolution_rate, matmul_rate, summarise, table, take_turns
+from .contenders import (
+    GENERATION_STEP_SIZE,
+    SIZES,
+    STAGES,
+    TASKS,
+    VARIANTS,
+    Call,
+    Size,
+    Task,
+    Workload,
+    sampling_network,
+)
+from .timing import Timing, convolution_rate, matmul_rate, summarise, table, take_turns
+
+Save = Callable[[], None]
 
 TOLERANCE = 1e-5
 # A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
 IMAGE_TOLERANCE = 1e-3
+# Of the relative difference of results at full size, by whether they are bfloat16.
+RESULT_TOLERANCE = {False: 0.1, True: 0.7}
 _SWEEP = (-3, -2, -1, 0, 1, 2, 3)
 
 
@@ -107,25 +127,47 @@ def check_images(workload: Workload, backbone: nn.Module) -> None:
         raise DisagreementError(f"generated images differ by {difference:.1e}, allowed {IMAGE_TOLERANCE:g}")
 
 
-def time_sweep(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float]:
+def check_results(title: str, timings: Mapping[str, Timing]) -> dict[str, float]:
+    """Returns how the contenders' first results, on the device and in their ways, differ from the plain one.
+
+    In a step of many ascent steps rounding grows, most of all in bfloat16. What is allowed is above that, and below the
+    difference to what another network gives, which is 1 and more.
+
+    Raises:
+        DisagreementError: If a difference is above :data:`RESULT_TOLERANCE`.
+    """
+    if "plain" not in timings:
+        return {}
+    expected = _result(timings["plain"])
+    found = {name: float((_result(t) - expected).norm() / expected.norm()) for name, t in timings.items()}
+    for name, difference in found.items():
+        allowed = RESULT_TOLERANCE[VARIANTS[name].bfloat16]
+        if not difference <= allowed:
+            raise DisagreementError(f"{title}: {name} differs from plain by {difference:.2g}, allowed {allowed:g}")
+    return found
+
+
+def _result(timing: Timing) -> Tensor:
+    if timing.result is None:
+        raise ValueError("a contender that was timed has a result")
+    return timing.result.float()
+
+
+def time_sweep(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float] | None:
     """Returns the medians of a chain that keeps its end, and of one that keeps seven states; and the ratio."""
     size = workload.size
     x, y = workload.batches()[0]["x_ood"], torch.arange(size.batch, device=workload.device) % 10
     chain = unbounded_ascent(GENERATION_STEP_SIZE, max(size.generation, 7))
     network = sampling_network(backbone, workload.device)
 
-    def walk(states: Sequence[int]) -> Any:
-        return lambda _: ascend_snapshots(network, x, y, targeted_logit, chain, states)
+    def walk(states: Sequence[int]) -> Call:
+        return lambda _: ascend_snapshots(network, x, y, targeted_logit, chain, states)[max(states)]
 
     seven = [chain.num_steps - 3 + k for k in _SWEEP]
-    timings = take_turns(
-        {"one state": walk([max(seven)]), "seven states": walk(seven)}, max(rounds, 5), workload.device
-    )
-    one, several = (statistics.median(timings[name].wall) for name in ("one state", "seven states"))
-    return {"one": one, "seven": several, "ratio": several / one}
+    return _ratio({"one": walk([max(seven)]), "seven": walk(seven)}, rounds, workload.device)
 
 
-def time_joint_chain(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float]:
+def time_joint_chain(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str, float] | None:
     """Returns the medians of two chains of B images, and of one chain of 2B; and the ratio.
 
     It is the most that both ascents of Stage 2 could gain in the steps that they have in common.
@@ -134,14 +176,29 @@ def time_joint_chain(workload: Workload, backbone: nn.Module, rounds: int) -> di
     chain = unbounded_ascent(GENERATION_STEP_SIZE, min(workload.size.attack, workload.size.contrastive))
     network = sampling_network(backbone, workload.device)
 
-    def walk(images: Tensor, labels: Tensor) -> Any:
+    def walk(images: Tensor, labels: Tensor) -> Tensor:
         return ascend(network, images, labels, targeted_logit, chain)
 
     both = torch.cat([x, x]), torch.cat([y, y])
-    contenders = {"two chains": lambda _: (walk(x, y), walk(x, y)), "one chain": lambda _: walk(*both)}
-    timings = take_turns(contenders, max(rounds, 5), workload.device)
-    two, one = (statistics.median(timings[name].wall) for name in contenders)
-    return {"two": two, "one": one, "ratio": one / two}
+    contenders: dict[str, Call] = {
+        "two": lambda _: torch.cat([walk(x, y), walk(x, y)]),
+        "one": lambda _: walk(*both),
+    }
+    return _ratio(contenders, rounds, workload.device)
+
+
+def _ratio(contenders: dict[str, Call], rounds: int, device: str) -> dict[str, float] | None:
+    """The medians of two contenders, and the second one's over the first one's; nothing without memory for both."""
+    timings = take_turns({name: partial(_itself, call) for name, call in contenders.items()}, max(rounds, 5), device)
+    if timings.keys() != contenders.keys():
+        return None
+    medians = {name: statistics.median(timings[name].wall) for name in contenders}
+    first, second = medians.values()
+    return {**medians, "ratio": second / first}
+
+
+def _itself(call: Call) -> Call:
+    return call
 
 
 def compiled_graphs() -> int:
@@ -173,8 +230,8 @@ def rates(device: str) -> dict[str, float]:
     }
 
 
-def run(workload: Workload, plan: Plan, rate: dict[str, float]) -> dict[str, Any]:
-    """Times a network, tells the tables, and returns the figures."""
+def run(workload: Workload, plan: Plan, rate: dict[str, float], result: dict[str, Any], save: Save) -> None:
+    """Times a network, tells the tables, and puts figures into ``result``, which is saved after each task."""
     tell = sys.stdout.write
     differences = agreement(workload)
     tell(f"\n{workload}\n  first steps differ from the plain ones by\n")
@@ -183,34 +240,47 @@ def run(workload: Workload, plan: Plan, rate: dict[str, float]) -> dict[str, Any
     backbone = workload.backbone()
     flops = workload.flops(backbone)
     backbone.to(workload.device)
-    result: dict[str, Any] = {
-        "workload": asdict(workload),
-        "flops of a forward pass": flops,
-        "agreement": {name: asdict(difference) for name, difference in differences.items()},
-    }
+    result["workload"] = asdict(workload)
+    result["flops of a forward pass"] = flops
+    result["agreement"] = {name: asdict(difference) for name, difference in differences.items()}
     names = plan.variants_of(workload)
     by_variant = {n: rate[str(torch.bfloat16 if VARIANTS[n].bfloat16 else torch.float32)] for n in names}
     for task in plan.tasks:
-        contenders = {name: workload.call(task, VARIANTS[name], backbone) for name in names}
+        contenders = {name: partial(workload.call, task, VARIANTS[name], backbone) for name in names}
         timings = take_turns(contenders, plan.rounds, workload.device)
+        apart = check_results(f"{workload.net}, {task}", timings)
         for name in contenders.keys() - timings.keys():
             tell(f"  {workload.net}, {task}, {name}: out of memory\n")
         work = float(flops) * workload.size.forwards(task) * workload.size.batch
         rows = summarise(timings, workload.size.batch, work, by_variant)
+        for name in rows.keys() & apart.keys():
+            rows[name]["differs by"] = apart[name]
         tell(table(f"{workload.net}, {task}", rows))
+        for name, row in rows.items():
+            if row["utilisation %"] > 100:
+                tell(f"  {name}: utilisation above 100 %: the dense rate was measured while the device was busy\n")
         sys.stdout.flush()
-        result[task] = {"summary": rows, "seconds": {name: asdict(timing) for name, timing in timings.items()}}
-        del contenders
+        seconds = {name: {"first": t.first, "wall": t.wall, "cpu": t.cpu} for name, t in timings.items()}
+        result[task] = {"summary": rows, "seconds": seconds}
+        save()
         if any(VARIANTS[name].compile for name in names):
-            # torch makes a limited number of graphs for one piece of code, and then runs it uncompiled.
             torch.compiler.reset()
-    if "generation" in plan.tasks:
-        result["sweep"] = time_sweep(workload, backbone, plan.rounds)
-        tell("  seven step counts from one chain cost {ratio:.3f} of the longest alone\n".format(**result["sweep"]))
-    if "stage2" in plan.tasks:
-        result["joint chain"] = time_joint_chain(workload, backbone, plan.rounds)
-        tell("  one chain of 2B images costs {ratio:.3f} of two of B\n".format(**result["joint chain"]))
-    return result
+    for key, task, time_it, words in (
+        ("sweep", "generation", time_sweep, "seven step counts from one chain cost {ratio:.3f} of the longest alone"),
+        ("joint chain", "stage2", time_joint_chain, "one chain of 2B images costs {ratio:.3f} of two of B"),
+    ):
+        if task in plan.tasks:
+            found = result[key] = time_it(workload, backbone, plan.rounds)
+            tell(f"  {'out of memory' if found is None else words.format(**found)}\n")
+            save()
+
+
+def memory_share(device: str) -> float:
+    """Returns 1 for a GPU of 80 GB, for which sizes are made, or one half, one quarter … for smaller ones."""
+    if device == "cpu":
+        return 1.0
+    share = torch.cuda.get_device_properties(device).total_memory / 70e9
+    return min(1.0, 2.0 ** math.floor(math.log2(share)))
 
 
 def parse(arguments: list[str] | None) -> tuple[Plan, int | None, Path | None]:
@@ -235,7 +305,8 @@ def parse(arguments: list[str] | None) -> tuple[Plan, int | None, Path | None]:
     sizes = {k: v for k in ("batch", "contrastive", "attack", "generation") if (v := getattr(given, k)) is not None}
 
     def workload(net: str) -> Workload:
-        size: Size = replace(SIZES[given.device][net], **sizes)
+        size: Size = SIZES[given.device][net]
+        size = replace(size, **{"batch": max(1, int(size.batch * memory_share(given.device))), **sizes})
         return Workload(net, size, given.activation, given.plain_gradient, given.device)
 
     small = given.device == "cuda" or set(given.nets) <= {"wrn_16_2", "wrn_10_1"}
@@ -257,15 +328,20 @@ def main(arguments: list[str] | None = None) -> int:
     sys.stdout.write("".join(f"{name}: {value}\n" for name, value in where.items()))
     sys.stdout.write("".join(f"dense rate, {name}: {value / 1e12:.3g} TFLOP/s\n" for name, value in rate.items()))
     content: dict[str, Any] = {"where": where, "dense rate": rate, "rounds": plan.rounds, "results": []}
-    for workload in plan.workloads:
-        try:
-            content["results"].append(run(workload, plan, rate))
-        except DisagreementError as error:
-            sys.stdout.write(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
-            return 1
+
+    def save() -> None:
         if out is not None:
-            # After each network, so that an interrupted run leaves what it has.
             out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    # A folder of its own for what torch compiles, so that first calls are those of a machine that has compiled nothing.
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}):
+        for workload in plan.workloads:
+            content["results"].append({})
+            try:
+                run(workload, plan, rate, content["results"][-1], save)
+            except DisagreementError as error:
+                sys.stdout.write(f"{error}\nThe implementations disagree: their times would mean nothing.\n")
+                return 1
     if any(VARIANTS[name].compile for workload in plan.workloads for name in plan.variants_of(workload)):
         sys.stdout.write(f"graphs compiled: {compiled_graphs()}\n")
     return 0

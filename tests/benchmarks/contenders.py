@@ -31,8 +31,8 @@ TASKS: tuple[Task, ...] = ("stage1", "stage2", "generation")
 GENERATION_STEP_SIZE = 0.2
 _NUM_BATCHES = 4
 
-Call = Callable[[int], object]
-"""Does once what is timed; the argument is the number of the round."""
+Call = Callable[[int], Tensor]
+"""Does once what is timed, and returns what came of it; the argument is the number of the round."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Variant:
 VARIANTS: dict[str, Variant] = {
     "plain": Variant(package=False),
     "eager": Variant(),
+    "eager, bf16": Variant(bfloat16=True),
     "compiled": Variant(compile=True),
     "compiled, bf16": Variant(compile=True, bfloat16=True),
     "compiled, bf16, CUDA graphs": Variant(compile="reduce-overhead", bfloat16=True),
@@ -186,15 +187,25 @@ class Workload:
         )
 
     def call(self, task: Task, variant: Variant, backbone: nn.Module) -> Call:
-        """Returns what is timed: a training step, or a generation chain."""
+        """Returns what is timed: a training step, or a generation chain; it gives what it has changed.
+
+        That is the change of the classification head, (K, D), since the first step, or of the images.
+        """
         if task == "generation":
-            chain = self.generation(variant, backbone)
-            return lambda number: chain()
+            chain, start = self.generation(variant, backbone), self.batches()[0]["x_ood"]
+            return lambda number: chain() - start
         batches = self.batches()
         run: PlainDAT | PackageDAT
         run = self.package(backbone, task, variant) if variant.package else self.plain(backbone)
         step = run.stage1_step if task == "stage1" and isinstance(run, PlainDAT) else run.step
-        return lambda number: step(batches[number % _NUM_BATCHES])
+        head = [p for p in (run.model if isinstance(run, PlainDAT) else run.module).parameters() if p.dim() == 2][-1]
+        before = head.detach().clone()
+
+        def train(number: int) -> Tensor:
+            step(batches[number % _NUM_BATCHES])
+            return head.detach() - before
+
+        return train
 
     def generation(self, variant: Variant, backbone: nn.Module) -> Callable[[], Tensor]:
         """Returns a function that walks a chain and returns its images."""

@@ -1,6 +1,7 @@
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from torch.utils.flop_counter import flop_registry
 
 from dat_lightning.core import AUCCurriculum, EnergyModel, ascend, targeted_logit, unbounded_ascent
 
-from .bench import main
+from .bench import DisagreementError, check_results, main
 from .cases import MEAN, STD, PackageDAT, calibrated_backbone, compare, largest_difference, random_batch
-from .contenders import STAGES, VARIANTS, Size, Workload
+from .contenders import SIZES, STAGES, VARIANTS, Call, Size, Task, Workload
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate
-from .timing import Timing, summarise, take_turns
+from .timing import Timing, summarise, table, take_turns
 
 TOLERANCE = 1e-5
 
@@ -114,16 +115,42 @@ def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
 
 
 def test_a_contender_that_lacks_memory_is_left_out() -> None:
-    calls: list[str] = []
+    """When it is made, when it first computes, or later."""
+    calls: list[int] = []
 
-    def hungry(number: int) -> None:
+    def fails(number: int) -> Callable[[], Call]:
+        def call(_: int) -> torch.Tensor:
+            calls.append(number)
+            if calls.count(number) == number:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return torch.zeros(1)
+
+        return lambda: call
+
+    def no_room() -> Call:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    timings = take_turns({"plain": hungry, "eager": lambda number: calls.append("eager")}, 3)
-    assert timings.keys() == {"eager"}
-    assert len(timings["eager"].wall) == 3
-    assert calls == ["eager"] * 5
-    assert summarise(timings, 8, 1e9, {"eager": 1e9}).keys() == {"eager"}
+    timings = take_turns({"a": no_room, "b": fails(1), "c": fails(4), "plain": fails(100)}, 3)
+    assert timings.keys() == {"plain"}
+    assert len(timings["plain"].wall) == 3
+    assert calls.count(4) == 4
+    assert summarise(timings, 8, 1e9, {"plain": 1e9}).keys() == {"plain"}
+    assert table("nothing", {}).startswith("nothing")
+
+
+@pytest.mark.parametrize("task", ["stage1", "stage2", "generation"])
+def test_a_contender_that_computes_something_else_is_found(task: Task) -> None:
+    workload = Workload("wrn_10_1", SIZES["cpu"]["wrn_10_1"])
+    one, other = workload.backbone(), workload.backbone()
+    with torch.no_grad():
+        other.get_parameter("fc.weight").mul_(-1)
+    make = {"plain": one, "eager": one, "eager, bf16": one}
+    timings = take_turns({name: partial(workload.call, task, VARIANTS[name], net) for name, net in make.items()}, 1)
+    found = check_results(task, timings)
+    assert found["eager"] < 1e-4 < found["eager, bf16"]
+    timings["eager"] = take_turns({"eager": partial(workload.call, task, VARIANTS["eager"], other)}, 1)["eager"]
+    with pytest.raises(DisagreementError, match=f"{task}: eager differs from plain"):
+        check_results(task, timings)
 
 
 def test_a_benchmark_of_implementations_that_disagree_says_so(

@@ -2,11 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from .contenders import Call
 
@@ -21,34 +23,56 @@ class Timing:
         first: Elapsed time of the first, untimed call, in which compiling happens.
         wall: Elapsed time.
         cpu: Processor time of all threads, which other programs on the machine disturb less.
-        memory: Largest memory of a call in bytes, more than there was before it; NaN where it cannot be told.
+        memory: Largest memory of the first two calls in bytes, more than there was before the contender was made: so
+            with weights, optimiser and recorded graphs. NaN where it cannot be told.
+        result: What the first call gave.
     """
 
     first: float = 0.0
     wall: list[float] = field(default_factory=list)
     cpu: list[float] = field(default_factory=list)
     memory: float = float("nan")
+    result: Tensor | None = None
 
 
-def take_turns(contenders: Mapping[str, Call], rounds: int, device: str = "cpu") -> dict[str, Timing]:
-    """Returns the times of ``rounds`` calls of each contender after a first one; one that lacks memory is left out.
+def take_turns(contenders: Mapping[str, Callable[[], Call]], rounds: int, device: str = "cpu") -> dict[str, Timing]:
+    """Returns the times of ``rounds`` calls of each contender after two others; one that lacks memory is left out.
 
     They take turns, in an order that is reversed from round to round, so that whatever else the machine does falls on
     all of them alike.
+
+    Args:
+        contenders: Make what is called.
+        rounds: Calls of each.
+        device: Where they compute.
     """
-    started = {name: _started(call, device) for name, call in contenders.items()}
-    timings = {name: timing for name, timing in started.items() if timing is not None}
-    for name, timing in timings.items():
-        before = _reset_peak(device)
-        contenders[name](0)
-        timing.memory = _peak(device) - before
-    order = list(timings)
+    calls: dict[str, Call] = {}
+    timings: dict[str, Timing] = {}
+    for name, make in contenders.items():
+        with _dropped_without_memory(name, calls, timings):
+            before = _reset_peak(device)
+            calls[name] = make()
+            first, _, result = _timed(calls[name], 0, device)
+            calls[name](0)
+            timings[name] = Timing(first, memory=_peak(device) - before, result=result)
     for number in range(rounds):
+        order = list(calls)
         for name in order if number % 2 == 0 else reversed(order):
-            wall, cpu = _timed(contenders[name], number, device)
-            timings[name].wall.append(wall)
-            timings[name].cpu.append(cpu)
+            with _dropped_without_memory(name, calls, timings):
+                wall, cpu, _ = _timed(calls[name], number, device)
+                timings[name].wall.append(wall)
+                timings[name].cpu.append(cpu)
     return timings
+
+
+@contextmanager
+def _dropped_without_memory(name: str, calls: dict[str, Call], timings: dict[str, Timing]) -> Iterator[None]:
+    """Removes a contender for which there is not enough memory on the device."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        calls.pop(name, None)
+        timings.pop(name, None)
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int, repetitions: int = 15) -> float:
@@ -106,26 +130,18 @@ def summarise(
 
 def table(title: str, rows: Mapping[str, Mapping[str, float]]) -> str:
     """Returns the rows as text."""
-    columns = next(iter(rows.values())).keys()
+    columns = next(iter(rows.values()), {}).keys()
     lines = [f"{title:40}" + "".join(f"{column:>20}" for column in columns)]
     lines += [f"  {name:38}" + "".join(f"{row[column]:>20.4g}" for column in columns) for name, row in rows.items()]
     return "\n".join(lines) + "\n"
 
 
-def _started(call: Call, device: str) -> Timing | None:
-    """What the first call took, or nothing if there is not enough memory."""
-    try:
-        return Timing(first=_timed(call, 0, device)[0])
-    except torch.OutOfMemoryError:
-        return None
-
-
-def _timed(call: Call, number: int, device: str) -> tuple[float, float]:
+def _timed(call: Call, number: int, device: str) -> tuple[float, float, Tensor]:
     _synchronize(device)
     wall, cpu = time.perf_counter(), time.process_time()
-    call(number)
+    result = call(number)
     _synchronize(device)
-    return time.perf_counter() - wall, time.process_time() - cpu
+    return time.perf_counter() - wall, time.process_time() - cpu, result
 
 
 def _synchronize(device: str) -> None:

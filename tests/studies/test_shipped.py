@@ -22,6 +22,7 @@ STUDIES = Path(dat_lightning.__file__).parents[1] / "configs" / "studies"
 NAMES = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 FILES = [STUDIES / folder / f"{name}.yaml" for folder in ("cifar10_small", "digits") for name in NAMES] + [
     STUDIES / "digits" / "soak.yaml",
+    STUDIES / "digits" / "speed.yaml",
     STUDIES / "cifar10_small" / "precision.yaml",
 ]
 
