@@ -3,6 +3,8 @@
 import errno
 import re
 
+import torch
+
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How torch says that a loader process is gone, with the signal where it knows it.
 _KILLED = re.compile(r"DataLoader worker \(pid.*?(\d+).*?\) (exited unexpectedly|is killed by signal: (?P<signal>\w+))")
@@ -10,6 +12,9 @@ _KILLED = re.compile(r"DataLoader worker \(pid.*?(\d+).*?\) (exited unexpectedly
 _LOST = re.compile(r"^process \d+ of \d+ has lost contact with another one.*", re.MULTILINE)
 # torch.save into a file object hides the error of a write that failed, and says this.
 _WRITER = re.compile(r"PytorchStreamWriter failed writing file|unexpected pos \d+ vs \d+")
+
+# How torch and Triton say that they find no compiler for C++ or C.
+_NO_COMPILER = re.compile(r"No working C\+\+ compiler|find C compiler")
 
 
 def machine_error(error: BaseException) -> Exception | None:
@@ -26,7 +31,8 @@ def machine_error(error: BaseException) -> Exception | None:
             return RuntimeError(_of_a_loader(killed))
         # By its name: torch's compiler is slow to import, and is not there unless it was used.
         if any(kind.__name__ == "BackendCompilerFailed" for kind in type(current).__mro__):
-            return RuntimeError(_of_the_compiler(current))
+            inner = getattr(current, "inner_exception", current)
+            return inner if isinstance(inner, torch.OutOfMemoryError) else RuntimeError(_of_the_compiler(inner))
         if isinstance(current, OSError) and current.errno is not None and current.strerror:
             return OSError(_of_a_file(current))
         # What was being handled when a RuntimeError was raised is its cause only where torch could not say so.
@@ -46,9 +52,8 @@ def _of_a_loader(match: re.Match[str]) -> str:
 
 
 def _of_the_compiler(error: BaseException) -> str:
-    inner = getattr(error, "inner_exception", error)
-    reason = str(inner).strip().splitlines()[0] if str(inner).strip() else type(inner).__name__
-    missing = "ompiler" in f"{type(inner).__name__} {reason}"
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    missing = _NO_COMPILER.search(reason) is not None
     remedy = ", or install the compiler that torch misses (g++ or another one that CXX or CC names)" if missing else ""
     return f"the network could not be compiled: {reason}; set model.compile to false{remedy}"
 

@@ -23,6 +23,9 @@ from dat_lightning.core.pgd import AUTOCAST_DTYPES, Logits, Precision, ascend_sn
 
 Stage = Literal["val", "test", "predict"]
 
+# Loader processes for seeds, of which a chain takes seconds to use up a batch; those of training stay beside them.
+_MAX_WORKERS = 4
+
 
 @dataclass(frozen=True)
 class SamplingPlan:
@@ -197,7 +200,8 @@ class PGDSampler(Callback):
         )
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
-        seeds = SeedBatches(data.held_out_seeds(), chunks, like, getattr(data, "num_workers", None) or 0)
+        workers = min(_MAX_WORKERS, getattr(data, "num_workers", None) or 0)
+        seeds = SeedBatches(data.held_out_seeds(), chunks, like, workers)
         with torch.no_grad():
             num_classes = pl_module(seeds.first.unsqueeze(0).to(like)).shape[1]
         plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
@@ -205,10 +209,10 @@ class PGDSampler(Callback):
             consumer.on_samples_start(trainer, pl_module, plan)
         # A faster form of the same function, where the module has one.
         network: Logits = getattr(pl_module, "ascent_network", lambda: pl_module)()
-        forms = getattr(pl_module, "network_forms", None)
-        if isinstance(forms, NetworkForms):
-            forms.expect(min(self.batch_size, self.num_samples))
-        kept = self._kept_values(trainer, network, stage)
+        forms = _network_forms(pl_module)
+        if forms is not None:
+            forms.expect(min(self.batch_size, self.num_samples), ("ascents",))
+        kept = self._kept_values(trainer, pl_module, network, stage)
         # Closed, so that an error here ends the loader processes.
         with closing(iter(seeds)) as batches:
             for indices in tqdm(chunks, desc="Generating", leave=False, disable=is_silent(trainer)):
@@ -240,7 +244,9 @@ class PGDSampler(Callback):
         for first in range(rank * self.batch_size, self.num_samples, world_size * self.batch_size):
             yield list(range(first, min(first + self.batch_size, self.num_samples)))
 
-    def _kept_values(self, trainer: Trainer, network: Logits, stage: Stage) -> KeptValues | None:
+    def _kept_values(
+        self, trainer: Trainer, pl_module: LightningModule, network: Logits, stage: Stage
+    ) -> KeptValues | None:
         """Where batches of this evaluation are kept, if they are."""
         if self.dirpath is None or stage == "val":
             return None
@@ -248,7 +254,14 @@ class PGDSampler(Callback):
         climbed = [f"{type(part).__module__}.{type(part).__qualname__}" for part in _forms_of(network)]
         # The size of set and batches enters, so that a folder holds one set, and goes with it.
         sizes = {"num_samples": self.num_samples, "batch_size": self.batch_size}
-        settings = {**self.settings(), **sizes, "climbed": climbed, "trainer_precision": str(trainer.precision)}
+        forms = _network_forms(pl_module)
+        passes = {
+            "climbed": climbed,
+            "compile": None if forms is None else forms.compile,
+            "trainer_precision": str(trainer.precision),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+        settings = {**self.settings(), **sizes, **passes}
         return KeptValues(Path(self.dirpath), f"{type(self).__module__}.{type(self).__qualname__}", settings)
 
     def _generate_or_read(
@@ -273,6 +286,12 @@ class PGDSampler(Callback):
         # A new batch goes the same way as one that was read, so that they cannot differ.
         images = {steps: values[f"images_{steps}"].to(seeds) for steps in self.num_steps}
         return SampleBatch(indices, values["labels"].to(seeds.device), seeds, images)
+
+
+def _network_forms(pl_module: LightningModule) -> NetworkForms | None:
+    """Those of this package's modules; others have none."""
+    forms = getattr(pl_module, "network_forms", None)
+    return forms if isinstance(forms, NetworkForms) else None
 
 
 def _forms_of(network: Logits) -> list[object]:

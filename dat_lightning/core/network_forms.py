@@ -1,6 +1,6 @@
 """Faster forms of a network: compiled for the batch sizes that come again, with batch norm folded, or both."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -10,6 +10,8 @@ from dat_lightning.core.folding import FoldedNetwork
 
 CompileMode = bool | Literal["reduce-overhead", "max-autotune"]
 """Whether to compile, or ``torch.compile``'s mode; on a GPU both of these let ascents replay CUDA graphs."""
+
+_Purpose = Literal["ascents", "passes"]
 
 # By mode: torch's for ascents, and for all other passes.
 _TORCH_MODES: dict[CompileMode, tuple[str | None, str | None]] = {
@@ -76,14 +78,24 @@ class NetworkForms:
             raise ValueError(f"compile must be true, false, 'reduce-overhead' or 'max-autotune', got {compile!r}")
         self.compile: CompileMode = compile
         self.fold_batch_norm = fold_batch_norm
-        self._expected_sizes: set[int] = set()
+        self._expected_sizes: dict[_Purpose, set[int]] = {"ascents": set(), "passes": set()}
         self._parts: list[object] = []
         self._folded: FoldedNetwork | None = None
-        self._compiled: dict[str, CompiledNetwork] = {}
+        self._compiled: dict[_Purpose, CompiledNetwork] = {}
 
-    def expect(self, size: int) -> None:
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy makes its own: the copied network may never be called, as that of a moving average.
+        return {**self.__dict__, "_parts": [], "_folded": None, "_compiled": {}}
+
+    def expect(self, size: int, purposes: Sequence[_Purpose] = ("ascents", "passes")) -> None:
         """Says that batches of this size come again in evaluation."""
-        self._expected_sizes.add(size)
+        for purpose in purposes:
+            self._expected_sizes[purpose].add(size)
+
+    def clear(self) -> None:
+        """Drops all forms, and with them their weights and the memory of CUDA graphs."""
+        self._parts, self._folded = [], None
+        self._compiled.clear()
 
     def for_passes(self, network: nn.Module) -> nn.Module:
         """Returns the form for training and evaluation: any mode, logits that last."""
@@ -105,12 +117,12 @@ class NetworkForms:
             self._folded.refresh()
         return self._compile("ascents", self._folded, network.training)
 
-    def _compile(self, purpose: Literal["ascents", "passes"], network: nn.Module, in_training: bool) -> nn.Module:
+    def _compile(self, purpose: _Purpose, network: nn.Module, in_training: bool) -> nn.Module:
         if self.compile is False:
             return network
         if purpose not in self._compiled:
             mode = _TORCH_MODES[self.compile][purpose == "passes"]
-            self._compiled[purpose] = CompiledNetwork(network, mode, self._expected_sizes)
+            self._compiled[purpose] = CompiledNetwork(network, mode, self._expected_sizes[purpose])
         # Ascents change the mode before they call the network, so it is told here.
         self._compiled[purpose].in_training = in_training
         return self._compiled[purpose]
@@ -121,8 +133,8 @@ class NetworkForms:
             return
         parts = [*network.modules(), *network.parameters()]
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
-            self._parts, self._folded = parts, None
-            self._compiled.clear()
+            self.clear()
+            self._parts = parts
 
 
 def _compiled(network: nn.Module, mode: str | None) -> Callable[[Tensor], Tensor]:

@@ -244,6 +244,10 @@ class EnergyModule(LightningModule):
         """Checks the labels, likewise."""
         self._check_labels(batch)
 
+    def teardown(self, stage: str) -> None:
+        """Gives back the memory of the network's faster forms."""
+        self.network_forms.clear()
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule.
 
@@ -289,9 +293,11 @@ class EnergyModule(LightningModule):
         self._initialized = True
 
     def _expect_whole_batches(self, batch: Any, batch_idx: int) -> None:
-        """Lets graphs be compiled for the size of a loader's first batch; its last one may be smaller."""
+        """Lets graphs be compiled for whole batches: one that follows may have an image more, the last one fewer."""
         if batch_idx == 0 and isinstance(batch, Mapping) and "x" in batch:
+            # Those of PairedDataModule are spread evenly, the smaller ones first.
             self.network_forms.expect(len(batch["x"]))
+            self.network_forms.expect(len(batch["x"]) + 1)
 
     def _check_labels(self, batch: Any) -> None:
         if self._labels_checked or not isinstance(batch, Mapping):

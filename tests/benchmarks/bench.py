@@ -52,8 +52,14 @@ Save = Callable[[], None]
 TOLERANCE = 1e-5
 # A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
 IMAGE_TOLERANCE = 1e-3
-# Of the relative difference of results at full size, by whether they are bfloat16.
-RESULT_TOLERANCE = {False: 0.1, True: 0.7}
+# What is allowed of the relative difference between results at full size, on a CPU. Found were 2e-5 in float32 (2e-3 with
+# ReLU) and 0.01 in bfloat16, in generation 0.06 (0.35 with ReLU). A Stage-1 step with half of the attack's steps differs
+# by 0.04, a Stage-2 step with three quarters of both chains by 0.1, half a chain of generation by 0.55.
+_FLOAT32 = 0.01
+_BFLOAT16: dict[Task, float] = {"stage1": 0.025, "stage2": 0.05, "generation": 0.5}
+# On a GPU chains are longer and float32 is TF32, and nobody has measured yet: there only another network is an error, for
+# which the difference is 1 and more, and the column shows the rest.
+_ON_A_GPU = 0.8
 _SWEEP = (-3, -2, -1, 0, 1, 2, 3)
 
 
@@ -127,23 +133,24 @@ def check_images(workload: Workload, backbone: nn.Module) -> None:
         raise DisagreementError(f"generated images differ by {difference:.1e}, allowed {IMAGE_TOLERANCE:g}")
 
 
-def check_results(title: str, timings: Mapping[str, Timing]) -> dict[str, float]:
+def check_results(task: Task, timings: Mapping[str, Timing], device: str = "cpu") -> dict[str, float]:
     """Returns how the contenders' first results, on the device and in their ways, differ from the plain one.
 
-    In a step of many ascent steps rounding grows, most of all in bfloat16. What is allowed is above that, and below the
-    difference to what another network gives, which is 1 and more.
+    Empty where there is nothing to compare with, because the plain implementation lacks memory.
 
     Raises:
-        DisagreementError: If a difference is above :data:`RESULT_TOLERANCE`.
+        DisagreementError: If a difference is larger than rounding makes it.
     """
     if "plain" not in timings:
         return {}
     expected = _result(timings["plain"])
     found = {name: float((_result(t) - expected).norm() / expected.norm()) for name, t in timings.items()}
     for name, difference in found.items():
-        allowed = RESULT_TOLERANCE[VARIANTS[name].bfloat16]
+        allowed = _BFLOAT16[task] if VARIANTS[name].bfloat16 else _FLOAT32
+        if device != "cpu":
+            allowed = _ON_A_GPU
         if not difference <= allowed:
-            raise DisagreementError(f"{title}: {name} differs from plain by {difference:.2g}, allowed {allowed:g}")
+            raise DisagreementError(f"{task}: {name} differs from plain by {difference:.2g}, allowed {allowed:g}")
     return found
 
 
@@ -248,20 +255,22 @@ def run(workload: Workload, plan: Plan, rate: dict[str, float], result: dict[str
     for task in plan.tasks:
         contenders = {name: partial(workload.call, task, VARIANTS[name], backbone) for name in names}
         timings = take_turns(contenders, plan.rounds, workload.device)
-        apart = check_results(f"{workload.net}, {task}", timings)
+        apart = check_results(task, timings, workload.device)
         for name in contenders.keys() - timings.keys():
             tell(f"  {workload.net}, {task}, {name}: out of memory\n")
         work = float(flops) * workload.size.forwards(task) * workload.size.batch
         rows = summarise(timings, workload.size.batch, work, by_variant)
-        for name in rows.keys() & apart.keys():
-            rows[name]["differs by"] = apart[name]
+        for name, row in rows.items():
+            row["differs by"] = apart.get(name, float("nan"))
         tell(table(f"{workload.net}, {task}", rows))
         for name, row in rows.items():
             if row["utilisation %"] > 100:
                 tell(f"  {name}: utilisation above 100 %: the dense rate was measured while the device was busy\n")
         sys.stdout.flush()
         seconds = {name: {"first": t.first, "wall": t.wall, "cpu": t.cpu} for name, t in timings.items()}
-        result[task] = {"summary": rows, "seconds": seconds}
+        # JSON has no word for what a CPU cannot tell.
+        told = {name: {k: None if math.isnan(v) else v for k, v in row.items()} for name, row in rows.items()}
+        result[task] = {"summary": told, "seconds": seconds}
         save()
         if any(VARIANTS[name].compile for name in names):
             torch.compiler.reset()
@@ -333,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
         if out is not None:
             out.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
-    # A folder of its own for what torch compiles, so that first calls are those of a machine that has compiled nothing.
+    # A folder of its own for what torch compiles, so that the first graph of each kind is not found on disk.
     with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, {"TORCHINDUCTOR_CACHE_DIR": folder}):
         for workload in plan.workloads:
             content["results"].append({})

@@ -163,7 +163,9 @@ def generate(
     make, image_size = NETS[settings.net]
     torch.manual_seed(0)
     model = EnergyModel(make(), mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
-    module = RobustClassifierModule(energy_model=model, optimizer=tiny.SGD, threat_model=tiny.ATTACK)
+    module = RobustClassifierModule(
+        energy_model=model, optimizer=tiny.SGD, threat_model=tiny.ATTACK, fold_batch_norm=True
+    )
     pictures = LabelledFolder(folder / "pictures")
     data = ImageDataModule(
         *(pictures, pictures, ImageFolder(folder / "pictures")),

@@ -1,11 +1,11 @@
 """Times of contenders that take turns, their memory, and what the device could do."""
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ class Timing:
         wall: Elapsed time.
         cpu: Processor time of all threads, which other programs on the machine disturb less.
         memory: Largest memory of the first two calls in bytes, more than there was before the contender was made: so
-            with weights, optimiser and recorded graphs. NaN where it cannot be told.
+            with weights, optimiser and recorded graphs. NaN on a CPU, which does not give back what was used before.
         result: What the first call gave.
     """
 
@@ -70,9 +70,22 @@ def _dropped_without_memory(name: str, calls: dict[str, Call], timings: dict[str
     """Removes a contender for which there is not enough memory on the device."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except Exception as error:
+        if not _is_lack_of_memory(error):
+            raise
         calls.pop(name, None)
         timings.pop(name, None)
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what a compiler wraps in one, says that the device has no room."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError):
+            return True
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return False
 
 
 def matmul_rate(device: str, dtype: torch.dtype, size: int, repetitions: int = 15) -> float:
@@ -151,22 +164,11 @@ def _synchronize(device: str) -> None:
 
 def _reset_peak(device: str) -> float:
     """Forgets the peak of memory, and returns what is in use."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return float(torch.cuda.memory_allocated())
-    try:
-        # Linux: 5 sets the largest resident size back to the present one.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    except OSError:
+    if torch.device(device).type != "cuda":
         return float("nan")
-    return _peak(device)
+    torch.cuda.reset_peak_memory_stats()
+    return float(torch.cuda.memory_allocated())
 
 
 def _peak(device: str) -> float:
-    if torch.device(device).type == "cuda":
-        return float(torch.cuda.max_memory_allocated())
-    try:
-        status = Path("/proc/self/status").read_text(encoding="ascii")
-    except OSError:
-        return float("nan")
-    return 1024.0 * float(status.partition("VmHWM:")[2].split()[0])
+    return float(torch.cuda.max_memory_allocated()) if torch.device(device).type == "cuda" else float("nan")

@@ -39,7 +39,8 @@ def test_expected_sizes_have_a_graph_each_and_others_run_the_networks_own_code(
             form(images(4))
             assert compiler.graphs == []
             forms.expect(4)
-            forms.expect(6)
+            forms.expect(6, ("passes",))
+            forms.expect(5, ("ascents",))
             for size in (4, 6, 4, 5, 6, 1, 4):
                 torch.testing.assert_close(form(images(size)), model(images(size)), rtol=1e-10, atol=1e-12)
     assert compiler.graphs == [(None, (4, 3, 16, 16), False), (None, (6, 3, 16, 16), False)]
