@@ -52,13 +52,13 @@ Save = Callable[[], None]
 TOLERANCE = 1e-5
 # A quarter of an 8-bit level: a chain has no end to pull rounding errors back, so they grow along it.
 IMAGE_TOLERANCE = 1e-3
-# What is allowed of the relative difference between results at full size, on a CPU. Found were 2e-5 in float32 (2e-3 with
-# ReLU) and 0.01 in bfloat16, in generation 0.06 (0.35 with ReLU). A Stage-1 step with half of the attack's steps differs
-# by 0.04, a Stage-2 step with three quarters of both chains by 0.1, half a chain of generation by 0.55.
+# What is allowed of the relative difference between results at full size, on a CPU. Found were 2e-5 in float32 (2e-3
+# with ReLU) and 0.01 in bfloat16, in generation 0.06 (0.35 with ReLU). A Stage-1 step with half of the attack's steps
+# differs by 0.04, a Stage-2 step with three quarters of both chains by 0.1, half a chain of generation by 0.55.
 _FLOAT32 = 0.01
 _BFLOAT16: dict[Task, float] = {"stage1": 0.025, "stage2": 0.05, "generation": 0.5}
-# On a GPU chains are longer and float32 is TF32, and nobody has measured yet: there only another network is an error, for
-# which the difference is 1 and more, and the column shows the rest.
+# On a GPU chains are longer and float32 is TF32, and nobody has measured yet: there only another network is an error,
+# for which the difference is 1 and more, and the column shows the rest.
 _ON_A_GPU = 0.8
 _SWEEP = (-3, -2, -1, 0, 1, 2, 3)
 
