@@ -11,7 +11,7 @@ import pytest
 from tests.benchmarks import ranks
 from tests.ddp.ranks import ROOT
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 def arrays(folder: Path) -> tuple[np.ndarray, np.ndarray]:

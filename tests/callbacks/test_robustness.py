@@ -593,6 +593,7 @@ def run_two_evaluators(devices: int, folder: Path) -> None:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.callbacks.test_robustness", "2", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

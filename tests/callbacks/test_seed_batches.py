@@ -301,6 +301,7 @@ class References(Collector):
         self.states.append(random_states())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_evaluation_does_not_move_the_random_numbers_of_training(num_workers: int, tmp_path: Path) -> None:
     """From before the reference of the Fréchet distance is made until all samples are there."""
