@@ -26,8 +26,8 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.installed-test  ## speed against a plain implementation
-	$(BIN)/python -m tests.benchmarks.bench
+bench: $(VENV)/.installed-test  ## speed against a plain implementation, also as bench.json
+	$(BIN)/python -m tests.benchmarks.bench --json bench.json
 
 docs: $(VENV)/.installed-docs  ## the pages, into site/
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml
