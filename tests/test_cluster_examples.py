@@ -167,6 +167,7 @@ def test_every_job_has_its_own_folder_of_checkpoints(script: Path, tmp_path: Pat
     assert [c["init_args"]["dirpath"] for c in callbacks if "dirpath" in c.get("init_args", {})] == expected
 
 
+@pytest.mark.slow
 def test_a_wrong_argument_ends_the_job_before_srun(tmp_path: Path) -> None:
     program(tmp_path / "bin", "srun", "exit 3")
     ended = run(

@@ -390,6 +390,7 @@ def measure(folder: Path, devices: int) -> None:
     (folder / f"figures-{devices}-{trainer.global_rank}.json").write_text(json.dumps(found))
 
 
+@pytest.mark.slow
 @pytest.mark.ddp
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     write_reference(tmp_path / "reference", 61)

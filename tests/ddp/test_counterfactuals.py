@@ -35,6 +35,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ranks", [4])
 def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[int, Path]) -> None:
     one = json.loads((runs[1] / "figures-0.json").read_text())

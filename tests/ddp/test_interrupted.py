@@ -12,6 +12,7 @@ from tests.ddp.ranks import run
 pytestmark = pytest.mark.ddp
 
 
+@pytest.mark.slow
 def test_four_processes_finish_what_two_began(tmp_path: Path) -> None:
     run("run_interrupted", tmp_path)
 

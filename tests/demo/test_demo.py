@@ -169,6 +169,7 @@ def test_all_outputs_of_training_lie_below_out(out: Path) -> None:
         assert history.curves["val/robust_accuracy"].steps[-1] == 39  # two epochs of 20 batches
 
 
+@pytest.mark.slow
 def test_a_second_judgement_gives_the_same_figures(out: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = ("results.json", "report.html", "samples_stage2.npz", "samples.png")
     before = {name: (out / name).read_bytes() for name in names}
