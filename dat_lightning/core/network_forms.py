@@ -99,6 +99,8 @@ class NetworkForms:
 
     def for_passes(self, network: nn.Module) -> nn.Module:
         """Returns the form for training and evaluation: any mode, logits that last."""
+        if self.compile is False:
+            return network
         self._forget_other_than(network)
         return self._compile("passes", network, network.training)
 
@@ -108,6 +110,8 @@ class NetworkForms:
         Raises:
             ValueError: If batch norm is to be folded, and cannot be.
         """
+        if self.compile is False and not self.fold_batch_norm:
+            return network
         self._forget_other_than(network)
         if not self.fold_batch_norm:
             return self._compile("ascents", network, network.training)
@@ -129,8 +133,6 @@ class NetworkForms:
 
     def _forget_other_than(self, network: nn.Module) -> None:
         """Drops the forms of a network that is another one now, in whole or in part."""
-        if self.compile is False and not self.fold_batch_norm:
-            return
         parts = [*network.modules(), *network.parameters()]
         if len(parts) != len(self._parts) or any(a is not b for a, b in zip(parts, self._parts, strict=True)):
             self.clear()
