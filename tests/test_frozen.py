@@ -1,0 +1,59 @@
+"""What the program computes, to the last bit, before and after its parts were moved about (tests/frozen/record.py)."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.frozen import record
+
+FROZEN: dict[str, Any] = json.loads(record.VALUES.read_text(encoding="utf-8"))
+CONFIGURATIONS: dict[str, dict[str, Any]] = json.loads(record.RESOLVED.read_text(encoding="utf-8"))
+
+# Bits depend on torch's kernels; another machine compares what two commits give there.
+same_machine = pytest.mark.skipif(
+    record.environment() != FROZEN["environment"],
+    reason=f"frozen with {FROZEN['environment']}; compare two commits by `python -m tests.frozen.record FILE`",
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("frozen") / "values.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "tests.frozen.record", str(path)],
+        cwd=record.ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values
+
+
+@same_machine
+@pytest.mark.parametrize("part", [name for name in FROZEN if name != "environment"])
+def test_results_are_what_they_were(part: str, found: dict[str, Any]) -> None:
+    assert found[part] == FROZEN[part]
+
+
+def test_a_resumed_run_is_the_uninterrupted_one() -> None:
+    assert FROZEN["stage2_resumed"] == FROZEN["stage2"]
+
+
+def test_every_recipe_is_frozen() -> None:
+    assert record.recipes().keys() == CONFIGURATIONS.keys()
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_a_recipe_resolves_to_what_it_was(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert record.resolved(record.recipes()[name]) == CONFIGURATIONS[name]
