@@ -6,8 +6,7 @@ from pathlib import Path
 from lightning.pytorch import LightningDataModule, Trainer
 
 from dat_lightning.checkpoints import load_weights
-from dat_lightning.core.energy import EnergyModel
-from dat_lightning.core.hub import CONFIG_FILE, WEIGHTS_FILE
+from dat_lightning.core.hub import CONFIG_FILE, WEIGHTS_FILE, EnergyModel
 from dat_lightning.modules import EnergyModule
 
 logger = logging.getLogger(__name__)

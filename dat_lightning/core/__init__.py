@@ -2,10 +2,11 @@
 
 from dat_lightning.core.architectures import architecture_of, build_architecture, register_architecture
 from dat_lightning.core.curriculum import AUCCurriculum, auc
-from dat_lightning.core.energy import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
 from dat_lightning.core.folding import FoldedNetwork
 from dat_lightning.core.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
+from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, r1_penalty, robust_cross_entropy
 from dat_lightning.core.network_forms import CompiledNetwork, CompileMode, NetworkForms

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core.hub import HubModel
 from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
 
 
@@ -30,12 +29,11 @@ def batch_norm_layers(module: nn.Module) -> list[nn.Module]:
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
-class EnergyModel(nn.Module, HubModel):
+class EnergyModel(nn.Module):
     """Gives a backbone raw pixels, and its logits the names of an energy-based model.
 
-    A module from images to logits like any classifier, so that evaluators such as AutoAttack take it as it is. With a
-    backbone of a registered architecture, ``save_pretrained``, ``from_pretrained`` and ``push_to_hub`` keep it in a
-    folder or on the Hub.
+    A module from images to logits like any classifier, so that evaluators such as AutoAttack take it as it is.
+    ``dat_lightning.EnergyModel`` is this one with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Args:
         backbone: Maps normalised images (N, C, H, W) to logits (N, K). K = 1 gives an unconditional energy, for

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
+from dat_lightning.core import energy
 from dat_lightning.core.architectures import architecture_of, build_architecture
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -210,6 +211,16 @@ class HubModel(
                 f" it could not be loaded again ({faults}); if layers were replaced, register a function that does so"
             )
         return config
+
+
+class EnergyModel(energy.EnergyModel, HubModel):
+    """The :class:`~dat_lightning.core.energy.EnergyModel` of a registered architecture, kept in a folder or on the Hub.
+
+    Args:
+        backbone: Maps normalised images (N, C, H, W) to logits (N, K).
+        mean: Mean of each channel, in units of [0, 1] pixels; ``None`` for a backbone that takes raw pixels.
+        std: Standard deviation of each channel, likewise.
+    """
 
 
 def _module(model: HubModel) -> nn.Module:

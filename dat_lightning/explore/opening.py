@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.checkpoints import load_weights, read_checkpoint
 from dat_lightning.core.architectures import architecture_of, build_architecture
-from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.hub import CONFIG_FILE
+from dat_lightning.core.hub import CONFIG_FILE, EnergyModel
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.explore.explorer import Explorer

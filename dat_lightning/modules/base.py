@@ -13,7 +13,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
 from dat_lightning.checkpoints import check_stamp, load_weights, run_of, stamp
-from dat_lightning.core.energy import EnergyModel, marginal_energy
+from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.network_forms import CompileMode, NetworkForms
 from dat_lightning.core.objectives import cross_entropy

@@ -8,7 +8,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, distributed
 
 from dat_lightning.core.curriculum import AUCCurriculum, auc
-from dat_lightning.core.energy import EnergyModel, joint_energy, marginal_energy
+from dat_lightning.core.energy import joint_energy, marginal_energy
+from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.network_forms import CompileMode
 from dat_lightning.core.objectives import targeted_logit

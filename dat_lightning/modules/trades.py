@@ -8,7 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.network_forms import CompileMode
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
