@@ -3,49 +3,16 @@
 from dat_lightning.backbones import (
     SmallResNet,
     WideResNet,
+    architecture_of,
+    build_architecture,
     convnext_convstem,
+    register_architecture,
     resnet50,
     timm_model,
     wide_resnet50_2,
     wide_resnet50_4,
 )
-from dat_lightning.callbacks import (
-    AutoAttack,
-    Calibration,
-    Counterfactuals,
-    Diagnostics,
-    DivergenceGuard,
-    EnergyStatistics,
-    EvaluationReport,
-    Evaluator,
-    ExponentialMovingAverage,
-    Figure,
-    FrechetDistance,
-    Memorisation,
-    OODDetection,
-    PGDSampler,
-    RobustAccuracy,
-    SampleBatch,
-    SampleConsumer,
-    SampleGrid,
-    SampleMetrics,
-    SampleWriter,
-    SamplingPlan,
-    SignalCheckpoint,
-    load_post_mortem,
-)
-from dat_lightning.checkpoints import AtomicCheckpointIO
-from dat_lightning.core import (
-    AUCCurriculum,
-    EnergyModel,
-    ThreatModel,
-    architecture_of,
-    ascend,
-    ascend_snapshots,
-    build_architecture,
-    register_architecture,
-    unbounded_ascent,
-)
+from dat_lightning.core import AUCCurriculum, ThreatModel, ascend, ascend_snapshots, unbounded_ascent
 from dat_lightning.data import (
     CIFARImages,
     CorruptImageError,
@@ -59,9 +26,34 @@ from dat_lightning.data import (
     UniformNoise,
     Unlabelled,
 )
-from dat_lightning.metrics import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
+from dat_lightning.evaluation import (
+    AutoAttack,
+    Calibration,
+    Counterfactuals,
+    EnergyStatistics,
+    Evaluator,
+    OODDetection,
+    RobustAccuracy,
+)
+from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
 from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
+from dat_lightning.pages import EvaluationReport
+from dat_lightning.results import Figure
+from dat_lightning.runs import AtomicCheckpointIO, SignalCheckpoint
+from dat_lightning.sampling import (
+    FrechetDistance,
+    Memorisation,
+    PGDSampler,
+    SampleBatch,
+    SampleConsumer,
+    SampleGrid,
+    SampleMetrics,
+    SampleWriter,
+    SamplingPlan,
+)
+from dat_lightning.training import Diagnostics, DivergenceGuard, ExponentialMovingAverage, load_post_mortem
 from dat_lightning.version import __version__
+from dat_lightning.weights import EnergyModel
 
 __all__ = [
     "AUCCurriculum",

@@ -20,16 +20,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from dat_lightning.callbacks.evaluation_report import EvaluationReport
-from dat_lightning.callbacks.signal_checkpoint import StoppedBySignal
 from dat_lightning.explore import explore
 from dat_lightning.explore.serving import logger as explore_logger
-from dat_lightning.export import ExportingTrainer
-from dat_lightning.export import logger as export_logger
-from dat_lightning.machine_errors import machine_error
 from dat_lightning.modules import EnergyModule
-from dat_lightning.reports.drawing import require_matplotlib
-from dat_lightning.resume import find_checkpoint, protect
+from dat_lightning.pages.drawing import require_matplotlib
+from dat_lightning.pages.evaluation_report import EvaluationReport
+from dat_lightning.runs.machine_errors import machine_error
+from dat_lightning.runs.resume import find_checkpoint, protect
+from dat_lightning.runs.signal_checkpoint import StoppedBySignal
+from dat_lightning.weights.export import ExportingTrainer
+from dat_lightning.weights.export import logger as export_logger
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
 

@@ -14,7 +14,8 @@ from dat_lightning import (
     ascend,
     unbounded_ascent,
 )
-from dat_lightning.core import CompileMode, NetworkForms, cross_entropy, targeted_logit
+from dat_lightning.core import cross_entropy, targeted_logit
+from dat_lightning.speed import CompileMode, NetworkForms
 from tests import tiny
 
 pytestmark = [

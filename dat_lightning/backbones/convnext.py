@@ -5,8 +5,8 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
+from dat_lightning.backbones.architectures import register_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED, create_timm
-from dat_lightning.core.architectures import register_architecture
 
 ConvNeXtSize = Literal["tiny", "small", "base", "large"]
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from dat_lightning.core.architectures import register_architecture
+from dat_lightning.backbones.architectures import register_architecture
 
 # What a description of a network leaves out: it starts or runs otherwise and computes the same.
 NOT_DESCRIBED = ("grad_checkpointing",)
@@ -68,7 +68,7 @@ def timm_model(
         num_classes: K.
         in_channels: Channels of the images.
         pretrained: Whether to download the weights that timm has for it. They want the input normalisation of
-            ``timm.get_pretrained_cfg(name)`` as the mean and std of :class:`~dat_lightning.core.EnergyModel`.
+            ``timm.get_pretrained_cfg(name)`` as the mean and std of :class:`~dat_lightning.weights.EnergyModel`.
         grad_checkpointing: Whether to compute activations again in the backward pass in train mode, in place of
             keeping them: less memory for about a third more time. Attacks and samples, which run in eval mode, are
             not slowed down. Batch norm in train mode counts each batch twice then; frozen batch norm does not.

@@ -5,7 +5,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from dat_lightning.core.architectures import register_architecture
+from dat_lightning.backbones.architectures import register_architecture
 
 Activation = Literal["relu", "silu", "gelu"]
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}

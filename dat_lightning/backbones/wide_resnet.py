@@ -4,7 +4,7 @@ from typing import Literal, cast
 
 from torch import Tensor, nn
 
-from dat_lightning.core.architectures import register_architecture
+from dat_lightning.backbones.architectures import register_architecture
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 

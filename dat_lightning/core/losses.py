@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dat_lightning.core.ascent import Logits
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.pgd import Logits
 
 
 def energy_bce(energy_real: Tensor, energy_contrast: Tensor) -> Tensor:

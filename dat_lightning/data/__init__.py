@@ -1,10 +1,9 @@
 """DataModules that pair in-distribution images with out-of-distribution seeds, in an order that any run can resume."""
 
-from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data.cifar import CIFARImages
 from dat_lightning.data.digits import DigitsDataModule
 from dat_lightning.data.draws import DrawStream, Transform
+from dat_lightning.data.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
 from dat_lightning.data.generated import GeneratedImages
 from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice
@@ -12,6 +11,7 @@ from dat_lightning.data.images import ImageSubset, NamedImages, Unlabelled, read
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import PairedDataModule
+from dat_lightning.data.pixels import CorruptImageError, to_uint8_rgb
 from dat_lightning.data.tiny_images import TinyImages
 
 __all__ = [
@@ -34,5 +34,9 @@ __all__ = [
     "Transform",
     "UniformNoise",
     "Unlabelled",
+    "data_fingerprint",
+    "module_fingerprint",
     "read_image",
+    "shared_images",
+    "to_uint8_rgb",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
-from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.data.draws import EvaluationBatches, Transform
+from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
-from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
+from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.pixels import CorruptImageError
 
 Transform = Callable[[Any], Tensor]
 """Maps a raw image to a float tensor (C, H, W) in [0, 1]; randomness comes from torch's global generator."""

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
-from dat_lightning.core.fingerprint import SizedDataset
+from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.hash_search import DuplicatePair, near_duplicates
 from dat_lightning.data.image_hashes import FeatureHasher, ImageHashes, mirrored_hashes, perceptual_hashes
 from dat_lightning.data.images import exclusion_entry

@@ -15,8 +15,8 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data.images import RecordFile, check_index
+from dat_lightning.data.pixels import CorruptImageError
 
 
 class GeneratedImages(Dataset[tuple[Image.Image, int]]):

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
-from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.images import CorruptImageError, to_uint8_rgb
 from dat_lightning.core.random_streams import stream_generator
+from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.pixels import CorruptImageError, to_uint8_rgb
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class FeatureHasher:
 
     Args:
         extractor: Maps uint8 images (N, 3, H, W) to features (N, D), or to a tuple that begins with them, as for
-            :class:`~dat_lightning.callbacks.FrechetDistance`. Images go to the device that it is on.
+            :class:`~dat_lightning.sampling.FrechetDistance`. Images go to the device that it is on.
         reference: The data set that gives the centre, the mean feature of 2 000 evenly spaced images; the
             in-distribution one.
         bits: Length of a hash, a multiple of 64.

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.images import CorruptImageError
+from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.pixels import CorruptImageError
 
 # What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")

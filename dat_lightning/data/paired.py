@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 
-from dat_lightning.core.fingerprint import SizedDataset, shared_images
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -19,6 +18,7 @@ from dat_lightning.data.draws import (
     ShardedBatches,
     Transform,
 )
+from dat_lightning.data.fingerprint import SizedDataset, shared_images
 from dat_lightning.data.skipped import CountedStream, SkippedImages
 
 Stream = Literal["gen", "clf", "ood"]

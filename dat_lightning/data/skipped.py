@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from dat_lightning.core.fingerprint import SizedDataset
 from dat_lightning.data.draws import DrawStream, Transform
+from dat_lightning.data.fingerprint import SizedDataset
 
 logger = logging.getLogger(__name__)
 

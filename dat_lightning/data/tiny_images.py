@@ -8,8 +8,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data.images import RecordFile, check_index
+from dat_lightning.data.pixels import CorruptImageError
 
 _RECORD_SIZE = 3 * 32 * 32
 

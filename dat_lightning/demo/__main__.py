@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from dat_lightning.cli import deliberate_cause
-from dat_lightning.core import AUCCurriculum, to_uint8_rgb
-from dat_lightning.data import DigitsDataModule
+from dat_lightning.core import AUCCurriculum
+from dat_lightning.data import DigitsDataModule, to_uint8_rgb
 from dat_lightning.demo import training
 from dat_lightning.demo.evaluation import ATTACK, evaluate
 from dat_lightning.demo.judge import Judge, digits_for_testing

@@ -7,18 +7,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from dat_lightning.callbacks import PGDSampler
-from dat_lightning.core import (
-    Logits,
-    ThreatModel,
-    ascend,
-    ascend_snapshots,
-    cross_entropy,
-    targeted_logit,
-    to_uint8_rgb,
-)
+from dat_lightning.core import Logits, ThreatModel, ascend, ascend_snapshots, cross_entropy, targeted_logit
+from dat_lightning.data import to_uint8_rgb
 from dat_lightning.data.draws import DrawStream
 from dat_lightning.demo.judge import Judge, Quality
+from dat_lightning.sampling import PGDSampler
 
 ATTACK = ThreatModel(norm="L2", eps=1.0, step_size=0.25, num_steps=20)
 """The attack of ``robust_accuracy``, the same for both stages."""

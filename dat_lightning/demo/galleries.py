@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from dat_lightning.core import to_uint8_rgb
+from dat_lightning.data import to_uint8_rgb
 from dat_lightning.demo.evaluation import Counterfactuals, Evaluation
 from dat_lightning.demo.judge import Judge
 from dat_lightning.demo.pictures import png_uri, sample_grid, tiled

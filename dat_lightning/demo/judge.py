@@ -9,9 +9,9 @@ from sklearn.svm import SVC
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dat_lightning.core import FeatureMoments, Gaussian, frechet_distance, to_uint8_rgb
+from dat_lightning.data import to_uint8_rgb
 from dat_lightning.data.digits import DigitsDataModule, load_images, split_indices
-from dat_lightning.metrics import DigitsFeatures
+from dat_lightning.features import DigitsFeatures, FeatureMoments, Gaussian, frechet_distance
 
 _BATCH_SIZE = 250
 # The side of scikit-learn's own images, which ours are enlarged from.
@@ -44,8 +44,8 @@ class Quality:
 class Judge:
     """Knows the 1 437 training digits, and compares samples with them.
 
-    The Fréchet distance is that of :class:`~dat_lightning.callbacks.FrechetDistance`: features of
-    :class:`~dat_lightning.metrics.DigitsFeatures` on pixels rounded to eight bits. Precision and recall are
+    The Fréchet distance is that of :class:`~dat_lightning.sampling.FrechetDistance`: features of
+    :class:`~dat_lightning.features.DigitsFeatures` on pixels rounded to eight bits. Precision and recall are
     torch-fidelity's, with 3 neighbours in the same features. The independent classifier is a support vector machine on
     scikit-learn's original 8×8 images; it has no part in training, and reads samples averaged down to 8×8.
 

@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from dat_lightning.demo.evaluation import Evaluation
 from dat_lightning.demo.plots import COLORS, NAMES
 from dat_lightning.demo.training import STAGES, Stage
-from dat_lightning.reports.drawing import STYLE
+from dat_lightning.pages.drawing import STYLE
 
 GRID_ROWS = 10
 _DOTS = 100

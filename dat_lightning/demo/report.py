@@ -11,8 +11,8 @@ from dat_lightning.demo.plots import NAMES, history_figure, robustness_figure, s
 from dat_lightning.demo.results import Outcome
 from dat_lightning.demo.style import CSS
 from dat_lightning.demo.training import STAGES
-from dat_lightning.reports.drawing import svg_uri
-from dat_lightning.reports.page import html_page
+from dat_lightning.pages.drawing import svg_uri
+from dat_lightning.pages.page import html_page
 
 _READ = '<span class="mark"></span>'
 

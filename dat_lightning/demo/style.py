@@ -1,6 +1,6 @@
 """The report's style sheet: the one of all pages, the colours of the stages, and the galleries."""
 
-from dat_lightning.reports.style import BASE
+from dat_lightning.pages.style import BASE
 
 CSS = (
     BASE

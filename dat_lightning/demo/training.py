@@ -11,8 +11,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dat_lightning import cli
-from dat_lightning.callbacks import PGDSampler
 from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule
+from dat_lightning.sampling import PGDSampler
 
 Stage = Literal["stage1", "stage2"]
 STAGES: tuple[Stage, ...] = ("stage1", "stage2")

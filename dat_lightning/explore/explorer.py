@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dat_lightning.core.ascent import ascend_snapshots, no_trace, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel, marginal_energy
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.pgd import ascend_snapshots, no_trace, unbounded_ascent
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
 

@@ -8,9 +8,9 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
-from dat_lightning.callbacks.picture_grids import signed_difference
-from dat_lightning.core.images import to_uint8_rgb
+from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.explore.explorer import Reading
+from dat_lightning.sampling.picture_grids import signed_difference
 
 # What the page marks: the target of a walk, and the most likely class.
 MARK, FIRST = "#e4572e", "#2f6fde"

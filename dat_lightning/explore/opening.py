@@ -11,15 +11,15 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
+from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
-from dat_lightning.checkpoints import load_weights, read_checkpoint
-from dat_lightning.core.architectures import architecture_of, build_architecture
-from dat_lightning.core.fingerprint import SizedDataset
-from dat_lightning.core.hub import CONFIG_FILE, EnergyModel
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
+from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import EnergyModule
+from dat_lightning.weights import load_weights, read_checkpoint
+from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
 
 # Of networks whose files do not say it: those of this package are made for these.
 _USUAL_SIZES = {"SmallResNet": 16, "WideResNet": 32}

@@ -9,7 +9,7 @@ import altair as alt
 import streamlit as st
 from torch import Tensor
 
-from dat_lightning.core.images import CorruptImageError
+from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.explore import markup
 from dat_lightning.explore.explorer import MAX_IMAGES, MAX_STEPS, Explorer, Reading, Samples, Walk
 from dat_lightning.explore.opening import Examples, Opened

@@ -12,20 +12,20 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dat_lightning.checkpoints import check_stamp, load_weights, run_of, stamp
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
-from dat_lightning.core.network_forms import CompileMode, NetworkForms
 from dat_lightning.core.objectives import cross_entropy
-from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.speed.network_forms import CompileMode, NetworkForms
+from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
+from dat_lightning.weights.hub import EnergyModel
 
 Batch = Mapping[str, Tensor]
 
 
 class EnergyModule(LightningModule):
-    """Trains an :class:`~dat_lightning.core.EnergyModel`; subclasses say how, by their ``training_step``.
+    """Trains an :class:`~dat_lightning.weights.EnergyModel`; subclasses say how, by their ``training_step``.
 
     Override points: :meth:`attack_objective` (what the classification attack climbs), :meth:`adversarial_examples`
     (how), :meth:`classification_loss` (what is minimised there), :meth:`evaluation_metrics` (what validation and test

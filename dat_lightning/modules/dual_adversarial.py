@@ -7,15 +7,15 @@ import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, distributed
 
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
-from dat_lightning.core.hub import EnergyModel
 from dat_lightning.core.losses import energy_bce, r1_penalty
-from dat_lightning.core.network_forms import CompileMode
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.pgd import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.speed.network_forms import CompileMode
+from dat_lightning.weights.hub import EnergyModel
 
 
 class JointLogits(NamedTuple):

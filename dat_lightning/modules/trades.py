@@ -8,13 +8,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.hub import EnergyModel
-from dat_lightning.core.network_forms import CompileMode
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.objectives import cross_entropy
-from dat_lightning.core.pgd import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.speed.network_forms import CompileMode
+from dat_lightning.weights.hub import EnergyModel
 
 # Standard deviation of the noise that the attack starts with, in units of [0, 1] pixels.
 START_NOISE = 0.001

@@ -11,7 +11,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from dat_lightning.reports.evaluation_file import (
+from dat_lightning.results.evaluation_file import (
     Evaluation,
     is_of_one_step_count,
     primitive,

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from dat_lightning.reports.evaluation_file import write_text
+from dat_lightning.results.evaluation_file import write_text
 from dat_lightning.studies.planning import Plan, Task
 from dat_lightning.studies.study_file import to_yaml
 from dat_lightning.version import __version__

@@ -10,12 +10,12 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dat_lightning.callbacks.measured_with import network_digest
-from dat_lightning.callbacks.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
-from dat_lightning.callbacks.sample_metrics import SampleMetrics
-from dat_lightning.core.figures import Figure, Values, gather
-from dat_lightning.core.images import to_uint8_rgb
 from dat_lightning.data.digits import split_indices
+from dat_lightning.data.pixels import to_uint8_rgb
+from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.measured_with import network_digest
+from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.sampling.sample_metrics import SampleMetrics
 
 # The side of scikit-learn's own images, which ours are enlarged from.
 _ORIGINAL_SIZE = 8

@@ -7,10 +7,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dat_lightning.reports.drawing import write_png
-from dat_lightning.reports.evaluation_file import write_text
-from dat_lightning.reports.page import html_page, number, picture, plot, settings
-from dat_lightning.reports.style import BASE, REPORT
+from dat_lightning.pages.drawing import write_png
+from dat_lightning.pages.page import html_page, number, picture, plot, settings
+from dat_lightning.pages.style import BASE, REPORT
+from dat_lightning.results.evaluation_file import write_text
 from dat_lightning.studies.collection import Result, Summary, summaries
 from dat_lightning.studies.plots import draw, lines
 from dat_lightning.studies.study_file import Column, Plot, Study

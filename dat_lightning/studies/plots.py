@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dat_lightning.reports.comparison import direction
-from dat_lightning.reports.drawing import PALETTE, label, require_matplotlib, write_beside
+from dat_lightning.pages.comparison import direction
+from dat_lightning.pages.drawing import PALETTE, label, require_matplotlib, write_beside
 from dat_lightning.studies.collection import Result, Summary, summaries, summary
 from dat_lightning.studies.study_file import Plot, PlotKind, Study
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from dat_lightning.reports.drawing import require_matplotlib
+from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.studies.collection import Result, collect, previous_runs, write_results
 from dat_lightning.studies.configurations import read_mapping
 from dat_lightning.studies.execution import execute, is_done, state_of

@@ -12,9 +12,10 @@ from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from dat_lightning.backbones import WideResNet
-from dat_lightning.callbacks import ExponentialMovingAverage
-from dat_lightning.core import AUCCurriculum, EnergyModel, ThreatModel, batch_norm_layers
+from dat_lightning.core import AUCCurriculum, ThreatModel, batch_norm_layers
 from dat_lightning.modules import DualAdversarialModule, RobustClassifierModule
+from dat_lightning.training import ExponentialMovingAverage
+from dat_lightning.weights import EnergyModel
 
 from .plain_dat import PlainDAT, PlainStep
 

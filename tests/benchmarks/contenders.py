@@ -12,15 +12,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dat_lightning.backbones import WideResNet, convnext_convstem, resnet50
-from dat_lightning.core import (
-    CompileMode,
-    EnergyModel,
-    NetworkForms,
-    ascend,
-    batch_norm_layers,
-    targeted_logit,
-    unbounded_ascent,
-)
+from dat_lightning.core import ascend, batch_norm_layers, targeted_logit, unbounded_ascent
+from dat_lightning.speed import CompileMode, NetworkForms
+from dat_lightning.weights import EnergyModel
 
 from .cases import MEAN, STD, PackageDAT, calibrated, random_batch
 from .plain_dat import AttackGradient, PlainClassifier, PlainDAT, generate

@@ -25,13 +25,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser
 from torch import Tensor
 
-from dat_lightning import (
-    DualAdversarialModule,
-    ExponentialMovingAverage,
-    ImageDataModule,
-    ImageFolder,
-    LabelledFolder,
-)
+from dat_lightning import DualAdversarialModule, ExponentialMovingAverage, ImageDataModule, ImageFolder, LabelledFolder
 from dat_lightning.core import cross_entropy, no_trace
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -54,8 +54,8 @@ from dat_lightning import (
     WideResNet,
 )
 from dat_lightning.backbones import resnet50
-from dat_lightning.core.figures import all_ranks
-from dat_lightning.core.pgd import Precision
+from dat_lightning.core.ascent import Precision
+from dat_lightning.results.figures import all_ranks
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 

@@ -15,16 +15,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dat_lightning import (
-    Diagnostics,
-    DigitsFeatures,
-    ExponentialMovingAverage,
-    FrechetDistance,
-    PGDSampler,
-    SampleGrid,
-)
-from dat_lightning.callbacks import DivergenceGuard
+from dat_lightning import Diagnostics, DigitsFeatures, ExponentialMovingAverage, FrechetDistance, PGDSampler, SampleGrid
 from dat_lightning.core.curriculum import AUCCurriculum
+from dat_lightning.training import DivergenceGuard
 from tests import tiny
 
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from dat_lightning.core import AUCCurriculum, EnergyModel, ascend, targeted_logit, unbounded_ascent
+from dat_lightning.core import AUCCurriculum, ascend, targeted_logit, unbounded_ascent
+from dat_lightning.weights import EnergyModel
 
 from .bench import DisagreementError, check_results, main
 from .cases import MEAN, STD, PackageDAT, calibrated_backbone, compare, largest_difference, random_batch

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core import EnergyModel, batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core import batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.weights import EnergyModel
 
 
 def random_logits(num_classes: int) -> tuple[Tensor, Tensor]:

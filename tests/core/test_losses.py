@@ -5,13 +5,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core import (
-    energy_bce,
-    energy_gradient_norm,
-    marginal_energy,
-    r1_penalty,
-    robust_cross_entropy,
-)
+from dat_lightning.core import energy_bce, energy_gradient_norm, marginal_energy, r1_penalty, robust_cross_entropy
 
 
 def sigmoid(value: float) -> float:

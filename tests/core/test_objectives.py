@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_lightning.core import (
-    Objective,
-    cross_entropy,
-    distance_to_uniform,
-    negative_marginal_energy,
-    targeted_logit,
-)
+from dat_lightning.core import Objective, cross_entropy, distance_to_uniform, negative_marginal_energy, targeted_logit
 
 Definition = Callable[[list[float], int], float]
 Derivative = Callable[[np.ndarray, np.ndarray], np.ndarray]

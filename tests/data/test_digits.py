@@ -7,8 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from dat_lightning.core import SizedDataset, shared_images
-from dat_lightning.data import DigitsDataModule, UniformNoise, ood
+from dat_lightning.data import DigitsDataModule, SizedDataset, UniformNoise, ood, shared_images
 from dat_lightning.data.digits import load_images, photograph_crops, split_indices
 from dat_lightning.data.paired import OODSplit, Stream
 

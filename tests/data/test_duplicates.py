@@ -15,7 +15,6 @@ from PIL import Image, ImageEnhance
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data import PairedDataModule, hash_search
 from dat_lightning.data.duplicates import contact_sheet, data_section, exclude_duplicates, main
 from dat_lightning.data.hash_search import DuplicatePair, near_duplicates
@@ -28,6 +27,7 @@ from dat_lightning.data.image_hashes import (
     perceptual_hashes,
 )
 from dat_lightning.data.images import exclusion_entry
+from dat_lightning.data.pixels import CorruptImageError
 
 # The search.
 

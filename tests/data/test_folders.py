@@ -12,8 +12,8 @@ from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
+from dat_lightning.data.pixels import CorruptImageError
 
 
 def colour_of(path: str) -> tuple[int, int, int]:

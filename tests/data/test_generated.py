@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data import generated
 from dat_lightning.data.generated import GeneratedImages
+from dat_lightning.data.pixels import CorruptImageError
 
 NUM_IMAGES = 40
 IMAGES = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 6, 5, 3), dtype=np.uint8)

@@ -10,7 +10,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dat_lightning.core.images import CorruptImageError
 from dat_lightning.data import (
     ImageDataModule,
     ImageFolder,
@@ -23,6 +22,7 @@ from dat_lightning.data import (
     Unlabelled,
 )
 from dat_lightning.data.draws import DrawStream, EvaluationBatches, PairedDraws
+from dat_lightning.data.pixels import CorruptImageError
 from tests.recipes import write_folders, write_tiny_images
 
 

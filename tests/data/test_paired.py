@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_lightning.core import SizedDataset
-from dat_lightning.data import PairedDataModule, Transform
+from dat_lightning.data import PairedDataModule, SizedDataset, Transform
 from dat_lightning.data.paired import OODSplit, Split, Stream
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from torch.utils.data import DataLoader
 
-from dat_lightning.core.images import CorruptImageError
+from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.data.tiny_images import TinyImages
 
 NUM_RECORDS = 300

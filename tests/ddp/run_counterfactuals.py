@@ -7,8 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from dat_lightning import DigitsFeatures, PGDSampler
-from dat_lightning.callbacks import Counterfactuals, Memorisation
-from dat_lightning.metrics.features import digits_feature_network
+from dat_lightning.evaluation import Counterfactuals
+from dat_lightning.features.extractors import digits_feature_network
+from dat_lightning.sampling import Memorisation
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 from tests.ddp.uneven import uneven_digits

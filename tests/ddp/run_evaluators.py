@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from dat_lightning import CorruptImageError, PGDSampler, ThreatModel
-from dat_lightning.callbacks import Calibration, EnergyStatistics, OODDetection
-from dat_lightning.core import SizedDataset
-from dat_lightning.data import UniformNoise
+from dat_lightning.data import SizedDataset, UniformNoise
+from dat_lightning.evaluation import Calibration, EnergyStatistics, OODDetection
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 from tests.ddp.uneven import uneven_digits

@@ -14,12 +14,12 @@ import torch
 import yaml
 from PIL import Image
 
-from dat_lightning.checkpoints import read_checkpoint
 from dat_lightning.data import DigitsDataModule
 from dat_lightning.demo import training
 from dat_lightning.demo.__main__ import main
 from dat_lightning.demo.results import fingerprint
 from dat_lightning.demo.training import STAGES, read_config
+from dat_lightning.weights import read_checkpoint
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "digits"
 CONTINUED = ("accuracy", "robust_accuracy", "fid", "sampling_steps", "label_agreement", "precision", "recall")

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_lightning.callbacks import PGDSampler
 from dat_lightning.data.draws import DrawStream
 from dat_lightning.demo.evaluation import (
     ATTACK,
@@ -25,6 +24,7 @@ from dat_lightning.demo.evaluation import (
 from dat_lightning.demo.galleries import shown_steps
 from dat_lightning.demo.judge import Judge, Quality, digits_for_testing
 from dat_lightning.demo.plots import smoothed
+from dat_lightning.sampling import PGDSampler
 
 
 def _constant(x: Tensor) -> Tensor:

@@ -7,10 +7,10 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from sklearn.svm import SVC
 
-from dat_lightning.callbacks import FrechetDistance
-from dat_lightning.core import to_uint8_rgb
+from dat_lightning.data import to_uint8_rgb
 from dat_lightning.demo.judge import Judge, digits_for_testing, spread
-from dat_lightning.metrics import DigitsFeatures
+from dat_lightning.features import DigitsFeatures
+from dat_lightning.sampling import FrechetDistance
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dat_lightning import EnergyModel, ExponentialMovingAverage
+from dat_lightning import ExponentialMovingAverage
+from dat_lightning.core.energy import EnergyModel
 from dat_lightning.cli import main
 from tests import tiny
 from tests.test_cli import STAGE2, TINY

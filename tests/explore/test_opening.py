@@ -6,8 +6,8 @@ import torch
 import yaml
 
 from dat_lightning import DigitsDataModule, DualAdversarialModule, EnergyModel, SmallResNet
-from dat_lightning.checkpoints import load_weights
 from dat_lightning.explore import open_checkpoint
+from dat_lightning.weights import load_weights
 from tests.explore.conftest import network
 from tests.recipes import write_folders
 from tests.test_cli import STAGE2, TINY

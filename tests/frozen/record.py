@@ -50,7 +50,7 @@ def one_step() -> dict[str, Any]:
     from dat_lightning import TradesModule
     from tests import tiny
 
-    modules = {
+    modules: dict[str, Any] = {
         "stage1": tiny.stage1(),
         "stage1_train_mode": tiny.stage1(attack_mode="train"),
         "trades": TradesModule(energy_model=tiny.energy_model(), optimizer=tiny.SGD, threat_model=tiny.ATTACK),

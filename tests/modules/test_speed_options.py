@@ -20,8 +20,9 @@ from dat_lightning import (
     SampleConsumer,
     TradesModule,
 )
-from dat_lightning.core import CompileMode, FoldedNetwork, batch_norm_layers
+from dat_lightning.core import batch_norm_layers
 from dat_lightning.modules import EnergyModule
+from dat_lightning.speed import CompileMode, FoldedNetwork
 from tests import tiny
 from tests.replayed import Compiler
 

@@ -18,11 +18,11 @@ import yaml
 from torch import Tensor
 
 from dat_lightning import DualAdversarialModule
-from dat_lightning.callbacks import load_post_mortem
 from dat_lightning.cli import main
-from dat_lightning.core.files import written_whole
 from dat_lightning.data import ImageFolder
-from dat_lightning.machine_errors import machine_error
+from dat_lightning.runs.machine_errors import machine_error
+from dat_lightning.training import load_post_mortem
+from dat_lightning.weights.files import written_whole
 from tests.recipes import write_folders
 from tests.reliability.conditions import ROOT, STAGE1, STAGE2, TINY, Keeps, dataset, write_config, write_modes
 from tests.test_cli import refusal

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as Proto
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from dat_lightning.reports.evaluation_file import Entry, Evaluation
+from dat_lightning.results.evaluation_file import Entry, Evaluation
 from dat_lightning.studies import plan
 from dat_lightning.studies.collection import (
     collect,

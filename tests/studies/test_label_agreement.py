@@ -8,9 +8,9 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from dat_lightning import DigitsFeatures, PGDSampler, SampleMetrics
-from dat_lightning.core.fingerprint import module_fingerprint
 from dat_lightning.data.digits import load_images, split_indices
-from dat_lightning.metrics.fidelity import FidelitySettings
+from dat_lightning.data.fingerprint import module_fingerprint
+from dat_lightning.features.fidelity import FidelitySettings
 from dat_lightning.studies import DigitsJudge, LabelAgreement
 from tests.tiny import digits, stage1, trainer
 

@@ -1,0 +1,27 @@
+"""Evaluators of a classifier: robustness, AutoAttack, calibration, OOD detection, counterfactuals, energy."""
+
+from dat_lightning.evaluation.autoattack import AutoAttack
+from dat_lightning.evaluation.calibration import Calibration
+from dat_lightning.evaluation.counterfactuals import Counterfactuals
+from dat_lightning.evaluation.energy_statistics import EnergyStatistics
+from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.ood_detection import OODDetection
+from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rate
+from dat_lightning.evaluation.reliability import Reliability, fit_temperature, reliability
+from dat_lightning.evaluation.robustness import RobustAccuracy
+
+__all__ = [
+    "AutoAttack",
+    "Calibration",
+    "Counterfactuals",
+    "EnergyStatistics",
+    "Evaluator",
+    "OODDetection",
+    "Reliability",
+    "RobustAccuracy",
+    "auroc",
+    "detection_scores",
+    "false_positive_rate",
+    "fit_temperature",
+    "reliability",
+]

@@ -1,0 +1,165 @@
+"""Calibration: whether a confidence of 80 % is right 80 times in a hundred."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from dat_lightning.data.fingerprint import image_digest
+from dat_lightning.evaluation.evaluator import Evaluator, is_silent, numbered, require_parts
+from dat_lightning.evaluation.reliability import (
+    HIGHEST_TEMPERATURE,
+    LOWEST_TEMPERATURE,
+    fit_temperature,
+    reliability,
+    require_finite,
+)
+from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.measured_with import set_digest
+
+
+class Calibration(Evaluator):
+    """Measures calibration on the test images, as they are and after temperature scaling.
+
+    | figure | definition |
+    |---|---|
+    | ``ece`` | expected calibration error over bins of equal width |
+    | ``ece_equal_mass`` | the same over bins of equally many images |
+    | ``nll`` | mean of −log p(y) |
+    | ``brier`` | mean of Σₖ (p(k) − 1[k = y])², in [0, 2] |
+    | ``{…}_scaled`` | the same after division of the logits by T |
+    | ``temperature`` | T |
+
+    T minimises the negative log-likelihood on the DataModule's validation images. Where these are test images, or
+    there are none, T is fitted on each half of the test images (every second one) and applied to the other half, so
+    that no image is scaled by a T that has seen it; the figures' protocols say which of the two it was.
+
+    Logged: ``test/{figure}``. The reliability diagrams are in the figures' ``details["reliability"]``.
+
+    Args:
+        num_bins: Number of bins.
+        temperature: Whether to scale.
+        dirpath: See :class:`Evaluator`.
+
+    Raises:
+        ValueError: If there is no bin; in a test, if the logits are not (N, K) with at least two classes, or not
+            finite, or labels are none of the classes.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599).
+    """
+
+    def __init__(self, num_bins: int = 15, temperature: bool = True, dirpath: str | None = None) -> None:
+        super().__init__(dirpath)
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+        self.num_bins = num_bins
+        self.temperature = temperature
+
+    @override
+    def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns logits (N, K), labels, and a number that tells images apart."""
+        with torch.no_grad():
+            logits = pl_module(batch["x"])
+        y = batch["y"].cpu()
+        if logits.dim() != 2 or logits.shape[1] < 2:
+            raise ValueError(f"Calibration needs logits (N, K) of at least 2 classes, got shape {tuple(logits.shape)}")
+        if y.min() < 0 or y.max() >= logits.shape[1]:
+            raise ValueError(
+                f"Calibration: labels must lie in 0 … {logits.shape[1] - 1}, got {int(y.min())} … {int(y.max())}"
+            )
+        digests = [int(image_digest(image)[:15], 16) for image in batch["x"].float()]
+        return {"logits": logits, "y": y, "digest": torch.tensor(digests)}
+
+    @override
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+        """Returns the figures without and with scaling."""
+        logits, y = values["logits"].double(), values["y"].long()
+        require_finite(logits, "Calibration")
+        figures = self._scores(logits, y, "", "", {})
+        if not self.temperature:
+            return figures
+        held_out = self._held_out(trainer, pl_module)
+        new = None if held_out is None else ~torch.isin(held_out["digest"], values["digest"])
+        if held_out is not None and new is not None and 2 * int(new.sum()) > len(new):
+            where = f"on {int(new.sum())} validation images that are no test images"
+            temperatures = [fit_temperature(held_out["logits"][new], held_out["y"][new].long())]
+            used = {"validation images": set_digest(held_out["digest"][new])}
+        else:
+            why = "there are no validation images" if new is None else "the validation images are test images"
+            where = f"on each half of the test images and applied to the other half, for {why}"
+            temperatures = [fit_temperature(logits[1 - k :: 2], y[1 - k :: 2]) for k in (0, 1)]
+            used = {}
+        # Example i has the T of the half that it does not belong to.
+        each = torch.tensor(temperatures, dtype=torch.float64)[torch.arange(len(y)) % len(temperatures)]
+        details: dict[str, Any] = {"temperatures": temperatures, "fitted": where}
+        if any(not LOWEST_TEMPERATURE < t < HIGHEST_TEMPERATURE for t in temperatures):
+            details["warnings"] = [
+                f"T is at the end of {LOWEST_TEMPERATURE} … {HIGHEST_TEMPERATURE}: the images that it was fitted on are"
+                " all right, or read no better than by chance, so that figures with scaling say nothing."
+            ]
+        t = math.exp(sum(map(math.log, temperatures)) / len(temperatures))
+        protocol = f"T of the least negative log-likelihood, fitted {where}"
+        mean = " (geometric mean of both)" if len(temperatures) > 1 else ""
+        words = f"; logits divided by T, fitted {where}"
+        scaled = self._scores(logits / each.unsqueeze(1), y, "_scaled", words, details)
+        scaled.append(Figure("temperature", t, protocol + mean, len(y), details))
+        return figures + [replace(figure, measured_with=used) for figure in scaled]
+
+    def _scores(self, logits: Tensor, y: Tensor, suffix: str, scaling: str, more: dict[str, Any]) -> list[Figure]:
+        """All figures of some logits."""
+        probabilities = logits.softmax(1)
+        confidence, prediction = probabilities.max(1)
+        correct = prediction == y
+        width = reliability(confidence, correct, self.num_bins)
+        mass = reliability(confidence, correct, self.num_bins, "equal_mass")
+        nll = float(F.cross_entropy(logits, y))
+        brier = float((probabilities - F.one_hot(y, logits.shape[1])).square().sum(1).mean())
+        gap = "mean |accuracy − confidence| over"
+        overall = {"test_accuracy": float(correct.double().mean()), "mean_confidence": float(confidence.mean())}
+        binned = {"num_bins": self.num_bins, **overall, **more}
+        edges = [m / self.num_bins for m in range(self.num_bins + 1)]
+        wide = f"{gap} {self.num_bins} bins of equal width (lower, upper], weighted by their images{scaling}"
+        equal = f"{gap} {self.num_bins} bins of equally many images{scaling}"
+        chosen = [
+            ("ece", width.error, wide, {**binned, "bin_edges": edges, "reliability": asdict(width)}),
+            ("ece_equal_mass", mass.error, equal, {**binned, "reliability": asdict(mass)}),
+            ("nll", nll, f"mean of −log p(y){scaling}", more),
+            ("brier", brier, f"mean over images of the sum over classes of (p(k) − 1[k = y])²{scaling}", more),
+        ]
+        return [Figure(name + suffix, value, words, len(y), said, "lower") for name, value, words, said in chosen]
+
+    def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> Values | None:
+        """Values of the DataModule's validation images; ``None`` if it has no such loader."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data is None or not is_overridden("val_dataloader", data):
+            return None
+        try:
+            data.setup("validate")
+            loader = data.val_dataloader()
+        except Exception as error:  # whatever a DataModule that was not set up to fit stumbles over
+            rank_zero_warn(
+                f"Calibration cannot have validation images, and uses halves: {type(error).__name__}: {error}"
+            )
+            return None
+        values: list[Values] = []
+        num_seen = 0
+        for raw in tqdm(loader, desc="Calibration: validation", leave=False, disable=is_silent(trainer)):
+            # What the Trainer does with a batch.
+            batch = data.on_before_batch_transfer(raw, 0)
+            batch = data.transfer_batch_to_device(batch, pl_module.device, 0)
+            batch = trainer.precision_plugin.convert_input(data.on_after_batch_transfer(batch, 0))
+            batch = numbered(batch, num_seen, loader, trainer)
+            require_parts(batch, "Calibration, for temperature scaling,")
+            num_seen += len(batch["index"])
+            found = self.remember(pl_module, batch, lambda b: self.evaluate_batch(pl_module, b), "validation")
+            values.append({"index": batch["index"].cpu(), **found})
+        return gather(values, "the validation loader gave no batch; set temperature: false")

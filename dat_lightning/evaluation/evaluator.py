@@ -1,0 +1,204 @@
+"""What all evaluators share: values per example, gathered over all ranks, kept in files, and summed up in figures."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.kept_values import KeptValues
+from dat_lightning.results.measured_with import image_digests, set_digest
+
+
+class Evaluator(Callback, ABC):
+    """Computes figures from the images of a test loader, exactly over any number of ranks, and resumably.
+
+    Override :meth:`evaluate_batch`, which gives values per example, and :meth:`summarize`, which makes figures of all
+    of them in the order of the data set; :meth:`settings` must tell apart whatever changes the values. Batches of other
+    data go through :meth:`remember`. The LightningModule may be any that maps images in [0, 1] to logits; it runs in
+    the precision of its weights, without autocast. Batches are mappings with ``x``, ``y`` and ``index``, as
+    :class:`~dat_lightning.data.PairedDataModule` gives them, or begin with images and labels, as those of most data
+    sets do: then images are numbered by their place in a loader that does not shuffle.
+
+    Logged: ``{stage}/{name}`` for each figure. :attr:`figures` keeps the last ones, for reports.
+
+    Args:
+        dirpath: Folder that keeps the values of each batch, so that a test that was interrupted goes on where it
+            stopped; ``None`` keeps nothing. Other weights, settings or images are never mistaken for those in the
+            folder; another batch size or number of ranks composes other batches, and starts anew.
+
+    Attributes:
+        figures: Results of the last evaluation, on every rank.
+
+    Raises:
+        TypeError: In a test, if a setting is no primitive.
+        ValueError: In a test, if a batch lacks a part, there are several test loaders, or none gives an example.
+    """
+
+    def __init__(self, dirpath: str | None = None) -> None:
+        self.dirpath = dirpath
+        self.figures: list[Figure] = []
+        self._values: list[Values] = []
+        self._kept: KeptValues | None = None
+        self._num_seen = 0
+        self._digests: list[Values] = []
+
+    # What a subclass supplies.
+
+    @abstractmethod
+    def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns values per example, (N, …) each."""
+
+    @abstractmethod
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+        """Returns the figures from the values of all examples, sorted by index; called on every rank alike."""
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the primitives on which the values depend; dataclasses of primitives are as good."""
+        return {}
+
+    # What it may use.
+
+    def remember(
+        self,
+        pl_module: LightningModule,
+        batch: Mapping[str, Tensor],
+        compute: Callable[[Mapping[str, Tensor]], Values],
+        part: str = "test",
+    ) -> Values:
+        """Returns the values of a batch on the CPU: from its file, or else computed, and kept there.
+
+        Args:
+            pl_module: The module that is tested.
+            batch: Has ``x`` and ``index``; these and ``y`` enter the file's name.
+            compute: Maps the batch to values per example.
+            part: The set of images; it begins the file's name.
+        """
+        size = len(batch["index"])
+
+        def checked(batch: Mapping[str, Tensor]) -> Values:
+            values = {name: _on_cpu(value) for name, value in compute(batch).items()}
+            wrong = {name: tuple(v.shape) for name, v in values.items() if v.shape[:1] != (size,) or name == "index"}
+            if wrong:
+                raise ValueError(
+                    f"{type(self).__name__}: the values of a batch of {size} examples must have that first dimension,"
+                    f" and a name other than index, got {wrong}"
+                )
+            return values
+
+        if self.dirpath is None:
+            return checked(batch)
+        if self._kept is None:
+            name = f"{type(self).__module__}.{type(self).__qualname__}"
+            self._kept = KeptValues(Path(self.dirpath), name, self.settings())
+        return self._kept.get_or_compute(pl_module, batch, checked, part)
+
+    def test_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> Mapping[str, Tensor]:
+        """Returns a batch of the only test loader as a mapping with ``x``, ``y`` and ``index``.
+
+        Raises:
+            ValueError: If the batch lacks a part, or comes from a second test loader.
+        """
+        if dataloader_idx > 0:
+            raise ValueError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
+        found: Mapping[str, Tensor] = numbered(batch, self._num_seen, trainer.test_dataloaders, trainer)
+        require_parts(found, type(self).__name__)
+        self._num_seen += len(found["index"])
+        return found
+
+    # Lightning's hooks.
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets the last evaluation."""
+        self._values = []
+        self.figures = []
+        self._num_seen = 0
+        self._digests = []
+        # Made with the first batch: the module's own hook, which may load weights, comes after this one.
+        self._kept = None
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Evaluates the batch, unless its values are in the folder.
+
+        Raises:
+            ValueError: If the batch lacks a part, or comes from a second test loader.
+        """
+        batch = self.test_batch(trainer, batch, dataloader_idx)
+        values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
+        self._values.append({"index": batch["index"].cpu(), **values})
+        self._digests.append({"index": batch["index"].cpu(), "digest": image_digests(batch["x"], batch["y"])})
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Gathers the values of all ranks, and logs the figures."""
+        values = gather(self._values)
+        self._values = []
+        images = set_digest(gather(self._digests)["digest"])
+        self._digests = []
+        self.figures = [
+            replace(figure, measured_with={"test images": images, **figure.measured_with})
+            for figure in self.summarize(trainer, pl_module, values)
+        ]
+        for figure in self.figures:
+            # The same number on every rank, so there is nothing to reduce.
+            pl_module.log(f"test/{figure.name}", figure.value, sync_dist=False)
+
+
+def numbered(batch: Any, num_seen: int, loader: Any, trainer: Trainer) -> Any:
+    """Returns a batch of images and labels as a mapping, numbered by their place in the loader; another as it is.
+
+    Args:
+        batch: What a loader gave.
+        num_seen: Examples that this rank has had of it before.
+        loader: Has the data set, whose size tells examples that a sampler of several ranks repeats.
+        trainer: Knows the rank; the r-th of R has the examples r, r + R, r + 2R, …, as Lightning deals them.
+    """
+    is_pair = isinstance(batch, tuple | list) and len(batch) >= 2
+    if not is_pair or not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch[:2]):
+        return batch
+    x, y = batch[:2]
+    places = (num_seen + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
+    if trainer.world_size > 1:
+        with suppress(AttributeError, TypeError):
+            places %= len(loader.dataset)
+    return {"x": x, "y": y, "index": places}
+
+
+def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", "index")) -> None:
+    """Raises a ValueError unless a batch is a mapping with the given parts."""
+    missing = [key for key in parts if not (isinstance(batch, Mapping) and key in batch)]
+    if missing:
+        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
+        raise ValueError(
+            f"{evaluator} needs {', '.join(missing)} in its batch, got {found}; an evaluation loader of"
+            " PairedDataModule gives x, y and index"
+        )
+
+
+def is_silent(trainer: Trainer) -> bool:
+    """Returns whether progress is not to be shown: on other ranks, or where the Trainer shows none."""
+    return not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
+
+
+def _on_cpu(value: Tensor) -> Tensor:
+    """Values as NumPy's files take them."""
+    value = value.detach().cpu()
+    return value.float() if value.dtype == torch.bfloat16 else value

@@ -1,0 +1,286 @@
+"""Out-of-distribution detection: how well a score of the logits tells test images from others, also under attack."""
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from dat_lightning.core.ascent import ascend
+from dat_lightning.core.random_streams import RandomPermutation
+from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.pixels import CorruptImageError
+from dat_lightning.evaluation.evaluator import Evaluator, is_silent
+from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rate
+from dat_lightning.results.figures import Figure, Values, all_ranks, gather
+from dat_lightning.results.measured_with import image_digests, set_digest
+
+Transform = Callable[[Any], Tensor]
+
+
+def ood_datasets(trainer: Trainer, given: Mapping[str, SizedDataset] | None, who: str) -> dict[str, SizedDataset]:
+    """Returns the given OOD data, or else the DataModule's held-out ones under the name ``held_out``, or none.
+
+    Raises:
+        ValueError: If a given data set is empty, or its name cannot be part of a figure's and of a file's.
+    """
+    if given is None:
+        source = getattr(trainer.datamodule, "out_of_distribution", None)  # type: ignore[attr-defined]
+        held_out = source("held_out") if callable(source) else None
+        return {} if held_out is None or len(held_out) == 0 else {"held_out": held_out}
+    for name, dataset in given.items():
+        if not re.fullmatch(r"\w+", name):
+            raise ValueError(f"{who}.datasets: a name must consist of letters, digits and underscores, got {name!r}")
+        if len(dataset) == 0:
+            raise ValueError(f"{who}.datasets: {name!r} has no images")
+    return dict(given)
+
+
+def evaluation_transform(trainer: Trainer, given: Transform | None) -> Transform:
+    """Returns the given transform, or else the DataModule's for evaluation, or the one that changes nothing."""
+    if given is not None:
+        return given
+    own = getattr(trainer.datamodule, "evaluation_transform", None)  # type: ignore[attr-defined]
+    default: Transform = own() if callable(own) else _unchanged
+    return default
+
+
+def choose(size: int, count: int, seed: int, name: str) -> list[int]:
+    """Returns ``count`` different indices below ``size`` in an order that seed and name determine, or all of them."""
+    permutation = RandomPermutation(size, seed, "evaluated images", name)
+    return [permutation[k] for k in range(min(size, count))]
+
+
+def evaluate_images(
+    evaluator: Evaluator,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    part: str,
+    dataset: SizedDataset,
+    transform: Transform,
+    indices: Sequence[int],
+    batch_size: int,
+    compute: Callable[[Mapping[str, Tensor]], Values],
+) -> tuple[Values, list[str]]:
+    """Returns the values of a data set's images, sorted by index, and the messages of images that were corrupt.
+
+    Beside the values is a number that tells images apart, under ``digest``. The indices are dealt to the ranks in turn;
+    every rank must call it, and gets everything.
+
+    Args:
+        evaluator: Remembers what was computed.
+        trainer: The Trainer.
+        pl_module: The module that is tested.
+        part: Name of the set; it begins the names of files.
+        dataset: Entries are images, or pairs that begin with one.
+        transform: Maps an image to a tensor (C, H, W) in [0, 1].
+        indices: Which entries; corrupt ones are left out.
+        batch_size: Images per batch and rank.
+        compute: Maps a batch with ``x`` and ``index`` to values per example.
+
+    Raises:
+        ValueError: If the transform gives something else, or no image can be read.
+    """
+    mine = list(indices)[trainer.global_rank :: trainer.world_size]
+    dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32)
+    values: list[Values] = []
+    skipped: list[str] = []
+    firsts = range(0, len(mine), batch_size)
+    for first in tqdm(firsts, desc=f"{type(evaluator).__name__}: {part}", leave=False, disable=is_silent(trainer)):
+        read = {index: _image(dataset, index, transform, part) for index in mine[first : first + batch_size]}
+        images = {index: image for index, image in read.items() if isinstance(image, Tensor)}
+        skipped += [str(error) for error in read.values() if isinstance(error, CorruptImageError)]
+        if images:
+            x = torch.stack(list(images.values())).to(pl_module.device, dtype)
+            batch = {"x": x, "index": torch.tensor(list(images))}
+            with torch.no_grad():
+                found = evaluator.remember(pl_module, batch, compute, part)
+            digests = image_digests(x, torch.zeros(len(x)))
+            values.append({"index": batch["index"], "digest": digests, **found})
+    messages = sorted({message for rank in all_ranks(skipped) for message in rank})
+    return gather(values, f"no image of {part!r} could be read: {'; '.join(messages[:3])}"), messages
+
+
+class OODDetection(Evaluator):
+    """Measures how well scores of the logits tell the test images from out-of-distribution ones.
+
+    Scores are logsumexp f(x) = −E(x), the largest logit and the largest softmax; high means in-distribution. For each
+    data set and score there are, also after an attack on the OOD images that climbs that score (for the softmax, its
+    log-odds, whose gradient does not vanish):
+
+    | figure | definition |
+    |---|---|
+    | ``ood_auroc_{data}_{score}`` | area under the ROC curve, ties counted half |
+    | ``ood_fpr95_{data}_{score}`` | share of OOD images at or above the threshold that 95 % of test images reach |
+    | ``{…}_attacked`` | the same with attacked OOD images; test images stay clean |
+
+    The figures' ``details["roc"]`` have the curve at a hundred shares of accepted test images.
+
+    Args:
+        datasets: Name → OOD images, any data set of images, or of pairs that begin with one; by default the
+            DataModule's held-out seeds, under the name ``held_out``.
+        scores: Which scores.
+        num_ood: OOD images of each data set, at most; a seeded choice, corrupt ones among it are left out.
+        attack: The attack; ``None`` leaves it out. The default is for 32×32; for 224×224 and above ε 3, 10 steps of 1.
+        transform: Maps an entry's image to a tensor (C, H, W) in [0, 1]; by default the DataModule's for evaluation.
+        batch_size: OOD images per batch and rank.
+        seed: Seed of the choice and of random starts.
+        dirpath: See :class:`Evaluator`.
+
+    Raises:
+        ValueError: If an argument is outside its range; in a test, if there are no OOD images, or they are not in
+            [0, 1] after the transform, or a score is NaN.
+
+    Source: DAT (arXiv 2510.13872), on OOD detection; Augustin et al. 2020 (arXiv 2003.09461) for the attack; Hendrycks
+    & Gimpel 2017 (arXiv 1610.02136) for the largest softmax; Liu et al. 2020 (arXiv 2010.03759) for logsumexp.
+    """
+
+    def __init__(
+        self,
+        datasets: Mapping[str, SizedDataset] | None = None,
+        scores: Sequence[Score] = ("logsumexp", "max_logit", "max_softmax"),
+        num_ood: int = 1024,
+        attack: ThreatModel | None = ThreatModel(norm="L2", eps=1.0, step_size=0.1, num_steps=20),
+        transform: nn.Module | Transform | None = None,
+        batch_size: int = 256,
+        seed: int = 0,
+        dirpath: str | None = None,
+    ) -> None:
+        super().__init__(dirpath)
+        if not scores or set(scores) - set(get_args(Score)):
+            raise ValueError(f"scores must be some of {get_args(Score)}, got {list(scores)}")
+        for name, value in (("num_ood", num_ood), ("batch_size", batch_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if datasets is not None and not datasets:
+            raise ValueError("datasets must name at least one data set, got none")
+        self.datasets = datasets
+        self.scores = tuple(scores)
+        self.num_ood = num_ood
+        self.attack = attack
+        self.transform = transform
+        self.batch_size = batch_size
+        self.seed = seed
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        """Returns scores, attack and seed."""
+        return {"scores": self.scores, "attack": self.attack, "seed": self.seed}
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that there are OOD images."""
+        super().on_test_start(trainer, pl_module)
+        if not ood_datasets(trainer, self.datasets, "OODDetection"):
+            raise ValueError(
+                "OODDetection has no out-of-distribution images: give it datasets, or use a DataModule with"
+                " out_of_distribution(), as PairedDataModule has it"
+            )
+
+    @override
+    def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns the scores of test images."""
+        return self._scores(pl_module, batch["x"])
+
+    @override
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+        """Returns the figures of all data sets and scores, clean before attacked."""
+        figures: list[Figure] = []
+        transform = evaluation_transform(trainer, self.transform)
+        for name, dataset in ood_datasets(trainer, self.datasets, "OODDetection").items():
+            chosen = choose(len(dataset), self.num_ood, self.seed, name)
+            compute = partial(self._ood_values, pl_module)
+            found, skipped = evaluate_images(
+                self, trainer, pl_module, name, dataset, transform, chosen, self.batch_size, compute
+            )
+            common = {"data": name, "num_ood": len(found["index"]), "seed": self.seed, "num_skipped": len(skipped)}
+            for attack in (None, self.attack) if self.attack is not None else (None,):
+                for score in self.scores:
+                    scores = found[score if attack is None else f"{score}_attacked"]
+                    figures += _figures(name, score, attack, values[score], scores, common, set_digest(found["digest"]))
+        return figures
+
+    def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:
+        with torch.no_grad():
+            found = detection_scores(pl_module(x))
+        return {score: found[score] for score in self.scores}
+
+    def _ood_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Scores of OOD images, and each score after the attack on it."""
+        x, values = batch["x"], self._scores(pl_module, batch["x"])
+        if self.attack is not None:
+            y = torch.zeros(len(x), dtype=torch.long, device=x.device)  # no objective looks at it
+            for score in self.scores:
+                objective = OBJECTIVES[score]
+                x_adv = ascend(pl_module, x, y, objective, self.attack, draws=batch["index"], seed=self.seed)
+                values[f"{score}_attacked"] = self._scores(pl_module, x_adv)[score]
+        return values
+
+
+def _figures(
+    data: str,
+    score: Score,
+    attack: ThreatModel | None,
+    inside: Tensor,
+    outside: Tensor,
+    common: Mapping[str, Any],
+    images: str,
+) -> list[Figure]:
+    """AUROC and FPR@95 of one score on one data set."""
+    rate, threshold = false_positive_rate(inside, outside)
+    accepted = [k / 100 for k in range(1, 101)]
+    details = {
+        **common,
+        "score": score,
+        "attack": None if attack is None else asdict(attack),
+        "threshold": threshold,
+        "mean_score_test": float(inside.mean()),
+        "mean_score_ood": float(outside.mean()),
+        "roc": {"tpr": accepted, "fpr": [false_positive_rate(inside, outside, share)[0] for share in accepted]},
+    }
+    end = "" if attack is None else "_attacked"
+    how = "clean" if attack is None else f"OOD images attacked to raise it: {attack_words(attack)}"
+    against = f"{len(inside)} test images against {len(outside)} OOD images ({data}), score {score}, {how}"
+    total = len(inside) + len(outside)
+    area, name = auroc(inside, outside), f"{data}_{score}{end}"
+    reach = f"share of OOD images at or above the score that 95 % of test images reach; {against}"
+    used = {"OOD images": images}
+    return [
+        Figure(f"ood_auroc_{name}", area, f"AUROC of {against}", total, details, "higher", used),
+        Figure(f"ood_fpr95_{name}", rate, reach, total, details, "lower", used),
+    ]
+
+
+def attack_words(attack: ThreatModel) -> str:
+    """Returns an attack in words, for protocols."""
+    start = " from a random start" if attack.random_start else ""
+    return f"{attack.norm}, ε {attack.eps:g}, {attack.num_steps} steps of {attack.step_size:g}{start}"
+
+
+def _image(dataset: SizedDataset, index: int, transform: Transform, part: str) -> Tensor | CorruptImageError:
+    """An image of a data set as a network takes it, or why there is none."""
+    try:
+        entry = dataset[index]
+    except CorruptImageError as error:
+        return error
+    image = transform(entry[0] if isinstance(entry, tuple) else entry)
+    if not (isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3):
+        found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+        raise ValueError(f"image {index} of {part!r} must be a float tensor (C, H, W) after its transform, got {found}")
+    if not (image.min() >= 0 and image.max() <= 1):
+        raise ValueError(
+            f"image {index} of {part!r} must lie in [0, 1] after its transform, got {float(image.min()):g} …"
+            f" {float(image.max()):g}"
+        )
+    return image
+
+
+def _unchanged(image: Tensor) -> Tensor:
+    return image

@@ -1,0 +1,169 @@
+"""Accuracy, and robust accuracy under PGD with restarts."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
+from dat_lightning.core.objectives import cross_entropy
+from dat_lightning.core.random_streams import stream_seed
+from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
+from dat_lightning.results.figures import Figure, Values
+
+
+class RobustAccuracy(Evaluator):
+    """Measures accuracy, and robust accuracy under PGD with restarts for each of several threat models.
+
+    An image counts as robust if it is classified correctly, and after every restart too. The first restart begins where
+    the threat model says, later ones at random points of the ball; an unbounded one, in which no point is uniform, is
+    walked once. Noise is a function of (seed, index, restart), and the first restart is the attack that
+    :class:`~dat_lightning.modules.EnergyModule` logs. The network is attacked in eval mode and left as it was.
+
+    With several threat models, results that contradict each other are reported as signs of gradient masking, see
+    :func:`~dat_lightning.evaluation.masking.masking_signs`: as warnings, and in the figures' ``details["warnings"]``.
+    Useful sets have one step next to many, growing ε, and one that can go anywhere.
+
+    Logged: ``test/accuracy``, and ``test/{name}`` for each threat model, see :meth:`name`.
+
+    Args:
+        threat_models: The attacks.
+        restarts: Walks per image and threat model.
+        dirpath: Folder that keeps the values of each batch, see :class:`Evaluator`.
+        seed: Seed of the random starts.
+
+    Attributes:
+        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient is
+            zero at the image), and under each name whether it is robust after 1, 2, … restarts (N, restarts).
+
+    Raises:
+        ValueError: If there are no restarts or no threat models, or two of the same name.
+
+    Source: Madry et al. 2018 (arXiv 1706.06083); Athalye et al. 2018 (arXiv 1802.00420), Section 3.1, on the signs.
+    """
+
+    def __init__(
+        self,
+        threat_models: ThreatModel | Sequence[ThreatModel] = ThreatModel(),
+        restarts: int = 1,
+        dirpath: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(dirpath)
+        self.threat_models = (threat_models,) if isinstance(threat_models, ThreatModel) else tuple(threat_models)
+        names = [self.name(threat_model) for threat_model in self.threat_models]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"threat_models must be different ones, at least one, got {names}")
+        if restarts < 1:
+            raise ValueError(f"restarts must be at least 1, got {restarts}")
+        self.restarts = restarts
+        self.seed = seed
+        self.results: Values = {}
+
+    @staticmethod
+    def name(threat_model: ThreatModel) -> str:
+        """Returns the name of a figure, such as ``robust_accuracy_L2_0.5_10x0.1`` for ten steps of 0.1."""
+        return attack_name(threat_model)
+
+    @override
+    def settings(self) -> dict[str, Any]:
+        """Returns attacks, restarts and seed."""
+        return {"threat_models": self.threat_models, "restarts": self.restarts, "seed": self.seed}
+
+    @override
+    def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns the values of :attr:`results` for a batch, and the number of pixels as ``dimensions``."""
+        logits = float_logits(pl_module)
+        with torch.inference_mode(False), torch.no_grad(), no_trace(pl_module):
+            x, y = batch["x"].detach().clone().float(), batch["y"].clone()
+            draws = batch["index"].clone()
+            correct = logits(x).argmax(1) == y
+            with torch.enable_grad():
+                gradient = input_gradient(logits, x, y, cross_entropy)
+            values = {
+                "correct": correct,
+                "vanished": gradient.flatten(1).abs().amax(1) == 0,
+                "dimensions": torch.full_like(y, x[0].numel()),
+            }
+            for threat_model in self.threat_models:
+                values[self.name(threat_model)] = self.robust(logits, x, y, draws, correct, threat_model)
+        return values
+
+    def robust(
+        self, logits: Logits, x: Tensor, y: Tensor, draws: Tensor, correct: Tensor, threat_model: ThreatModel
+    ) -> Tensor:
+        """Returns whether images are still classified correctly after 1, 2, … restarts, (N, restarts)."""
+        robust, columns = correct.clone(), []
+        for restart in range(self.restarts):
+            walk, seed = threat_model, self.seed
+            if restart and not math.isinf(threat_model.eps):
+                walk, seed = replace(threat_model, random_start=True), stream_seed(self.seed, "restart", restart)
+            left = robust.nonzero().squeeze(1)
+            # What is broken stays broken, so only the others need another walk.
+            if len(left) and not (restart and math.isinf(threat_model.eps)):
+                x_adv = ascend(logits, x[left], y[left], cross_entropy, walk, draws=draws[left], seed=seed)
+                robust[left] = logits(x_adv).argmax(1) == y[left]
+            columns.append(robust.clone())
+        return torch.stack(columns, 1)
+
+    @override
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+        """Returns the accuracies with their confidence intervals, and warns of signs of gradient masking."""
+        self.results = values
+        correct = values["correct"]
+        robust = {t: values[self.name(t)][:, -1] for t in self.threat_models}
+        signs = masking_signs(correct, robust, values["vanished"], int(values["dimensions"].max()))
+        clean = {"confidence_interval": wilson_interval(int(correct.sum()), len(correct))}
+        words = "share of images classified correctly"
+        figures = [Figure("accuracy", share_of(correct), words, len(correct), clean, "higher")]
+        for threat_model, survived in robust.items():
+            name = self.name(threat_model)
+            found = [f"{name}: {sign}" for sign in signs[threat_model]]
+            for sign in found:
+                rank_zero_warn(f"{sign} This is a sign of gradient masking: the figure may be too high.")
+            details = {
+                "threat_model": {k: v if v != math.inf else "inf" for k, v in asdict(threat_model).items()},
+                "restarts": self.restarts,
+                "seed": self.seed,
+                "confidence_interval": wilson_interval(int(survived.sum()), len(survived)),
+                "accuracy_after_restarts": values[name].double().mean(0).tolist(),
+                "vanishing_gradients": share_of(values["vanished"]),
+                "warnings": found,
+            }
+            protocol = self._protocol(threat_model)
+            figures.append(Figure(name, share_of(survived), protocol, len(survived), details, "higher"))
+        return figures
+
+    def _protocol(self, threat_model: ThreatModel) -> str:
+        t = threat_model
+        ball = "unbounded" if math.isinf(t.eps) else f"ε {t.eps:g}"
+        restarts = 1 if math.isinf(t.eps) else self.restarts
+        start = "a random point of the ball" if t.random_start else "the image"
+        later = f" and {restarts - 1} more from random points" if restarts > 1 else ""
+        return (
+            f"share of images classified correctly, also after PGD on the cross-entropy: {t.norm}, {ball},"
+            f" {t.num_steps} steps of {t.step_size:g}, a walk from {start}{later}; network in eval mode"
+        )
+
+
+def float_logits(module: LightningModule) -> Logits:
+    """Returns a module of any precision as a function from and to float32.
+
+    Pixels of half precision would be coarser than a small ε.
+    """
+    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+
+    def logits(x: Tensor) -> Tensor:
+        output: Tensor = module(x.to(weight.dtype))
+        # A copy: Square writes into what it gets.
+        return output.to(torch.float32, copy=True)
+
+    return logits

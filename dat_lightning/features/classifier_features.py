@@ -1,0 +1,102 @@
+"""Features of a classifier that was trained here: the Fréchet distance where Inception is not at hand."""
+
+import copy
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dat_lightning.core.energy import EnergyModel
+from dat_lightning.weights import load_weights
+
+
+class ClassifierFeatures(nn.Module):
+    """What the last linear layer of a trained classifier sees, (N, D), in eval mode and without gradients.
+
+    Distances in these features compare runs with each other; they are not comparable with FID, nor between two
+    classifiers. Measure with a classifier that neither run began from, or the samples have been drawn to please it.
+
+    The network is copied, so that nothing happens to the one that is given. Weights are loaded when they are first
+    needed, for features or for ``state_dict()``; until then the file may be missing.
+
+    Args:
+        energy_model: The network, with its input normalisation.
+        init_from: Checkpoint or state dict with its weights, averaged ones preferred; ``None`` for those it has.
+        image_size: Height and width that images are resized to; by default they stay as they are.
+        grey: Whether the network takes one channel; it gets the first one.
+
+    Raises:
+        TypeError: If the network is no :class:`~dat_lightning.weights.EnergyModel`.
+        ValueError: If the network has no linear layer or the size is not positive; on first use, if the file does not
+            fit the network, or no images passed the layer.
+        FileNotFoundError: On first use, if there is no file ``init_from``.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), with another network than theirs.
+    """
+
+    def __init__(
+        self, energy_model: EnergyModel, init_from: str | None = None, image_size: int | None = None, grey: bool = False
+    ) -> None:
+        super().__init__()
+        if not isinstance(energy_model, EnergyModel):
+            raise TypeError(f"energy_model must be an EnergyModel, got {type(energy_model).__name__}")
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
+        self.energy_model = copy.deepcopy(energy_model)
+        self.init_from = init_from
+        self.image_size = image_size
+        self.grey = grey
+        self._loaded = False
+        self._last_linear()
+        self.requires_grad_(False)
+        self.eval()
+        # Whoever reads the weights, as the cache of reference statistics does, has to see the trained ones.
+        self.register_state_dict_pre_hook(_load_before_reading)  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        """Returns how images are prepared; the weights' file is left out, as their values are what counts."""
+        return f"image_size={self.image_size}, grey={self.grey}"
+
+    def train(self, mode: bool = True) -> "ClassifierFeatures":
+        """Stays in eval mode, whatever is asked for."""
+        return super().train(False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the features (N, D) of uint8 images (N, 3, H, W)."""
+        self._load()
+        x = images[:, :1] if self.grey else images
+        x = x.to(next(self.energy_model.parameters()).dtype) / 255
+        size = (self.image_size or x.shape[-2], self.image_size or x.shape[-1])
+        if x.shape[-2:] != size:
+            x = F.interpolate(x, size=size, mode="bilinear", antialias=True, align_corners=False)
+        seen: list[Tensor] = []
+        hook = self._last_linear().register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        try:
+            self.energy_model(x)
+        finally:
+            hook.remove()
+        if len(seen) != 1 or len(seen[0]) != len(images):
+            raise ValueError(
+                f"the last linear layer of {type(self.energy_model.backbone).__name__} must see each batch once as"
+                f" (N, D), N = {len(images)}; it saw {[tuple(s.shape) for s in seen]}"
+            )
+        return seen[0].flatten(1)
+
+    def _last_linear(self) -> nn.Linear:
+        layers = [m for m in self.energy_model.modules() if isinstance(m, nn.Linear)]
+        if not layers:
+            raise ValueError(
+                f"energy_model must have a linear layer, whose input are the features;"
+                f" {type(self.energy_model.backbone).__name__} has none"
+            )
+        return layers[-1]
+
+    def _load(self) -> None:
+        if not self._loaded and self.init_from is not None:
+            load_weights(self.energy_model, self.init_from)
+        self._loaded = True
+
+
+def _load_before_reading(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    """Runs before ``state_dict()``."""
+    if isinstance(module, ClassifierFeatures):
+        module._load()

@@ -1,0 +1,124 @@
+"""Mergeable float64 moments of features, and the Fréchet distance between the Gaussians that they describe."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dat_lightning.weights.files import written_whole
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A mean (D,) and a covariance (D, D), both float64, and the number of samples behind them (0: unknown)."""
+
+    mean: Tensor
+    covariance: Tensor
+    num_samples: int = 0
+
+
+class FeatureMoments:
+    """Count, sum and sum of outer products of feature vectors, in float64: constant memory, exact to merge.
+
+    Args:
+        dim: Number of features D.
+        device: Where the sums live.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = torch.zeros((), dtype=torch.float64, device=device)
+        self.sum = torch.zeros(dim, dtype=torch.float64, device=device)
+        self.outer = torch.zeros(dim, dim, dtype=torch.float64, device=device)
+
+    def update(self, features: Tensor) -> None:
+        """Adds features of shape (N, D).
+
+        Raises:
+            ValueError: If the shape is another, or a feature is NaN or infinite.
+        """
+        if features.dim() != 2 or features.shape[1] != len(self.sum):
+            raise ValueError(f"features must have shape (N, {len(self.sum)}), got {tuple(features.shape)}")
+        features = features.detach().to(self.sum)
+        if not bool(features.isfinite().all()):
+            raise ValueError("features must be finite: the images or the extractor produced NaN or infinity")
+        self.count += len(features)
+        self.sum += features.sum(0)
+        self.outer += features.T @ features
+
+    def merge(self, other: "FeatureMoments") -> None:
+        """Adds another accumulator's samples to this one."""
+        self.count += other.count.to(self.count)
+        self.sum += other.sum.to(self.sum)
+        self.outer += other.outer.to(self.outer)
+
+    def all_reduce(self) -> None:
+        """Adds up all ranks' samples in place; does nothing without a process group. Every rank has to call it."""
+        if dist.is_available() and dist.is_initialized():
+            for total in (self.count, self.sum, self.outer):
+                dist.all_reduce(total)
+
+    def gaussian(self) -> Gaussian:
+        """Returns mean and unbiased covariance.
+
+        Raises:
+            ValueError: If there are fewer than two samples.
+        """
+        count = int(self.count)
+        if count < 2:
+            raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+        mean = self.sum / count
+        covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
+        return Gaussian(mean, covariance, count)
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Returns the squared Fréchet distance ‖μ₁−μ₂‖² + tr(Σ₁ + Σ₂ − 2(Σ₁Σ₂)^½), at least 0.
+
+    The trace of the root comes from the symmetric matrix Σ₁^½ Σ₂ Σ₁^½, which has the eigenvalues of Σ₁Σ₂ and keeps them
+    real and non-negative also where a covariance is singular.
+
+    Raises:
+        ValueError: If the two have different numbers of features.
+
+    Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6; Dowson & Landau 1982.
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ValueError(f"the Gaussians have {len(a.mean)} and {len(b.mean)} features; both need the same extractor")
+    mean_a, cov_a = a.mean.cpu().double(), a.covariance.cpu().double()
+    mean_b, cov_b = b.mean.cpu().double(), b.covariance.cpu().double()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    product = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
+    trace_root = product.clamp_min(0).sqrt().sum()
+    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
+    return max(0.0, float(distance))
+
+
+def read_statistics(path: Path) -> Gaussian:
+    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any float type.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it has no such entries or they do not fit each other.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no statistics file at {path}")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+    except KeyError as error:
+        raise ValueError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable .npz: {error}") from error
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
+    return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
+
+
+def write_statistics(path: Path, gaussian: Gaussian) -> None:
+    """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
+    with written_whole(path) as file:
+        np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())

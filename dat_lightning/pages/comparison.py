@@ -1,0 +1,196 @@
+"""Several evaluations side by side: which figures can be compared, and which run is best."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from dat_lightning.results.evaluation_file import Entry, Evaluation, is_of_one_step_count, read_evaluation
+
+Direction = Literal["higher", "lower"]
+
+# Parts of names, which say what is better on the axis of a plot; the first that fits counts.
+_DIRECTIONS: Mapping[str, Direction] = {
+    r"fid|kid|fd|frechet|ece|nll|brier|loss|error|fpr|fpr95": "lower",
+    r"accuracy|auroc|auc|precision|recall|isc|is|inception|success|confidence|plausibility|autoattack": "higher",
+}
+# Numbers that describe a setting or a scale, and are neither good nor bad.
+_NEUTRAL = re.compile(r"(^|_)(steps|temperature|energy|r1|epoch|step)(_|$)")
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way of measuring a figure.
+
+    Attributes:
+        protocol: In words.
+        num_samples: Number of images.
+        measured_with: Name → digest or name of what else decides the number, sorted.
+    """
+
+    protocol: str
+    num_samples: int
+    measured_with: tuple[tuple[str, str], ...] = ()
+
+    def parts(self) -> dict[str, str]:
+        """Returns name → value of everything that must agree."""
+        return {"protocol": self.protocol, "number of images": str(self.num_samples), **dict(self.measured_with)}
+
+
+def way_of(entry: Entry) -> Way:
+    """Returns how a figure was measured."""
+    return Way(entry.protocol, entry.num_samples, tuple(sorted(entry.measured_with.items())))
+
+
+@dataclass(frozen=True)
+class Column:
+    """A figure over all runs.
+
+    Attributes:
+        name: The figure.
+        entries: Its entry in each run; ``None`` where a run lacks it.
+        direction: What is better, if that is known.
+        groups: Number of the way of measuring of each run, from 0 on in the order of the runs; ``None`` without an
+            entry.
+        ways: The ways by their numbers. More than one means that the numbers cannot be compared.
+        best: Whether a run has the best number; nowhere, if numbers cannot be compared.
+    """
+
+    name: str
+    entries: tuple[Entry | None, ...]
+    direction: Direction | None
+    groups: tuple[int | None, ...]
+    ways: tuple[Way, ...]
+    best: tuple[bool, ...]
+
+    @property
+    def comparable(self) -> bool:
+        """Whether all runs have measured it in the same way, on the same images."""
+        return len(self.ways) <= 1
+
+    @property
+    def differing(self) -> tuple[str, ...]:
+        """Names of the parts in which the ways of measuring differ, such as ``protocol`` or ``test images``."""
+        parts = [way.parts() for way in self.ways]
+        names = dict.fromkeys(name for each in parts for name in each)
+        return tuple(name for name in names if len({each.get(name) for each in parts}) > 1)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs as rows, figures as columns.
+
+    Attributes:
+        runs: Labels of the runs, no two the same.
+        columns: Figures that at least two runs have.
+        left_out: Names of figures that only one run has.
+        failures: What stopped the test of each run before its end; ``None`` if nothing did.
+    """
+
+    runs: tuple[str, ...]
+    columns: tuple[Column, ...]
+    left_out: tuple[str, ...]
+    failures: tuple[str | None, ...]
+
+    def column(self, name: str) -> Column | None:
+        """Returns the column of a figure, if there is one."""
+        return next((column for column in self.columns if column.name == name), None)
+
+
+def read_runs(paths: Sequence[Path]) -> dict[str, Evaluation]:
+    """Returns label → evaluation of several files; equal labels are told apart by the path.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If there are fewer than two files, one is given twice, or one is damaged.
+    """
+    if len(paths) < 2:
+        raise ValueError(f"a comparison needs at least two evaluation files, got {len(paths)}")
+    seen: set[Path] = set()
+    for path in paths:
+        if path.resolve() in seen:
+            raise ValueError(f"{path} is given twice")
+        seen.add(path.resolve())
+    evaluations = [read_evaluation(path) for path in paths]
+    names = [evaluation.name for evaluation in evaluations]
+    labels = [
+        name if names.count(name) == 1 else f"{name} ({path.as_posix()})"
+        for name, path in zip(names, paths, strict=True)
+    ]
+    return dict(zip(labels, evaluations, strict=True))
+
+
+def compare(
+    runs: Mapping[str, Evaluation],
+    names: Sequence[str] | None = None,
+    higher: Sequence[str] = (),
+    lower: Sequence[str] = (),
+) -> Comparison:
+    """Returns the comparison of several evaluations.
+
+    Numbers are compared only if protocol, number of images and all that they were measured with agree. What is better
+    is in the files; those of earlier versions, and figures whose evaluator does not say it, have no best.
+
+    Args:
+        runs: Label → evaluation.
+        names: Figures to compare, in this order; by default all that at least two runs have, but for
+            those of single step counts of a sweep.
+        higher: Further figures of which more is better.
+        lower: Further figures of which less is better.
+
+    Raises:
+        ValueError: If no run has a figure that is asked for, no two runs share a figure, or a figure is to be better
+            both ways.
+    """
+    counts: dict[str, int] = {}
+    for evaluation in runs.values():
+        for entry in evaluation.entries:
+            counts[entry.name] = counts.get(entry.name, 0) + 1
+    for argument, asked in (("columns", names or ()), ("higher", higher), ("lower", lower)):
+        unknown = [name for name in asked if name not in counts]
+        if unknown:
+            raise ValueError(f"{argument}: no run has a figure {unknown[0]!r}; there are {', '.join(sorted(counts))}")
+    both = sorted(set(higher) & set(lower))
+    if both:
+        raise ValueError(f"higher and lower both name {both[0]!r}")
+    shared = [name for name, count in counts.items() if count > 1]
+    # The numbers of a whole sweep are for the page of one run.
+    shared = [name for name in shared if not is_of_one_step_count(name)] or shared
+    if not shared:
+        raise ValueError(f"the runs {', '.join(runs)} share no figure: nothing can be compared")
+    known: dict[str, Direction] = {**dict.fromkeys(higher, "higher"), **dict.fromkeys(lower, "lower")}
+    columns = tuple(
+        _column(name, [run.entry(name) for run in runs.values()], known.get(name))
+        for name in (shared if names is None else names)
+    )
+    left_out = tuple(name for name in counts if name not in {column.name for column in columns})
+    return Comparison(tuple(runs), columns, left_out, tuple(run.failure for run in runs.values()))
+
+
+def direction(name: str) -> Direction | None:
+    """Returns what is better for a logged scalar of that name, as an axis says it; ``None`` if the name does not tell.
+
+    Comparisons go by what the evaluator said.
+    """
+    if _NEUTRAL.search(name):
+        return None
+    for words, better in _DIRECTIONS.items():
+        if re.search(rf"(^|[_\W])({words})($|[_\W])", name):
+            return better
+    return None
+
+
+def _column(name: str, entries: Sequence[Entry | None], known: Direction | None) -> Column:
+    ways: dict[Way, int] = {}
+    groups = [None if entry is None else ways.setdefault(way_of(entry), len(ways)) for entry in entries]
+    said = {entry.better for entry in entries if entry is not None}
+    better = known or (said.pop() if len(said) == 1 else None)
+    best = [False] * len(entries)
+    values = [math.nan if entry is None else entry.value for entry in entries]
+    numbers = [value for value in values if not math.isnan(value)]
+    if better is not None and len(ways) == 1 and len(numbers) > 1:
+        winner = max(numbers) if better == "higher" else min(numbers)
+        best = [value == winner for value in values]
+    return Column(name, tuple(entries), better, tuple(groups), tuple(ways), tuple(best))

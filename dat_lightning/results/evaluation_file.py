@@ -1,0 +1,208 @@
+"""The file ``evaluation.json``: what it holds, how it is written and read back."""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from dat_lightning.weights.files import written_whole
+
+FORMAT = "dat_lightning evaluation"
+SCHEMA_VERSION = 1
+
+_ADDED_LATER = ("better", "measured_with")
+
+# JSON has no numbers for these.
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A figure of an evaluation file.
+
+    Attributes:
+        name: What it is, such as ``fid``; no two entries of a file share one.
+        value: The number; it may be NaN or infinite.
+        protocol: How it was measured, in words.
+        num_samples: Number of images that entered.
+        source: Class of the callback or module that measured it.
+        details: Further primitives. ``pictures`` lists PNG files, absolute or relative to the file's folder,
+            ``captions`` says what is on them, ``warnings`` lists sentences.
+        better: Which of two values is the better one; ``None`` if the evaluator does not say.
+        measured_with: Name → short digest or name of what decides the number besides the model and the protocol.
+    """
+
+    name: str
+    value: float
+    protocol: str
+    num_samples: int
+    source: str
+    details: Mapping[str, Any] = field(default_factory=dict)
+    better: Literal["higher", "lower"] | None = None
+    measured_with: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Contents of an evaluation file.
+
+    Attributes:
+        name: Label of the run in tables and plots.
+        entries: The figures.
+        provenance: Where they come from: checkpoint, weights, versions, seeds, device, date.
+        failure: What stopped the test before all figures were measured; ``None`` if nothing did.
+    """
+
+    name: str
+    entries: Sequence[Entry]
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    failure: str | None = None
+
+    def entry(self, name: str) -> Entry | None:
+        """Returns the figure of that name, if there is one."""
+        return next((entry for entry in self.entries if entry.name == name), None)
+
+
+def write_evaluation(path: Path, evaluation: Evaluation) -> None:
+    """Writes an evaluation as JSON; a crash leaves the old file or the new one, never half of one."""
+    contents = {
+        "format": FORMAT,
+        "schema_version": SCHEMA_VERSION,
+        "note": "NaN, Infinity and -Infinity are written as strings",
+        "name": evaluation.name,
+        "failure": evaluation.failure,
+        "figures": [asdict(entry) for entry in evaluation.entries],
+        "provenance": evaluation.provenance,
+    }
+    write_text(path, json.dumps(primitive(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Returns the evaluation in a file.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is damaged, no evaluation, or of another schema version.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no evaluation file at {path}")
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not readable JSON, so it is damaged or no evaluation: {error}") from error
+    if not isinstance(contents, dict) or contents.get("format") != FORMAT:
+        raise ValueError(f"{path} is no evaluation file: expected one that EvaluationReport has written")
+    version = contents.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}: evaluate anew")
+    try:
+        entries = [_entry(figure) for figure in contents["figures"]]
+        evaluation = Evaluation(contents["name"], entries, contents["provenance"], contents.get("failure"))
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path} is a damaged evaluation file: a figure or an entry lacks {error}") from error
+    wrong = [entry.name for entry in entries if not _well_formed(entry)]
+    if wrong or not (isinstance(evaluation.name, str) and isinstance(evaluation.failure, str | None)):
+        raise ValueError(f"{path} is a damaged evaluation file: name or figure {wrong} has an entry of a wrong type")
+    return evaluation
+
+
+def path_for(path: Path, evaluation: Evaluation) -> Path:
+    """Returns where an evaluation can be written so that none of other weights is lost: ``path``, or one beside it.
+
+    A file of the same checkpoint is replaced, but not a complete one by one that is incomplete. A file of another
+    checkpoint, or that is no evaluation, stays; then the first eight digits of this one's hash are in the name.
+    """
+    beside = f"{path.stem}-{(identity(evaluation) or 'unknown')[:8]}"
+    names = (path.stem, beside, *(f"{beside}-{k}" for k in range(2, 1000)))
+    for name in names:
+        place = path.with_stem(name)
+        if not place.exists():
+            return place
+        old = _evaluation_or_none(place)
+        if old is not None and identity(old) is not None and identity(old) == identity(evaluation):
+            complete_stays = old.failure is None and evaluation.failure is not None
+            return path_for(place.with_stem(f"{name}-incomplete"), evaluation) if complete_stays else place
+    raise ValueError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
+
+
+def identity(evaluation: Evaluation) -> str | None:
+    """Returns the hash of the checkpoint's file, or of the weights where there is no file; ``None`` if unknown."""
+    checkpoint = evaluation.provenance.get("checkpoint")
+    digest = checkpoint.get("sha256") if isinstance(checkpoint, Mapping) else None
+    digest = digest or evaluation.provenance.get("weights_sha256")
+    return digest if isinstance(digest, str) else None
+
+
+def _evaluation_or_none(path: Path) -> Evaluation | None:
+    try:
+        return read_evaluation(path)
+    except (ValueError, OSError):
+        return None
+
+
+def is_of_one_step_count(name: str) -> bool:
+    """Returns whether a figure belongs to one number of sampling steps of a sweep, such as ``fid_20_steps``."""
+    return re.search(r"_\d+_steps$", name) is not None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    with written_whole(path) as file:
+        file.write(text.encode("utf-8"))
+
+
+def primitive(value: Any) -> Any:
+    """Returns a value as JSON takes it: numbers that are not finite, and objects, as text, tensors as lists."""
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return primitive(value.tolist())
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, float):
+        if math.isfinite(value):
+            return float(value)
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {str(key): primitive(each) for key, each in value.items()}
+    if isinstance(value, Sequence):
+        return [primitive(each) for each in value]
+    if isinstance(value, set | frozenset):
+        return sorted((primitive(each) for each in value), key=repr)
+    return str(value)
+
+
+def restored(value: Any) -> Any:
+    """Returns a value from JSON with its numbers that are not finite."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, dict):
+        return {key: restored(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [restored(each) for each in value]
+    return value
+
+
+def _entry(figure: Mapping[str, Any]) -> Entry:
+    """A figure of a file; files of earlier versions lack some of its parts."""
+    names = [each.name for each in fields(Entry) if each.name in figure or each.name not in _ADDED_LATER]
+    return Entry(**{name: restored(figure[name]) for name in names})
+
+
+def _well_formed(entry: Entry) -> bool:
+    texts = (entry.name, entry.protocol, entry.source)
+    numbers = (entry.value, entry.num_samples)
+    return (
+        all(isinstance(text, str) for text in texts)
+        and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
+        and isinstance(entry.details, dict)
+        and entry.better in (None, "higher", "lower")
+        and isinstance(entry.measured_with, dict)
+        and all(isinstance(part, str) for part in entry.measured_with.values())
+    )

@@ -1,0 +1,136 @@
+"""Values of batches in files, so that an evaluation that was interrupted goes on where it stopped."""
+
+import dataclasses
+import hashlib
+import io
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dat_lightning.core.ascent import no_trace
+from dat_lightning.data.fingerprint import module_fingerprint
+from dat_lightning.results.figures import Values
+from dat_lightning.version import __version__
+from dat_lightning.weights.files import written_whole
+
+_DIGEST_SIZE = hashlib.sha256().digest_size
+# The entry of a file with the network's logits, by which it is known again.
+_PROBE = "__logits__"
+
+
+class KeptValues:
+    """A folder of values per example, a file for each batch, that belong to one network and one way to compute them.
+
+    Never mistaken for each other are values of other weights or buffers, settings, versions of this package, images,
+    labels or indices. What neither weights nor structure show, such as an attribute that ``forward`` reads, shows in
+    the logits: they are kept with the values, and those of a network with other logits (beyond 1e-3 of the largest)
+    are computed anew. So are files that a crash or a full disk has damaged. Another batch size composes other batches,
+    and finds nothing.
+
+    Args:
+        folder: Where the files are.
+        name: Who computes; begins the name of the folder in it.
+        settings: The primitives on which the values depend; dataclasses of primitives are as good.
+    """
+
+    def __init__(self, folder: Path, name: str, settings: Mapping[str, Any]) -> None:
+        self.folder = folder
+        self.name = name
+        self.settings = settings
+        self._own: Path | None = None
+
+    def get_or_compute(
+        self,
+        network: nn.Module,
+        batch: Mapping[str, Tensor],
+        compute: Callable[[Mapping[str, Tensor]], Values],
+        part: str = "test",
+    ) -> Values:
+        """Returns the values of a batch on the CPU, from its file or else computed and written there.
+
+        Args:
+            network: Maps images to logits. Its weights must not change between calls.
+            batch: Has ``x`` and ``index``; these and ``y`` enter the file's name.
+            compute: Maps the batch to values, (N, …) each.
+            part: The set of images; it begins the file's name.
+
+        Raises:
+            TypeError: If a setting is no primitive.
+        """
+        path = self.path(network, batch, part)
+        like = next((p for p in network.parameters() if p.is_floating_point()), batch["x"])
+        with torch.no_grad(), no_trace(network):
+            probe = network(batch["x"].to(like.dtype)).detach().float().cpu()
+        values = read_values(path, len(batch["index"]))
+        kept = None if values is None else values.pop(_PROBE, None)
+        if values is None or kept is None or not _alike(kept, probe):
+            values = compute(batch)
+            write_values(path, {**values, _PROBE: probe})
+        return values
+
+    def path(self, network: nn.Module, batch: Mapping[str, Tensor], part: str) -> Path:
+        """Returns the file of a batch."""
+        seen = hashlib.sha256()
+        for name in ("x", "y", "index"):
+            if name in batch:
+                value = batch[name].detach().cpu().contiguous()
+                seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+                seen.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        index = batch["index"]
+        file = f"{part}-{int(index.min())}-{int(index.max())}-{seen.hexdigest()[:16]}.values"
+        return self.own_folder(network) / file
+
+    def own_folder(self, network: nn.Module) -> Path:
+        """Returns the folder of this network's values, which is made if there is none."""
+        if self._own is None:
+            weights = {"weights": module_fingerprint(network), "version": __version__}
+            key = {"name": self.name, "settings": dict(self.settings), **weights}
+            digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=_primitive).encode()).hexdigest()
+            self._own = self.folder / f"{self.name.rpartition('.')[2]}-{digest[:16]}"
+            self._own.mkdir(parents=True, exist_ok=True)
+        return self._own
+
+
+def read_values(path: Path, size: int) -> Values | None:
+    """Returns the values of ``size`` examples in a file; ``None`` without one, or if it is damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    digest, arrays = content[:_DIGEST_SIZE], content[_DIGEST_SIZE:]
+    if hashlib.sha256(arrays).digest() != digest:
+        return None
+    with np.load(io.BytesIO(arrays), allow_pickle=False) as file:
+        values = {name: torch.from_numpy(file[name]) for name in file.files}
+    return values if all(value.shape[:1] == (size,) for value in values.values()) else None
+
+
+def write_values(path: Path, values: Values) -> None:
+    """Writes values, behind a hash of them; a crash leaves no half-written file of that name."""
+    arrays = io.BytesIO()
+    np.savez(arrays, **{name: value.numpy() for name, value in values.items()})  # type: ignore[arg-type]
+    with written_whole(path) as file:
+        file.write(hashlib.sha256(arrays.getvalue()).digest() + arrays.getvalue())
+
+
+def _alike(kept: Tensor, probe: Tensor) -> bool:
+    """Whether logits are the same but for what devices and libraries make of sums."""
+    if kept.shape != probe.shape:
+        return False
+    # NaN logits are nobody's.
+    largest = float(probe.abs().max()) if probe.numel() else 0.0
+    return bool(((kept - probe).abs() <= 1e-3 * largest).all())
+
+
+def _primitive(value: Any) -> Any:
+    """A setting as primitives; what may print differently in each process, or alike for different values, is none."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {type(value).__name__: dataclasses.asdict(value)}
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"settings() must return primitives, got {type(value).__name__}: {value!r}")

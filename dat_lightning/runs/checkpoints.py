@@ -1,0 +1,235 @@
+"""Checkpoints of runs: read whole or refused, and the newest whole one found where another is damaged."""
+
+import pickle
+import zipfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat_lightning.weights.stamp import changed_settings, check_stamp, is_of_kind, kind_of, run_of
+
+# What a checkpoint has that training can go on from; one with weights alone lacks the optimiser.
+_NEEDED = ("pytorch-lightning_version", "state_dict", "loops", "optimizer_states", "lr_schedulers")
+# Files that were found whole and are about to be loaded, as they were then.
+_KNOWN_WHOLE: dict[Path, tuple[int, ...]] = {}
+
+
+class DamagedCheckpointError(ValueError):
+    """Says that a file is not a checkpoint that can be read whole."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a checkpoint has to be of, for a run to use it.
+
+    Args:
+        kind: Path of the module's class; any if it is ``None``.
+        shapes: Shapes in the state dict by name; nothing is compared if it is empty.
+        settings: The module's settings; a checkpoint with others will do, but one with the same comes first.
+        to_train: Whether training has to be able to go on from it.
+    """
+
+    kind: str | None = None
+    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    to_train: bool = True
+
+    def misfit(self, contents: Mapping[str, Any]) -> str | None:
+        """Returns what is wrong with a checkpoint of another kind of module or network, or ``None``."""
+        if self.kind is not None and not is_of_kind(contents, self.kind):
+            return f"it is one of a {kind_of(contents)}"
+        found = shapes_of(contents.get("state_dict", {}))
+        if not self.shapes or found == self.shapes:
+            return None
+        own = self.shapes.keys()
+        if own != found.keys():
+            missing, unexpected = len(own - found.keys()), len(found.keys() - own)
+            return f"{missing} names missing, {unexpected} unexpected, such as {min(own ^ found.keys())}"
+        name = next(name for name, shape in self.shapes.items() if shape != found[name])
+        return f"{name} has the shape {_by(found[name])}, not {_by(self.shapes[name])}"
+
+
+_ANY = Wanted()
+
+
+def shapes_of(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes in a state dict; what is no tensor has none."""
+    return {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "of a number"
+
+
+def is_archive(path: Path) -> bool:
+    """Returns whether a file begins as the archives of ``torch.save`` do, by which ``torch.load`` tells them."""
+    with path.open("rb") as file:
+        return file.read(4) == b"PK\x03\x04"
+
+
+def damaged_part(path: Path) -> str | None:
+    """Returns what is wrong with a file that ``torch.save`` wrote, or ``None``; every byte of it is read.
+
+    ``torch.load`` does not compare checksums: a file with a flipped bit gives other numbers in silence. A file that was
+    saved without checksums, which torch allows, has zeros in their place and cannot be checked.
+    """
+    return _damaged_part(path, tensors=True)
+
+
+def _damaged_part(path: Path, tensors: bool) -> str | None:
+    """The same, or without the bytes of the tensors, which are nearly all."""
+    size = path.stat().st_size
+    if size == 0:
+        return "it is of another kind: it is empty"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if not any(entry.CRC for entry in archive.infolist()):
+                return None
+            broken = next((entry.filename for entry in archive.infolist() if _is_odd(entry)), None)
+            if broken is None and tensors:
+                broken = archive.testzip()
+            elif broken is None:
+                for entry in archive.infolist():
+                    if entry.filename.endswith("/data.pkl"):
+                        archive.read(entry)  # an error if its checksum is another
+    except Exception:  # whatever a reader of archives stumbles over
+        return f"it is damaged or of another kind ({size} bytes)"
+    return None if broken is None else f"it is damaged, in its part {broken}"
+
+
+def _is_odd(entry: zipfile.ZipInfo) -> bool:
+    """Whether a part is marked as a folder, for which torch's reader leaves memory as it was, or has two sizes."""
+    return bool(entry.external_attr & 0x10) or (entry.compress_type == 0 and entry.compress_size != entry.file_size)
+
+
+def check_whole(path: Path) -> None:
+    """Reads every byte of a file that ``torch.save`` wrote.
+
+    Raises:
+        DamagedCheckpointError: If it is damaged, as far as its checksums tell, or of another kind.
+    """
+    if _KNOWN_WHOLE.pop(path.absolute(), None) == _identity(path):
+        return
+    fault = damaged_part(path)
+    if fault is not None:
+        raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {fault}")
+
+
+def know_as_whole(path: Path) -> None:
+    """Spares a file that has been checked the next check, unless it changes before."""
+    _KNOWN_WHOLE[path.absolute()] = _identity(path)
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    found = path.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
+    """Returns a checkpoint of a run, on the CPU; every byte is checked first, and nothing in it is executed.
+
+    Args:
+        path: The file.
+        mmap: Whether tensors stay in the file until they are used.
+
+    Raises:
+        DamagedCheckpointError: If the file is damaged, of another kind, or names something that could run code.
+        ValueError: If a newer version of this package wrote it.
+    """
+    check_whole(path)
+    return _load(path, mmap)
+
+
+def peek(path: Path) -> dict[str, Any]:
+    """Returns a checkpoint of a run, on the CPU, whose tensors stay in the file and have not been checked.
+
+    Raises:
+        DamagedCheckpointError: As :func:`read_run` does, as far as can be told without the tensors' bytes.
+        ValueError: If a newer version of this package wrote it.
+    """
+    fault = _damaged_part(path, tensors=False)
+    if fault is not None:
+        raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {fault}")
+    return _load(path, mmap=True)
+
+
+def _load(path: Path, mmap: bool) -> dict[str, Any]:
+    try:
+        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except pickle.UnpicklingError as error:
+        raise DamagedCheckpointError(
+            f"{path} is not a readable checkpoint: it holds Python objects, which are not loaded because that could run"
+            " code"
+        ) from error
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"{path} is not a readable checkpoint: it is damaged or of another kind"
+        ) from error
+    if not isinstance(contents, dict):
+        raise DamagedCheckpointError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    try:
+        check_stamp(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return contents
+
+
+def can_resume(contents: Mapping[str, Any]) -> bool:
+    """Returns whether training can go on from a checkpoint: one of a run, with the state of its optimiser."""
+    return all(name in contents for name in _NEEDED)
+
+
+def checkpoints_in(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
+    """Returns the files in a folder that are called like checkpoints."""
+    return sorted(path for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else []
+
+
+def newest_whole(candidates: Iterable[Path], wanted: Wanted = _ANY) -> Path | None:
+    """Returns the newest checkpoint that is whole, or ``None``.
+
+    Those with the settings that are wanted come first. Then the run of which a file was written last decides: its
+    checkpoint with the most steps is the newest, and of two with as many the one that was written later. The time of
+    writing alone would change when files are copied; steps alone would prefer an older run in the same folder.
+
+    Args:
+        candidates: Checkpoints; all are opened, and read whole until a whole one is found.
+        wanted: What it has to be of.
+    """
+    found: list[tuple[Path, int, dict[str, Any]]] = []
+    last_written: dict[str | None, int] = {}
+    for path in candidates:
+        try:
+            contents, written = peek(path), path.stat().st_mtime_ns
+        except (ValueError, OSError):
+            continue
+        if wanted.misfit(contents) is None and (can_resume(contents) or not wanted.to_train):
+            found.append((path, written, contents))
+            last_written[run_of(contents)] = max(written, last_written.get(run_of(contents), 0))
+
+    def rank(entry: tuple[Path, int, dict[str, Any]]) -> tuple[bool, int, int, int, str]:
+        path, written, contents = entry
+        others = bool(changed_settings(contents, wanted.settings))
+        return others, -last_written[run_of(contents)], -step_of(contents), -written, path.name
+
+    for path, _, _ in sorted(found, key=rank):
+        try:
+            check_whole(path)
+        except (ValueError, OSError):
+            continue
+        return path
+    return None
+
+
+def step_of(contents: Mapping[str, Any]) -> int:
+    """Returns how many steps of the optimiser a checkpoint has behind it."""
+    step = contents.get("global_step")
+    return step if isinstance(step, int) else 0
+
+
+def offer(path: Path, wanted: Wanted = _ANY) -> str:
+    """Returns the part of a sentence that says what to go on from where a checkpoint cannot be used."""
+    other = newest_whole((other for other in checkpoints_in(path.parent) if other.name != path.name), wanted)
+    return f"; no other checkpoint in {path.parent} is whole" if other is None else f"; the newest whole one is {other}"

@@ -1,0 +1,233 @@
+"""Runs that survive: which checkpoint a run goes on from, and the Trainer's parts that see to it that there is one."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from typing_extensions import override
+
+from dat_lightning.runs import (
+    AtomicCheckpointIO,
+    DamagedCheckpointError,
+    Wanted,
+    can_resume,
+    checkpoints_in,
+    know_as_whole,
+    newest_whole,
+    offer,
+    peek,
+    read_run,
+    shapes_of,
+    step_of,
+)
+from dat_lightning.runs.signal_checkpoint import SignalCheckpoint
+from dat_lightning.weights import changed_settings
+
+# Words that Lightning understands; it resolves the second and third.
+_LAST, _PASSED_ON = "last", ("best", "hpc")
+_HINT = "; for its weights alone use --model.init_from"
+# What the savers of FSDP and DeepSpeed have in the folder that is a checkpoint.
+_SHARDED = (".metadata", "latest")
+
+
+class SameCheckpoint(Callback):
+    """Refuses to train from different checkpoints in the processes of a run: each of them looks for its own."""
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compares the file's name and its step over all processes.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        connector = trainer._checkpoint_connector
+        name = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).name
+        chosen: list[Any] = [None] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(chosen, (name, step_of(connector._loaded_checkpoint)))
+        for rank, other in enumerate(chosen):
+            if other != chosen[0]:
+                raise ValueError(
+                    f"rank {rank} goes on from {_said(*other)}, rank 0 from {_said(*chosen[0])}: all processes must"
+                    " share the folder of the checkpoints"
+                )
+
+
+def _said(name: str | None, step: int) -> str:
+    return "no checkpoint" if name is None else f"{name} (step {step})"
+
+
+def protect(trainer: Trainer) -> None:
+    """Gives a Trainer what a run needs to survive, where it has none of the kind.
+
+    That is :class:`AtomicCheckpointIO`, :class:`SignalCheckpoint` and :class:`SameCheckpoint`. A plug-in for
+    checkpoints that the user chose stays; one that wraps another, such as ``AsyncCheckpointIO``, writes through ours.
+    """
+    chosen = trainer.strategy._checkpoint_io
+    if isinstance(chosen, _WrappingCheckpointIO):
+        chosen.checkpoint_io = AtomicCheckpointIO()  # does nothing where it has one already
+    elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    for kind in (SignalCheckpoint, SameCheckpoint):
+        if not any(isinstance(callback, kind) for callback in callbacks):
+            callbacks.append(kind())
+
+
+def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule, to_train: bool) -> str | None:
+    """Returns the checkpoint that ``--ckpt_path`` means, checked; ``None`` to start anew.
+
+    A path is itself, and so is a folder that is one sharded checkpoint. Any other folder means the newest whole
+    checkpoint in it, and ``last`` the newest whole one of this run: in the folders of its ``ModelCheckpoint``
+    callbacks, where Lightning puts those that have none, or one that a signal left in ``default_root_dir``. Where there
+    is none yet, training from ``last`` starts anew, so that one command serves all lives of a job. A job that Slurm has
+    put into its queue again goes on from ``last`` without being told.
+
+    Where training goes on, a warning says which of the module's settings have changed, and that it is done already.
+
+    Args:
+        given: The argument.
+        trainer: Of the run.
+        model: Of the run; checkpoints of another kind of module or network are not considered.
+        to_train: Whether training goes on, which needs the optimiser's state.
+
+    Raises:
+        ValueError: If the checkpoint is damaged, foreign, of another kind of module or of a newer version; if there
+            are some, but none is whole; or if there is none to evaluate.
+    """
+    if given in _PASSED_ON:
+        return given
+    kind = f"{type(model).__module__}.{type(model).__qualname__}"
+    wanted = Wanted(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
+    if given is None:
+        if not (to_train and SLURMEnvironment.detect() and _in_root(trainer)):
+            return None
+        given = _LAST
+    if given != _LAST and (not Path(given).is_dir() or any((Path(given) / name).exists() for name in _SHARDED)):
+        if Path(given).is_file():
+            _check(Path(given), type(model).__name__, wanted)
+            _tell(given, Path(given), trainer, wanted)
+        return given
+    found = _newest(given, trainer, wanted, type(model).__name__)
+    if found is None:
+        return None
+    rank_zero_info(f"--ckpt_path {given} is {found}")
+    _tell(given, found, trainer, wanted)
+    return str(found)
+
+
+def _newest(given: str, trainer: Trainer, wanted: Wanted, kind: str) -> Path | None:
+    """Returns the checkpoint that a folder or ``last`` means."""
+    candidates = _of_run(trainer) if given == _LAST else checkpoints_in(Path(given))
+    found = newest_whole(candidates, wanted)
+    if found is None and (candidates or given != _LAST):
+        folders = ", ".join(sorted({str(path.parent) for path in candidates})) or given
+        raise ValueError(
+            f"--ckpt_path {given}: none of the {len(candidates)} checkpoints in {folders} is a whole one of a"
+            f" {kind} with this network"
+        )
+    if found is None:
+        if not wanted.to_train:
+            folders = ", ".join(map(str, [*_folders(trainer), trainer.default_root_dir]))
+            raise ValueError(f"--ckpt_path last: there is no checkpoint of this run in {folders}; name a file")
+        rank_zero_info("--ckpt_path last: there is no checkpoint of this run yet; it starts anew")
+        return None
+    know_as_whole(found)
+    latest = max(candidates, key=lambda path: path.stat().st_mtime_ns)
+    if latest.stat().st_mtime_ns > found.stat().st_mtime_ns:
+        why = _passed_over(latest, wanted)
+        rank_zero_warn(f"--ckpt_path {given}: {latest} is newer, but {why}; the run goes on from {found}")
+    return found
+
+
+def _passed_over(path: Path, wanted: Wanted) -> str:
+    """Returns why a checkpoint that was written later is not the one to go on from."""
+    try:
+        contents = read_run(path, mmap=True)
+    except (ValueError, OSError):
+        return "cannot be used"
+    if wanted.misfit(contents) is not None or not (can_resume(contents) or not wanted.to_train):
+        return "cannot be used"
+    if changed_settings(contents, wanted.settings):
+        return "has other settings of the module than this run"
+    return f"has fewer steps ({step_of(contents)})"
+
+
+def _tell(given: str, path: Path, trainer: Trainer, wanted: Wanted) -> None:
+    """Warns of what a user who goes on from a checkpoint may not expect."""
+    if not wanted.to_train:
+        return
+    contents = peek(path)
+    changed = changed_settings(contents, wanted.settings)
+    if changed:
+        more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
+        rank_zero_warn(
+            f"--ckpt_path {given}: {path} was trained with other settings, and the run goes on with the new ones:"
+            f" {'; '.join(changed[:8])}{more}"
+        )
+    limit = _limit_reached(contents, trainer)
+    if limit is not None:
+        rank_zero_warn(
+            f"--ckpt_path {given}: training is done, there is nothing to do: {path} is at {limit}; raise that to go on,"
+            " or leave --ckpt_path out and choose another dirpath to start anew"
+        )
+
+
+def _limit_reached(contents: Mapping[str, Any], trainer: Trainer) -> str | None:
+    """Returns which of the Trainer's limits a checkpoint has reached, as Lightning decides it."""
+    if 0 <= trainer.max_steps <= step_of(contents):
+        return f"step {step_of(contents)} of trainer.max_steps={trainer.max_steps}"
+    progress = contents["loops"].get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
+    epochs = progress.get("processed", 0)
+    if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
+        return f"epoch {epochs} of trainer.max_epochs={trainer.max_epochs}"
+    return None
+
+
+def _of_run(trainer: Trainer) -> list[Path]:
+    return [path for folder in _folders(trainer) for path in checkpoints_in(folder)] + _in_root(trainer)
+
+
+def _folders(trainer: Trainer) -> list[Path]:
+    """Returns the folders in which the ModelCheckpoint callbacks save, or saved in earlier lives."""
+    savers = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    folders = {Path(dirpath) for dirpath in savers if dirpath}
+    if not all(savers):
+        # Lightning's choice, with a new folder for each life.
+        folders.add(Path(trainer.default_root_dir) / "checkpoints")
+        for each in trainer.loggers:
+            folders.update(Path(each.save_dir or trainer.default_root_dir, str(each.name)).glob("*/checkpoints"))
+    return sorted(folders)
+
+
+def _in_root(trainer: Trainer) -> list[Path]:
+    root = Path(trainer.default_root_dir)
+    return [path for name in ("hpc_ckpt_*.ckpt", "interrupted.ckpt") for path in checkpoints_in(root, name)]
+
+
+def _check(path: Path, kind: str, wanted: Wanted) -> None:
+    """Raises an error if a checkpoint is not one of this kind of run."""
+    try:
+        contents = read_run(path, mmap=True)
+    except DamagedCheckpointError as error:
+        raise ValueError(f"--ckpt_path: {error}{offer(path, wanted)}") from error
+    if "pytorch-lightning_version" not in contents:
+        raise ValueError(f"--ckpt_path {path} is no checkpoint of a run of this program{_HINT}")
+    # Evaluation takes weights alone, from whatever module they are.
+    misfit = (wanted if wanted.to_train else replace(wanted, kind=None)).misfit(contents)
+    if misfit is not None:
+        raise ValueError(
+            f"--ckpt_path {path} is a checkpoint of another kind of module or network than {kind}: {misfit}{_HINT}"
+        )
+    if wanted.to_train and not can_resume(contents):
+        raise ValueError(f"--ckpt_path {path} has weights alone, and training goes on from an optimiser's state{_HINT}")
+    know_as_whole(path)

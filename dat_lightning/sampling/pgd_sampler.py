@@ -1,0 +1,305 @@
+"""Generation: one class-balanced set of images per evaluation, from one chain, handed to whoever consumes samples."""
+
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+from typing_extensions import override
+
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, Logits, Precision, ascend_snapshots, unbounded_ascent
+from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.evaluation.evaluator import is_silent
+from dat_lightning.results.figures import Values
+from dat_lightning.results.kept_values import KeptValues
+from dat_lightning.sampling.seed_batches import SeedBatches
+from dat_lightning.speed.network_forms import CompiledNetwork, NetworkForms
+
+Stage = Literal["val", "test", "predict"]
+
+# Loader processes for seeds, of which a chain takes seconds to use up a batch; those of training stay beside them.
+_MAX_WORKERS = 4
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What a sampler is about to generate.
+
+    Attributes:
+        stage: The evaluation that asked for it; the prefix of logged scalars.
+        num_samples: Samples over all ranks.
+        num_classes: Number of classes K; sample i belongs to class i mod K.
+        num_steps: Step counts of the snapshots, ascending.
+        step_size: Length of a step.
+    """
+
+    stage: Stage
+    num_samples: int
+    num_classes: int
+    num_steps: tuple[int, ...]
+    step_size: float
+
+    def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
+        """Raises a ValueError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
+        if num_steps is not None and num_steps not in self.num_steps:
+            raise ValueError(
+                f"{consumer}.num_steps={num_steps} is not among the sampler's snapshots {list(self.num_steps)}"
+            )
+
+
+@dataclass(frozen=True)
+class SampleBatch:
+    """Finished samples of one batch.
+
+    Attributes:
+        indices: Global indices, (N,).
+        labels: Intended classes, (N,).
+        seeds: The OOD images that the chain began with, (N, C, H, W).
+        images: Step count → images, (N, C, H, W) in [0, 1].
+    """
+
+    indices: Tensor
+    labels: Tensor
+    seeds: Tensor
+    images: dict[int, Tensor]
+
+
+class SampleConsumer(Callback):
+    """A callback that receives generated samples from the :class:`PGDSampler` of the same Trainer.
+
+    Override :meth:`on_samples_start`, :meth:`on_samples_batch` and :meth:`on_samples_end`. Each rank gets its own
+    batches, not equally many; collectives belong in the first and the last of these, which every rank enters once.
+
+    Raises:
+        ValueError: On set-up, if the Trainer has no sampler.
+    """
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that somebody generates samples."""
+        if not any(isinstance(c, PGDSampler) for c in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(f"{type(self).__name__} consumes samples: add a PGDSampler to trainer.callbacks")
+
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Called on every rank before the first batch."""
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Called with every finished batch of this rank."""
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called on every rank after the last batch."""
+
+
+class PGDSampler(Callback):
+    """Generates class-balanced images at the end of validation, test and predict.
+
+    Sample i has class i mod K and the i-th held-out OOD seed, and climbs f(x)[class] by unbounded L2 steps; it is the
+    same for any batch size and number of ranks (bitwise where batches are composed alike). Whole batches are dealt to
+    the ranks in turn. The chain is walked once, with a snapshot at each of ``num_steps``, and every
+    :class:`SampleConsumer` of the Trainer sees each finished batch. Weights are those that evaluation uses, the
+    averaged ones under :class:`~dat_lightning.training.ExponentialMovingAverage`.
+
+    The LightningModule may be any that maps images in [0, 1] to logits. Seeds come from the DataModule's
+    ``held_out_seeds()``; if it has ``num_workers``, so many loader processes read them while chains are walked.
+
+    With a ``dirpath``, generation that was interrupted goes on where it stopped: batches that were finished are read,
+    and consumers see them as if they were new. Override :meth:`settings` where a subclass has more of them.
+
+    Args:
+        num_samples: Samples over all ranks.
+        num_steps: Step counts of the sweep.
+        step_size: L2 length of a step.
+        batch_size: Samples per batch and rank.
+        every_n_epochs: During fit, sample after each n-th epoch only.
+        stages: The evaluations that sample.
+        precision: Precision of the chain's passes; by default the Trainer's.
+        dirpath: Folder that keeps finished batches of test and predict until all consumers of all ranks are done;
+            validation keeps nothing, and neither does ``None``. N samples of C×H×W values take N · C·H·W · 4 bytes for
+            each step count: 0.6 GB for 50 000 of 3×32×32, 39 GB at 3×256×256. Any number of ranks can go on, if they
+            share the folder. Other weights, seeds or settings, number of samples and batch size among them, start anew;
+            what was kept then stays until the test that was interrupted is whole.
+
+    Raises:
+        ValueError: If a number is outside its range.
+        TypeError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
+            primitive.
+        OSError: With a batch, if it cannot be kept.
+
+    Source: DAT (arXiv 2510.13872), on generation.
+    """
+
+    def __init__(
+        self,
+        num_samples: int = 1000,
+        num_steps: Sequence[int] = (10, 20, 40),
+        step_size: float = 0.2,
+        batch_size: int = 250,
+        every_n_epochs: int = 1,
+        stages: Sequence[Stage] = ("val", "test", "predict"),
+        precision: Precision | None = None,
+        dirpath: str | None = None,
+    ) -> None:
+        positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
+        for name, value in positive.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if not num_steps or min(num_steps) < 0:
+            raise ValueError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
+        self.num_samples = num_samples
+        self.num_steps = tuple(sorted(set(num_steps)))
+        self.chain = unbounded_ascent(step_size, max(num_steps))
+        self.batch_size = batch_size
+        self.every_n_epochs = every_n_epochs
+        self.stages = tuple(stages)
+        self.precision = precision
+        self.dirpath = dirpath
+
+    def settings(self) -> dict[str, Any]:
+        """Returns the primitives on which samples depend, beside the network, its precision and the seeds."""
+        return {"chain": self.chain, "num_steps": list(self.num_steps), "precision": self.precision}
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Checks that there are seeds to start from."""
+        if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
+            raise TypeError(
+                "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"
+                " (image, label or None), as PairedDataModule has it"
+            )
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples, unless this is the sanity check or an epoch in between."""
+        due = (trainer.current_epoch + 1) % self.every_n_epochs == 0 or trainer.state.fn != "fit"
+        if due and not trainer.sanity_checking:
+            self.sample(trainer, pl_module, "val")
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples."""
+        self.sample(trainer, pl_module, "test")
+
+    @override
+    def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Samples."""
+        self.sample(trainer, pl_module, "predict")
+
+    def sample(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
+        """Generates the set and feeds the consumers; does nothing if the stage is not asked for or nobody consumes."""
+        consumers = [c for c in trainer.callbacks if isinstance(c, SampleConsumer)]  # type: ignore[attr-defined]
+        if stage not in self.stages or not consumers:
+            return
+        like = next(
+            (p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device)
+        )
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
+        workers = min(_MAX_WORKERS, getattr(data, "num_workers", None) or 0)
+        seeds = SeedBatches(data.held_out_seeds(), chunks, like, workers)
+        with torch.no_grad():
+            num_classes = pl_module(seeds.first.unsqueeze(0).to(like)).shape[1]
+        plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
+        for consumer in consumers:
+            consumer.on_samples_start(trainer, pl_module, plan)
+        # A faster form of the same function, where the module has one.
+        network: Logits = getattr(pl_module, "ascent_network", lambda: pl_module)()
+        forms = _network_forms(pl_module)
+        if forms is not None:
+            forms.expect(min(self.batch_size, self.num_samples), ("ascents",))
+        kept = self._kept_values(trainer, pl_module, network, stage)
+        # Closed, so that an error here ends the loader processes.
+        with closing(iter(seeds)) as batches:
+            for indices in tqdm(chunks, desc="Generating", leave=False, disable=is_silent(trainer)):
+                images = next(batches)
+                with trainer.precision_plugin.forward_context():
+                    batch = self._generate_or_read(kept, pl_module, network, images, torch.tensor(indices), num_classes)
+                for consumer in consumers:
+                    consumer.on_samples_batch(trainer, pl_module, batch)
+        for consumer in consumers:
+            consumer.on_samples_end(trainer, pl_module)
+        if kept is not None:
+            # Not before the slowest rank is done, and not while a fast one begins the next set.
+            trainer.strategy.barrier("PGDSampler.end")
+            if chunks:
+                shutil.rmtree(kept.own_folder(pl_module), ignore_errors=True)
+            trainer.strategy.barrier("PGDSampler.removed")
+
+    def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        """Returns the samples with the given global indices (N,) from their seeds (N, C, H, W)."""
+        labels = (indices % num_classes).to(seeds.device)
+        dtype = AUTOCAST_DTYPES[self.precision]
+        images = ascend_snapshots(
+            logits, seeds, labels, targeted_logit, self.chain, self.num_steps, autocast_dtype=dtype
+        )
+        return SampleBatch(indices, labels, seeds, images)
+
+    def _chunks(self, rank: int, world_size: int) -> Iterator[list[int]]:
+        """This rank's batches of indices: the same batches for any number of ranks, dealt in turn."""
+        for first in range(rank * self.batch_size, self.num_samples, world_size * self.batch_size):
+            yield list(range(first, min(first + self.batch_size, self.num_samples)))
+
+    def _kept_values(
+        self, trainer: Trainer, pl_module: LightningModule, network: Logits, stage: Stage
+    ) -> KeptValues | None:
+        """Where batches of this evaluation are kept, if they are."""
+        if self.dirpath is None or stage == "val":
+            return None
+        # A network that is folded for speed has the weights of the module, and other last bits.
+        climbed = [f"{type(part).__module__}.{type(part).__qualname__}" for part in _forms_of(network)]
+        # The size of set and batches enters, so that a folder holds one set, and goes with it.
+        sizes = {"num_samples": self.num_samples, "batch_size": self.batch_size}
+        forms = _network_forms(pl_module)
+        passes = {
+            "climbed": climbed,
+            "compile": None if forms is None else forms.compile,
+            "trainer_precision": str(trainer.precision),
+            "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        }
+        settings = {**self.settings(), **sizes, **passes}
+        return KeptValues(Path(self.dirpath), f"{type(self).__module__}.{type(self).__qualname__}", settings)
+
+    def _generate_or_read(
+        self,
+        kept: KeptValues | None,
+        pl_module: LightningModule,
+        network: Logits,
+        seeds: Tensor,
+        indices: Tensor,
+        num_classes: int,
+    ) -> SampleBatch:
+        """A batch from its file, or else generated, and kept if batches are."""
+        if kept is None:
+            return self.generate(network, seeds, indices, num_classes)
+
+        def compute(batch: Mapping[str, Tensor]) -> Values:
+            made = self.generate(network, seeds, indices, num_classes)
+            images = {f"images_{steps}": _storable(images) for steps, images in made.images.items()}
+            return {"labels": made.labels.cpu(), **images}
+
+        values = kept.get_or_compute(pl_module, {"x": seeds, "index": indices}, compute, "samples")
+        # A new batch goes the same way as one that was read, so that they cannot differ.
+        images = {steps: values[f"images_{steps}"].to(seeds) for steps in self.num_steps}
+        return SampleBatch(indices, values["labels"].to(seeds.device), seeds, images)
+
+
+def _network_forms(pl_module: LightningModule) -> NetworkForms | None:
+    """Those of this package's modules; others have none."""
+    forms = getattr(pl_module, "network_forms", None)
+    return forms if isinstance(forms, NetworkForms) else None
+
+
+def _forms_of(network: Logits) -> list[object]:
+    """The network as it is climbed, and what a compiled graph was made from."""
+    return [network, network.network] if isinstance(network, CompiledNetwork) else [network]
+
+
+def _storable(images: Tensor) -> Tensor:
+    """Images as NumPy's files take them, without loss."""
+    images = images.detach().cpu().contiguous()
+    return images.float() if images.dtype == torch.bfloat16 else images

@@ -1,0 +1,190 @@
+"""Watches a run for the known ways in which it fails, and says what the cause is and what helps."""
+
+import math
+from typing import Any, Literal
+
+import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.curriculum import AUCCurriculum
+from dat_lightning.core.energy import batch_norm_layers
+from dat_lightning.core.losses import energy_gradient_norm
+from dat_lightning.training.divergence import step_was_skipped
+from dat_lightning.training.signatures import TrainingFailureError, curriculum_of
+
+_GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
+_PIXELS = "the pixels' distance from 0.5"
+
+
+class Diagnostics(Callback):
+    """Looks for the failure signatures of joint training every few steps.
+
+    | signature | when |
+    |---|---|
+    | a loss or an energy is NaN or infinite | stops the run |
+    | pixels outside [0, 1] | stops the run |
+    | batch norm in train mode in Stage 2 | stops the run |
+    | mean energy beyond ``max_energy`` | stops or warns, see ``action`` |
+    | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
+    | T still 0 after ``patience`` steps | warns once |
+    | …, and OOD seeds cannot be told from training images | warns once that they may be the same data |
+
+    :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
+    is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
+    training; the last row is for data of others.
+    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
+
+    Args:
+        every_n_steps: Training steps between looks; each costs a host synchronisation and one input gradient.
+        patience: Steps that T may stay at 0.
+        max_energy: Largest absolute mean energy.
+        max_gradient: Largest mean of ‖∇ₓE(x)‖².
+        action: What to do about an explosion that is still finite.
+
+    Raises:
+        ValueError: If a number is not positive.
+        TrainingFailureError: In training, as said above.
+
+    Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
+    """
+
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        patience: int = 1000,
+        max_energy: float = 1e4,
+        max_gradient: float = 1e8,
+        action: Literal["stop", "warn"] = "stop",
+    ) -> None:
+        limits = {"every_n_steps": every_n_steps, "patience": patience, "max_energy": max_energy}
+        for name, value in {**limits, "max_gradient": max_gradient}.items():
+            if not value > 0:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.every_n_steps = every_n_steps
+        self.patience = patience
+        self.max_energy = max_energy
+        self.max_gradient = max_gradient
+        self.action = action
+        self._warned_stuck = False
+        self._last_look = 0
+        self._stale: dict[str, Tensor] = {}
+        self._skipped_in_epoch = False
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Forgets what an earlier run logged."""
+        self._stale, self._skipped_in_epoch = {}, False
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves aside an epoch's means if one of its steps was skipped."""
+        if self._skipped_in_epoch:
+            self._stale, self._skipped_in_epoch = dict(trainer.callback_metrics), False
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks, if it is time."""
+        step = trainer.global_step
+        if step_was_skipped(trainer):
+            # What is NaN there has been dealt with. It stands until the module logs it again, which may be later.
+            self._stale, self._skipped_in_epoch = dict(trainer.callback_metrics), True
+            return
+        # With accumulated gradients several batches belong to a step.
+        if step == 0 or step == self._last_look or step % self.every_n_steps:
+            return
+        self._last_look = step
+        curriculum = curriculum_of(pl_module)
+        if curriculum is not None:
+            self._check_batch_norm(pl_module)
+        self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)
+        if curriculum is not None:
+            self._check_curriculum(trainer, curriculum)
+
+    def _largest_values(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, curriculum: AUCCurriculum | None
+    ) -> dict[str, float]:
+        """Absolute losses, energies and gradient, the largest over ranks, which have to come to one decision."""
+        scalars = [(n, v) for n, v in trainer.callback_metrics.items() if not self._is_stale(n, v)]
+        values = {n: v for n, v in scalars if n.startswith("train/") and ("loss" in n or "energy" in n)}
+        if isinstance(batch, dict):
+            images = [x for name, x in batch.items() if name.startswith("x_")]
+            values |= {_PIXELS: torch.stack([(x - 0.5).abs().max() for x in images]).max()} if images else {}
+            if curriculum is not None and "x_gen" in batch:
+                with torch.enable_grad(), no_trace(pl_module):
+                    values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
+                pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
+        if not values:
+            return {}
+        # NaN has no place in an order.
+        numbers = torch.stack([v.detach().float().abs().to(pl_module.device) for v in values.values()])
+        largest = trainer.strategy.reduce(numbers.nan_to_num(nan=math.inf, posinf=math.inf), reduce_op="max")
+        return dict(zip(values, largest.tolist(), strict=True))
+
+    def _is_stale(self, name: str, value: Tensor) -> bool:
+        # The Trainer gives a new alias at each look, and new memory at each log; ours keeps the old one from reuse.
+        return name in self._stale and self._stale[name].data_ptr() == value.data_ptr()
+
+    def _check_batch_norm(self, pl_module: LightningModule) -> None:
+        training = [m for m in batch_norm_layers(pl_module) if m.training]
+        if training:
+            raise TrainingFailureError(
+                f"{len(training)} batch norm layers are in train mode in Stage 2. Real, contrastive and adversarial"
+                " images have different statistics, so the energy drifts without bound. Call"
+                " energy_model.freeze_batch_norm(), as DualAdversarialModule does, and do not override train()."
+            )
+
+    def _check_values(self, values: dict[str, float], is_joint: bool) -> None:
+        for name, value in values.items():
+            if name == _PIXELS and value > 0.5 + 1e-3:
+                raise TrainingFailureError(
+                    "images of this batch have pixels outside [0, 1], or NaN ones. Attacks clip to that range: let the"
+                    " data module give raw pixels in [0, 1], and put mean and std into EnergyModel."
+                )
+            if not math.isfinite(value):
+                step = " or contrastive step" if is_joint else ""
+                raise TrainingFailureError(
+                    f"{name} is NaN or infinite in Stage {1 + is_joint}. Mostly the cause is a learning rate{step} too"
+                    " large; lower it and resume from an earlier checkpoint."
+                )
+            if name.startswith("train/energy_") and "loss" not in name and value > self.max_energy:
+                self._act(
+                    f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
+                    " norm is frozen, lower the learning rate, or set r1_weight to 0.01."
+                )
+            if name == _GRADIENT and value > self.max_gradient:
+                self._act(
+                    f"{_GRADIENT} has reached {value:.3g}, beyond {self.max_gradient:g}. This happens where the"
+                    " classification term sees clean images: keep its attack (threat_model.eps > 0), which regularises"
+                    " the gradient, or set r1_weight to 0.01 … 1."
+                )
+
+    def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:
+        stuck = trainer.global_step >= self.patience and int(curriculum.num_steps) == 0 and curriculum.max_steps > 0
+        if not stuck or self._warned_stuck:
+            return
+        self._warned_stuck = True
+        separation = float(trainer.callback_metrics.get("train/auc", torch.tensor(math.nan)))
+        message = (
+            f"the number of contrastive steps T is still 0 after {trainer.global_step} steps: the AUC"
+            f" ({separation:.2f}) does not reach its threshold {curriculum.auc_threshold}, so samples will be poor."
+            " Lower auc_threshold or raise the learning rate."
+        )
+        if 0.4 <= separation <= 0.6:
+            message += (
+                " OOD seeds cannot be told from training images at all: is the OOD set the training set itself? Use"
+                " other images as OOD data."
+            )
+        rank_zero_warn(message)
+
+    def _act(self, message: str) -> None:
+        if self.action == "stop":
+            raise TrainingFailureError(message)
+        rank_zero_warn(message)

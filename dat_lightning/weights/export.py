@@ -1,0 +1,62 @@
+"""From a training run's checkpoint to a model that stands alone: averaged weights, network and normalisation."""
+
+import logging
+from pathlib import Path
+
+from lightning.pytorch import LightningDataModule, Trainer
+
+from dat_lightning.modules import EnergyModule
+from dat_lightning.weights import load_weights
+from dat_lightning.weights.hub import CONFIG_FILE, WEIGHTS_FILE, EnergyModel
+
+logger = logging.getLogger(__name__)
+
+
+def export_model(model: EnergyModel, ckpt_path: str | Path, output: str | Path) -> None:
+    """Loads a checkpoint's averaged weights into a model and saves it for :meth:`EnergyModel.from_pretrained`.
+
+    Args:
+        model: Of the network that the checkpoint was trained with; its weights are replaced.
+        ckpt_path: Checkpoint or state dict.
+        output: Folder to write; one that exists must be empty or an earlier export, which is replaced.
+
+    Raises:
+        FileExistsError: If the folder holds something else.
+        FileNotFoundError: If there is no checkpoint.
+        ValueError: If the checkpoint does not fit the model, or the network is not registered.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise FileExistsError(f"output must be a folder, but {output} is a file")
+    present = {path.name for path in output.iterdir()} if output.exists() else set()
+    if present and not present >= {CONFIG_FILE, WEIGHTS_FILE}:
+        raise FileExistsError(
+            f"output must be a new or empty folder or an earlier export, but {output} has {sorted(present)[:5]}"
+        )
+    load_weights(model, ckpt_path)
+    model.save_pretrained(output)
+    logger.info("wrote %s, the weights of %s; EnergyModel.from_pretrained(%r) reads it", output, ckpt_path, str(output))
+
+
+class ExportingTrainer(Trainer):
+    """A Trainer that can also export a model."""
+
+    def export(
+        self,
+        model: EnergyModule,
+        ckpt_path: str,
+        output: str,
+        datamodule: LightningDataModule | None = None,
+    ) -> None:
+        """Writes a checkpoint's averaged model to a folder that ``EnergyModel.from_pretrained`` reads.
+
+        Args:
+            model: The module of the configuration.
+            ckpt_path: Checkpoint or state dict.
+            output: Folder to write; one that exists must be empty or an earlier export, which is replaced.
+            datamodule: Not used.
+
+        Raises:
+            FileExistsError: If the folder holds something else.
+        """
+        export_model(model.energy_model, ckpt_path, output)

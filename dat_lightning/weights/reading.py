@@ -1,0 +1,88 @@
+"""Files of weights: the formats, and one clear error for each file that is none of them."""
+
+import pickle
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dat_lightning.runs.checkpoints import check_whole, is_archive
+from dat_lightning.weights import pickles
+from dat_lightning.weights.names import ForbiddenNameError
+from dat_lightning.weights.stamp import check_stamp
+
+
+def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
+    """Returns the contents of a file of weights, on the CPU; nothing in the file is executed.
+
+    Reads what ``torch.save`` writes, ``.safetensors``, and the folder that huggingface_hub's mixin writes. Where a file
+    holds other Python objects besides tensors and primitives, those become a
+    :class:`~dat_lightning.weights.StandIn` with their name, which does nothing.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it is no checkpoint, is damaged, or names something that could run code.
+    """
+    path = Path(path)
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    # Before anything in it is believed. The formats without an archive have no checksums.
+    if is_archive(file):
+        check_whole(file)
+    try:
+        contents = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
+    except ForbiddenNameError as error:
+        raise ValueError(f"{path} is not a readable checkpoint: {error}; nothing in it was run") from error
+    except Exception as error:  # whatever a reader of damaged bytes stumbles over
+        raise ValueError(f"{path} is not a readable checkpoint: {_diagnosis(file)}") from error
+    if not isinstance(contents, Mapping):
+        kind = contents.name if isinstance(contents, pickles.StandIn) else type(contents).__name__
+        raise ValueError(f"{path} holds a {kind}, not a checkpoint or state dict")  # noqa: TRY004
+    try:
+        check_stamp(contents)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return contents
+
+
+def _read_safetensors(file: Path) -> Mapping[str, Any]:
+    from safetensors.torch import load_file
+
+    tensors: Mapping[str, Any] = load_file(file, device="cpu")
+    return tensors
+
+
+def _read_torch(file: Path) -> Any:
+    with file.open("rb") as opened, warnings.catch_warnings():
+        # About pickle protocols, sparse tensors and storages of old; none is for the reader of a checkpoint.
+        warnings.simplefilter("ignore")
+        try:
+            return torch.load(opened, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
+            opened.seek(0)
+        # Only a pickle that torch's own restricted reader refuses comes here: no archive of code, no tar file.
+        return torch.load(opened, map_location="cpu", pickle_module=pickles, weights_only=False)
+
+
+def _diagnosis(file: Path) -> str:
+    """Says what kind of file it is that could not be read."""
+    if file.stat().st_size == 0:
+        return "it is of another kind: it is empty"
+    if file.suffix == ".safetensors":
+        return "it is damaged or of another kind than safetensors"
+    try:
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                names = {name.rpartition("/")[2] for name in archive.namelist()}
+            if "constants.pkl" in names:
+                return "it is of another kind: a TorchScript archive, which is a program; save its state_dict() instead"
+        elif tarfile.is_tarfile(file):
+            return "it is of another kind: torch's tar format of 2016, or another tar file; save it with a newer torch"
+    except Exception:  # a damaged directory of an archive
+        return "it is damaged"
+    return "it is damaged or of another kind"

@@ -1,0 +1,117 @@
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dat_lightning.data import data_fingerprint, module_fingerprint, shared_images
+from dat_lightning.data.fingerprint import image_digest
+
+
+class Counting(Sequence[Tensor]):
+    """Images that are constant at their index, but for those that are given; notes which were read."""
+
+    def __init__(self, size: int, others: dict[int, float] | None = None) -> None:
+        self.size, self.others, self.read = size, others or {}, list[int]()
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: Any) -> Any:
+        self.read.append(index)
+        return torch.full((1, 2, 2), self.others.get(index, float(index)))
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
+
+
+def test_a_digest_is_that_of_the_pixels_whatever_holds_them() -> None:
+    pixels = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    digest = image_digest(pixels)
+    entries = (torch.from_numpy(pixels), Image.fromarray(pixels), (pixels, 3), np.asfortranarray(pixels))
+    assert {image_digest(entry) for entry in entries} == {digest}
+
+
+@pytest.mark.parametrize("change", ["pixel", "shape", "dtype"])
+def test_a_digest_changes_with_pixel_shape_and_type(change: str) -> None:
+    pixels = np.zeros((2, 6), dtype=np.uint8)
+    other = pixels.copy()
+    if change == "pixel":
+        other[1, 5] = 1
+    elif change == "shape":
+        other = other.reshape(3, 4)
+    else:
+        other = other.astype(np.int8)
+    assert image_digest(other) != image_digest(pixels)
+
+
+def test_the_fingerprint_of_a_small_data_set_feels_every_image() -> None:
+    fingerprints = {data_fingerprint(Counting(7, {i: -1.0})) for i in range(7)}
+    fingerprints |= {data_fingerprint(Counting(7)), data_fingerprint(Counting(8))}
+    assert len(fingerprints) == 9
+    assert data_fingerprint(Counting(7)) == data_fingerprint(Counting(7))
+
+
+def test_the_fingerprint_of_a_large_data_set_reads_evenly_spaced_images_and_the_length() -> None:
+    dataset = Counting(100)
+    fingerprint = data_fingerprint(dataset, whole_up_to=99, num_samples=10)
+    assert dataset.read == list(range(0, 100, 10))
+    assert fingerprint != data_fingerprint(Counting(100, {10: -1.0}), whole_up_to=99, num_samples=10)
+    # 101 images are sampled at the same places, so only the length tells.
+    longer = Counting(101)
+    assert fingerprint != data_fingerprint(longer, whole_up_to=99, num_samples=10)
+    assert longer.read == dataset.read
+
+
+def test_equal_networks_have_equal_fingerprints_whatever_their_mode() -> None:
+    assert module_fingerprint(network()) == module_fingerprint(network().eval())
+    assert module_fingerprint(network().bfloat16()) != module_fingerprint(network())
+
+
+def test_the_fingerprint_of_a_network_feels_weights_buffers_structure_and_class() -> None:
+    base = network()
+    weight, buffer = copy.deepcopy(base), copy.deepcopy(base)
+    with torch.no_grad():
+        next(weight.parameters())[0, 0, 0, 0] += 1e-3
+        next(buffer.buffers())[0] += 1e-3
+    structure = nn.Sequential(*list(copy.deepcopy(base).children())[:2], nn.SiLU())
+
+    class Sequential(nn.Sequential):
+        pass
+
+    subclass = Sequential(*copy.deepcopy(base).children())
+    networks = (base, weight, buffer, structure, subclass)
+    assert len({module_fingerprint(n) for n in networks}) == len(networks)
+
+
+def test_identical_data_sets_share_all_images() -> None:
+    for size in (1, 63, 64, 65, 1000):
+        assert shared_images(Counting(size), Counting(size)) == 1.0
+
+
+def test_disjoint_data_sets_share_none() -> None:
+    assert shared_images(Counting(5), Counting(5, {i: -1.0 - i for i in range(5)})) == 0.0
+
+
+def test_the_share_is_that_of_the_second_data_set() -> None:
+    ten, two = Counting(10), Counting(2)
+    assert shared_images(two, ten) == 0.2
+    assert shared_images(ten, two) == 1.0
+
+
+def test_the_order_does_not_matter() -> None:
+    shuffled = Counting(1000, {i: float(999 - i) for i in range(1000)})
+    assert shared_images(Counting(1000), shuffled) == 1.0
+
+
+def test_no_more_images_are_read_than_asked_for() -> None:
+    a, b = Counting(1000), Counting(500)
+    shared_images(a, b, num_samples=8, whole_up_to=999)
+    assert a.read == list(range(0, 1000, 125))
+    assert len(b.read) == 8

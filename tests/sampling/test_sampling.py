@@ -1,0 +1,670 @@
+"""Generation and its consumers."""
+
+import errno
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torchvision.transforms import v2
+
+from dat_lightning import (
+    DigitsDataModule,
+    DigitsFeatures,
+    FrechetDistance,
+    PGDSampler,
+    SampleBatch,
+    SampleConsumer,
+    SampleGrid,
+    SampleWriter,
+    SamplingPlan,
+    ascend,
+    unbounded_ascent,
+)
+from dat_lightning.core import Logits, targeted_logit
+from dat_lightning.data.draws import DrawStream, EvaluationBatches
+from dat_lightning.features import Gaussian
+from dat_lightning.features.gaussian_stats import read_statistics, write_statistics
+from dat_lightning.sampling.frechet import reference_key
+from tests import tiny
+
+
+class Collector(SampleConsumer):
+    """Keeps everything that a sampler hands out."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.batches: list[SampleBatch] = []
+        self.plans: list[SamplingPlan] = []
+
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        self.calls.append("start")
+        self.plans.append(plan)
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        self.calls.append("batch")
+        self.batches.append(batch)
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.calls.append("end")
+
+    def images(self, steps: int) -> Tensor:
+        return torch.cat([b.images[steps] for b in self.batches])
+
+
+def read_image(path: Path) -> Tensor:
+    return torch.from_numpy(np.asarray(Image.open(path)).copy()).permute(2, 0, 1)
+
+
+def sampler(**kwargs: Any) -> PGDSampler:
+    return PGDSampler(**{"num_samples": 25, "num_steps": [1, 3], "step_size": 0.5, "batch_size": 10, **kwargs})
+
+
+def run(path: Path, *callbacks: Callback, module: LightningModule | None = None, **kwargs: Any) -> Trainer:
+    trainer = tiny.trainer(path, callbacks, limit_test_batches=1, **kwargs)
+    trainer.test(module or tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+    return trainer
+
+
+def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
+    """Class i mod K, the i-th held-out seed, and the ascent of a separate call for each step count."""
+    collector, module = Collector(), tiny.stage1().eval()
+    run(tmp_path, collector, sampler(), module=module)
+    assert collector.calls == ["start", "batch", "batch", "batch", "end"]
+    assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5)]
+    seeds = tiny.digits().held_out_seeds()
+    x = torch.stack([seeds(i)[0] for i in range(25)])
+    y = torch.arange(25) % 10
+    assert torch.equal(torch.cat([b.indices for b in collector.batches]), torch.arange(25))
+    assert torch.equal(torch.cat([b.labels for b in collector.batches]), y)
+    assert torch.equal(torch.cat([b.seeds for b in collector.batches]), x)
+    for steps in (1, 3):
+        expected = ascend(module, x, y, targeted_logit, unbounded_ascent(0.5, steps))
+        torch.testing.assert_close(collector.images(steps), expected, rtol=0, atol=1e-5)
+
+
+def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+    collectors = [Collector(), Collector()]
+    for collector, size in zip(collectors, (25, 4), strict=True):
+        torch.manual_seed(size)  # nor on the global generator
+        run(tmp_path, collector, sampler(batch_size=size))
+    torch.testing.assert_close(collectors[0].images(3), collectors[1].images(3), rtol=0, atol=1e-3)
+
+
+def test_images_are_generated_once_for_many_consumers(tmp_path: Path) -> None:
+    first, second = Collector(), Collector()
+    run(tmp_path, first, sampler(), second)
+    assert len(first.batches) == 3
+    assert all(a is b for a, b in zip(first.batches, second.batches, strict=True))
+
+
+def test_sampling_leaves_no_trace(tmp_path: Path) -> None:
+    module = tiny.stage1()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    run(tmp_path, Collector(), sampler(), module=module)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert all(p.requires_grad and p.grad is None for p in module.parameters())
+
+
+def test_sampling_during_fit(tmp_path: Path) -> None:
+    collector = Collector()
+    callbacks = [collector, sampler(every_n_epochs=2)]
+    trainer = tiny.trainer(
+        tmp_path, callbacks, max_epochs=4, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=1
+    )
+    trainer.fit(tiny.stage1(), datamodule=tiny.digits())
+    assert [plan.stage for plan in collector.plans] == ["val", "val"]
+
+
+def test_stages_can_be_left_out(tmp_path: Path) -> None:
+    collector = Collector()
+    run(tmp_path, collector, sampler(stages=["predict"]))
+    assert collector.calls == []
+    tiny.trainer(tmp_path, [collector, sampler(stages=["predict"])]).predict(tiny.stage1(), datamodule=tiny.digits())
+    assert collector.plans[0].stage == "predict"
+
+
+class ForeignModule(LightningModule):
+    """A module of another project, which knows nothing of this one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(256, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        self.log("test/mean", self(batch["x"]).mean())
+
+
+def test_any_module_can_be_sampled_in_inference_mode(tmp_path: Path) -> None:
+    collector = Collector()
+    run(tmp_path, collector, sampler(), module=ForeignModule(), inference_mode=True)
+    assert collector.plans[0].num_classes == 4
+    logits = [ForeignModule.forward(m, collector.images(s)) for m in [ForeignModule()] for s in (1, 3)]
+    assert logits[0].shape == (25, 4)
+    assert not torch.equal(collector.images(1), collector.images(3))
+
+
+def test_a_consumer_needs_a_sampler(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Collector consumes samples: add a PGDSampler to trainer.callbacks"):
+        run(tmp_path, Collector())
+
+
+def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"has no out-of-distribution images \(held_out\)"):
+        tiny.trainer(tmp_path, [sampler(), Collector()], limit_test_batches=1).test(
+            tiny.stage1(), datamodule=tiny.digits(ood="none", streams=["clf"]), verbose=False
+        )
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"num_steps": []}, r"num_steps must be step counts of at least 0, got \[\]"),
+        ({"num_steps": [3, -1]}, r"num_steps must be step counts of at least 0, got \[3, -1\]"),
+        ({"step_size": -0.1}, "step_size must be a finite length of at least 0, got -0.1"),
+    ],
+)
+def test_wrong_numbers(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sampler(**kwargs)
+
+
+# Interrupted generation.
+
+
+class Interrupted(SampleConsumer):
+    """The power fails while samples with this index are consumed, or else at the end."""
+
+    def __init__(self, index: int = -1) -> None:
+        self.index = index
+
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        if self.index in batch.indices.tolist():
+            raise InterruptedError("the power is gone")
+
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        raise InterruptedError("the power is gone")
+
+
+class Counting(PGDSampler):
+    """Notes with which sample each batch that is generated begins."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"num_samples": 25, "num_steps": [1, 3], "step_size": 0.5, "batch_size": 10, **kwargs})
+        self.begun: list[int] = []
+
+    def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        self.begun.append(int(indices[0]))
+        return super().generate(logits, seeds, indices, num_classes)
+
+
+def same_batches(a: SampleBatch, b: SampleBatch) -> bool:
+    """Bit for bit, types too."""
+    values = [[x.indices, x.labels, x.seeds, *x.images.values()] for x in (a, b)]
+    equal = (torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(*values, strict=True))
+    return list(a.images) == list(b.images) and all(equal)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Name → contents; an archive's times are left out."""
+    files = {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    with np.load(folder / "samples.npz") as arrays:
+        return {**files, "samples.npz": arrays["arr_0"].tobytes() + arrays["arr_1"].tobytes()}
+
+
+@pytest.mark.parametrize(
+    ("stage", "index", "missing"),
+    [("test", 12, [20]), ("predict", 3, [10, 20]), ("predict", -1, [])],
+)
+def test_interrupted_generation_goes_on_where_it_stopped(
+    stage: str, index: int, missing: list[int], tmp_path: Path
+) -> None:
+    """Every consumer ends with what an uninterrupted run gives it, bit for bit."""
+
+    def sampled(name: str, *others: Callback) -> tuple[Counting, Collector, FrechetDistance]:
+        counting = Counting(dirpath=None if name == "whole" else str(tmp_path / "kept"))
+        collector, fid = Collector(), FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path / "cache"))
+        writer = SampleWriter(str(tmp_path / name), stages=["test", "predict"])
+        trainer = tiny.trainer(tmp_path, [counting, collector, fid, writer, *others], limit_test_batches=1)
+        if stage == "test":
+            trainer.test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+        else:
+            trainer.predict(tiny.stage1(), datamodule=tiny.digits(), return_predictions=False)
+        return counting, collector, fid
+
+    with pytest.raises(InterruptedError):
+        sampled("written", Interrupted(index))
+    counting, collector, fid = sampled("written")
+    assert counting.begun == missing
+    assert list((tmp_path / "kept").iterdir()) == []
+    _, expected, whole = sampled("whole")
+    assert collector.plans == expected.plans
+    assert collector.calls == ["start", "batch", "batch", "batch", "end"]
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+    assert fid.scores == whole.scores
+    assert files_of(tmp_path / "written") == files_of(tmp_path / "whole")
+
+
+class OtherForward(nn.Module):
+    """A network whose weights do not show what it does with them."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.net = nn.Linear(256, 10, bias=False)
+        self.scale = scale
+        with torch.no_grad():
+            self.net.weight.copy_(torch.randn(10, 256, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net((x * self.scale).square().flatten(1))
+        return logits
+
+
+class Around(LightningModule):
+    """A module of another project around a network."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.net(x)
+        return logits
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        """Leaves everything to the callbacks."""
+
+
+class Longer(Counting):
+    """A sampler with a setting of its own."""
+
+    def __init__(self, extra: float, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.extra = extra
+
+    def settings(self) -> dict[str, Any]:
+        return {**super().settings(), "extra": self.extra}
+
+
+class OnePixel(DigitsDataModule):
+    """Digits, and seeds of which one may differ in one pixel."""
+
+    def __init__(self, change: float) -> None:
+        super().__init__(batch_size=32, num_ood=200, num_held_out=50)
+        self.change = change
+
+    def held_out_seeds(self) -> DrawStream:
+        def seed(i: int) -> tuple[Tensor, None]:
+            image = torch.rand(1, 16, 16, generator=torch.Generator().manual_seed(i))
+            image[0, 3, 4] += self.change * (i == 14)
+            return image, None
+
+        return seed  # type: ignore[return-value]
+
+
+CHANGES: dict[str, tuple[Mapping[str, Any], list[int]]] = {
+    "nothing": ({}, []),
+    "fewer samples": ({"num_samples": 20}, [0, 10]),
+    "step size": ({"step_size": 0.6}, [0, 10, 20]),
+    "number of steps": ({"num_steps": [1, 4]}, [0, 10, 20]),
+    "more snapshots": ({"num_steps": [1, 2, 3]}, [0, 10, 20]),
+    "batch size": ({"batch_size": 13}, [0, 13]),
+    "precision": ({"precision": "bfloat16"}, [0, 10, 20]),
+    "precision of the trainer": ({"trainer": "bf16-mixed"}, [0, 10, 20]),
+    "weights": ({"module": lambda: tiny.stage1(energy_model=tiny.energy_model(seed=1))}, [0, 10, 20]),
+    "folded network": ({"module": lambda: tiny.stage1(fold_batch_norm=True)}, [0, 10, 20]),
+    "seeds": ({"change": 1e-3}, [10]),
+    "setting of a subclass": ({"extra": 2.0}, [0, 10, 20]),
+}
+
+
+def with_change(
+    path: Path,
+    *others: Callback,
+    dirpath: str | None,
+    module: Callable[[], LightningModule] = tiny.stage1,
+    trainer: str = "32-true",
+    change: float = 0.0,
+    extra: float = 1.0,
+    **kwargs: Any,
+) -> tuple[Longer, Collector]:
+    counting, collector = Longer(extra, dirpath=dirpath, **kwargs), Collector()
+    callbacks = [counting, collector, *others]
+    tester = tiny.trainer(path, callbacks, limit_test_batches=1, precision=trainer)
+    tester.test(module(), datamodule=OnePixel(change), verbose=False)
+    return counting, collector
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_kept_samples_are_never_mistaken_for_others(name: str, tmp_path: Path) -> None:
+    changes, begun = CHANGES[name]
+    with pytest.raises(InterruptedError):
+        with_change(tmp_path, Interrupted(), dirpath=str(tmp_path / "kept"))
+    counting, collector = with_change(tmp_path, dirpath=str(tmp_path / "kept"), **changes)
+    assert counting.begun == begun
+    _, expected = with_change(tmp_path, dirpath=None, **changes)
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+    # What is of another set stays for it; seeds are no settings, but what belongs to a folder's batches.
+    left = len(list((tmp_path / "kept").rglob("samples-*.values")))
+    assert left == (0 if name in ("nothing", "seeds") else 3)
+
+
+def test_another_function_of_the_same_weights_is_noticed(tmp_path: Path) -> None:
+    kept = str(tmp_path / "kept")
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=kept), Interrupted(), module=Around(OtherForward(1.0)))
+    counting = Counting(dirpath=kept)
+    run(tmp_path, counting, Collector(), module=Around(OtherForward(1.1)))
+    assert counting.begun == [0, 10, 20]
+
+
+def test_half_written_batches_are_generated_anew(tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=str(kept)), Interrupted())
+    first, second, _ = sorted(kept.rglob("samples-*.values"))
+    first.write_bytes(first.read_bytes()[:-100])
+    second.write_bytes(b"")
+    counting, collector, expected = Counting(dirpath=str(kept)), Collector(), Collector()
+    run(tmp_path, counting, collector)
+    assert counting.begun == [0, 10]
+    run(tmp_path, Counting(), expected)
+    assert all(same_batches(a, b) for a, b in zip(collector.batches, expected.batches, strict=True))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_samples_of_any_type_are_kept_without_loss(precision: Any, tmp_path: Path) -> None:
+    collectors = [Collector(), Collector()]
+    module = Around(OtherForward(1.0))
+    with pytest.raises(InterruptedError):
+        run(tmp_path, Counting(dirpath=str(tmp_path / "kept")), Interrupted(), module=module, precision=precision)
+    run(tmp_path, Counting(dirpath=str(tmp_path / "kept")), collectors[0], module=module, precision=precision)
+    run(tmp_path, Counting(), collectors[1], module=module, precision=precision)
+    assert collectors[0].images(3).dtype == {"bf16-true": torch.bfloat16, "64-true": torch.float64}[precision]
+    assert all(same_batches(a, b) for a, b in zip(*(c.batches for c in collectors), strict=True))
+
+
+def test_validation_keeps_nothing(tmp_path: Path) -> None:
+    counting = Counting(dirpath=str(tmp_path / "kept"))
+    trainer = tiny.trainer(tmp_path, [counting, Interrupted()], limit_train_batches=1, limit_val_batches=1)
+    for validate in (trainer.fit, trainer.validate):
+        with pytest.raises(InterruptedError):
+            validate(tiny.stage1(), datamodule=tiny.digits())
+    assert counting.begun == 2 * [0, 10, 20]
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_writer_cleans_up_after_a_kill(tmp_path: Path) -> None:
+    """What a kill may leave: half a picture, one of a class that is gone, shards and a half-made archive."""
+    for name in ("png/0004/000014.png", "png/0777/000777.png", "shards/000000.npz", "shards/arr_0.npy", "samples.tmp"):
+        path = tmp_path / "killed" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"half")
+    for folder in ("killed", "whole"):
+        run(tmp_path, sampler(), SampleWriter(str(tmp_path / folder), stages=["test"]))
+    assert files_of(tmp_path / "killed") == files_of(tmp_path / "whole")
+    (tmp_path / "killed" / "samples.tmp").write_bytes(b"half")
+    run(tmp_path, sampler(), SampleWriter(str(tmp_path / "killed"), formats=["png"], stages=["test"]))
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == ["png"]
+
+
+# The Fréchet distance.
+
+
+def test_fid_equals_torch_fidelity(tmp_path: Path) -> None:
+    """Features of all samples at once through torch-fidelity's functions, against moments of batches."""
+    collector = Collector()
+    extractor = DigitsFeatures()
+    fid = FrechetDistance(extractor, batch_size=100)
+    trainer = run(tmp_path, collector, sampler(num_samples=150), fid)
+    data = tiny.digits().reference_data()
+    assert len(data.dataset) == 1437
+    real = data[range(1437)]["x"]
+
+    def statistics(images: Tensor) -> dict[str, np.ndarray]:
+        pixels = (images * 255).round().to(torch.uint8).repeat(1, 3, 1, 1)
+        found: dict[str, np.ndarray] = fid_features_to_statistics(extractor(pixels).double())
+        return found
+
+    scores = {}
+    for steps in (1, 3):
+        metric = fid_statistics_to_metric(statistics(collector.images(steps)), statistics(real), verbose=False)
+        scores[steps] = metric["frechet_inception_distance"]
+        assert fid.scores[steps] == pytest.approx(scores[steps], rel=1e-6)
+        assert float(trainer.callback_metrics[f"test/fid_{steps}_steps"]) == pytest.approx(scores[steps], rel=1e-5)
+    best = min(scores, key=lambda s: scores[s])
+    assert float(trainer.callback_metrics["test/fid"]) == pytest.approx(scores[best], rel=1e-5)
+    assert float(trainer.callback_metrics["test/fid_steps"]) == best
+
+
+class Constant(nn.Module):
+    """Features that do not depend on much, and a tuple around them as torch-fidelity has it."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
+
+    def forward(self, images: Tensor) -> tuple[Tensor]:
+        return (images.float().mean((2, 3))[:, :2] * self.get_buffer("scale"),)
+
+
+def test_reference_from_a_file(tmp_path: Path) -> None:
+    np.savez(tmp_path / "reference.npz", mu=np.zeros(2, np.float32), sigma=np.eye(2, dtype=np.float32))
+    fid = FrechetDistance(Constant(0.0), reference=str(tmp_path / "reference.npz"))
+    run(tmp_path, sampler(), fid)
+    assert fid.scores == {1: pytest.approx(2.0), 3: pytest.approx(2.0)}  # all features 0: tr Σ remains
+
+
+def test_reference_is_cached_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    passes: list[int] = []
+    extract = FrechetDistance.features
+
+    def counting(self: FrechetDistance, images: Tensor) -> Tensor:
+        passes.append(len(images))
+        return extract(self, images)
+
+    monkeypatch.setattr(FrechetDistance, "features", counting)
+    cache = tmp_path / "cache"
+
+    def scores_of(extractor: nn.Module) -> dict[int, float]:
+        passes.clear()
+        fid = FrechetDistance(extractor, cache_dir=str(cache), batch_size=500)
+        run(tmp_path, sampler(), fid)
+        return fid.scores
+
+    first = scores_of(Constant())
+    assert sum(passes) == 1437 + 2 * 25
+    assert scores_of(Constant()) == first
+    assert sum(passes) == 2 * 25
+    scores_of(Constant(2.0))
+    assert sum(passes) == 1437 + 2 * 25
+    assert len(list(cache.glob("*.npz"))) == 2
+    for path in cache.glob("*.npz"):
+        path.write_bytes(b"not a zip file")
+    with pytest.warns(UserWarning, match="not a readable .npz.*computing the statistics anew"):
+        assert scores_of(Constant()) == first
+
+
+def test_the_key_changes_with_data_transform_and_extractor() -> None:
+    images = torch.rand(5, 1, 4, 4)
+
+    class Images(torch.utils.data.Dataset[tuple[Tensor, int]]):
+        def __init__(self, images: Tensor) -> None:
+            self.images = images
+
+        def __len__(self) -> int:
+            return len(self.images)
+
+        def __getitem__(self, index: int) -> tuple[Tensor, int]:
+            return self.images[index], 0
+
+    def key(images: Tensor, transform: nn.Module, extractor: nn.Module) -> str:
+        return reference_key(EvaluationBatches(Images(images), transform), extractor)
+
+    changed = images.clone()
+    changed[2, 0, 1, 1] += 0.001
+    keys = [
+        key(images, nn.Identity(), Constant()),
+        key(images.clone(), nn.Identity(), Constant()),
+        key(changed, nn.Identity(), Constant()),
+        key(images, nn.ReLU(), Constant()),
+        key(images, nn.Identity(), Constant(2.0)),
+        key(images[:4], nn.Identity(), Constant()),
+    ]
+    assert keys[0] == keys[1]
+    assert len(set(keys[1:])) == 5
+    # What neither names nor weights show.
+    lambdas = [key(images, v2.Lambda(f), Constant()) for f in (lambda x: x, lambda x: x * 0.5)]
+    assert lambdas[0] != lambdas[1]
+
+
+def test_the_reference_follows_the_data(tmp_path: Path) -> None:
+    """The same callback with other data looks for their own reference."""
+    fid = FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path / "cache"))
+    run(tmp_path, sampler(), fid)
+    first = fid.scores
+    np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
+    fid.reference = str(tmp_path / "other.npz")
+    run(tmp_path, sampler(), fid)
+    assert fid.scores != first
+
+
+def test_statistics_files(tmp_path: Path) -> None:
+    gaussian = Gaussian(torch.arange(3.0).double(), torch.eye(3).double(), 10)
+    write_statistics(tmp_path / "deep" / "a.npz", gaussian)
+    read = read_statistics(tmp_path / "deep" / "a.npz")
+    assert torch.equal(read.mean, gaussian.mean)
+    assert torch.equal(read.covariance, gaussian.covariance)
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
+    with pytest.raises(FileNotFoundError, match="no statistics file at"):
+        FrechetDistance(Constant(), reference=str(tmp_path / "nowhere.npz"))
+    np.savez(tmp_path / "other.npz", mean=np.zeros(2))
+    with pytest.raises(ValueError, match=r"other\.npz has no entry .*; expected mu and sigma"):
+        read_statistics(tmp_path / "other.npz")
+    np.savez(tmp_path / "odd.npz", mu=np.zeros(2), sigma=np.eye(3))
+    with pytest.raises(ValueError, match=r"mu \(2,\) and sigma \(3, 3\)"):
+        read_statistics(tmp_path / "odd.npz")
+
+
+# Files and pictures.
+
+
+def test_written_samples_are_the_generated_ones(tmp_path: Path) -> None:
+    collector, writer = Collector(), SampleWriter(str(tmp_path / "out"), num_steps=3, stages=["test"])
+    run(tmp_path, collector, sampler(), writer)
+    pixels = (collector.images(3) * 255).round().to(torch.uint8)
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert set(file) == {"arr_0", "arr_1"}
+        images, labels = file["arr_0"], file["arr_1"]
+    assert images.shape == (25, 16, 16, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert labels.tolist() == [i % 10 for i in range(25)]
+    assert np.array_equal(images, pixels.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    png = read_image(tmp_path / "out" / "png" / "0004" / "000014.png")
+    assert torch.equal(png, pixels[14].expand(3, -1, -1))
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 25
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["png", "samples.npz"]
+
+
+def test_a_second_set_replaces_the_first(tmp_path: Path) -> None:
+    for count in (25, 12):
+        writer = SampleWriter(str(tmp_path / "out"), stages=["test"])
+        run(tmp_path, sampler(num_samples=count), writer)
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 12
+    with np.load(tmp_path / "out" / "samples.npz") as file:
+        assert len(file["arr_0"]) == 12
+
+
+def test_other_files_stay(tmp_path: Path) -> None:
+    mine = tmp_path / "out" / "png" / "thesis.png"
+    mine.parent.mkdir(parents=True)
+    mine.write_bytes(b"mine")
+    (tmp_path / "out" / "samples.npz").write_bytes(b"of another model")
+    run(tmp_path, sampler(), SampleWriter(str(tmp_path / "out"), formats=["png"], stages=["test"]))
+    assert mine.read_bytes() == b"mine"
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_files_are_written_while_the_next_batch_is_generated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first batch's files wait for the second batch: writing in turn would wait for ever."""
+    generated = threading.Event()
+    generate, save = PGDSampler.generate, Image.Image.save
+
+    def noting(self: PGDSampler, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
+        if int(indices[0]) > 0:
+            generated.set()
+        return generate(self, logits, seeds, indices, num_classes)
+
+    def waiting(self: Image.Image, path: Path) -> None:
+        assert generated.wait(60), "the second batch is not generated before the first is written"
+        save(self, path)
+
+    monkeypatch.setattr(PGDSampler, "generate", noting)
+    monkeypatch.setattr(Image.Image, "save", waiting)
+    run(tmp_path, sampler(batch_size=10), SampleWriter(str(tmp_path / "out"), stages=["test"]))
+    assert len(list((tmp_path / "out" / "png").rglob("*.png"))) == 25
+
+
+@pytest.mark.parametrize("first", [0, 20])
+def test_a_file_that_cannot_be_written_stops_the_run(
+    first: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = Image.Image.save
+
+    def full(self: Image.Image, path: Path) -> None:
+        if int(path.stem) >= first:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        save(self, path)
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    writer = SampleWriter(str(tmp_path / "out"), stages=["test"])
+    with pytest.raises(OSError, match=r"No space left on device.*png"):
+        run(tmp_path, sampler(batch_size=10), writer)
+    assert writer._threads is None
+    assert not (tmp_path / "out" / "samples.npz").exists()
+
+
+def test_a_writer_takes_only_snapshots_that_exist(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"num_steps=2 is not among the sampler's snapshots \[1, 3\]"):
+        run(tmp_path, sampler(), SampleWriter(str(tmp_path), num_steps=2, stages=["test"]))
+    with pytest.raises(ValueError, match="formats must be 'png', 'npz' or both"):
+        SampleWriter(formats=["jpg"])  # type: ignore[list-item]
+
+
+def test_grids_have_a_column_per_class(tmp_path: Path) -> None:
+    collector, grid = Collector(), SampleGrid(num_rows=2, dirpath=str(tmp_path / "grids"))
+    logger = TensorBoardLogger(tmp_path / "logs", name=None, version="")
+    run(tmp_path, collector, sampler(), grid, logger=logger)
+    picture = read_image(tmp_path / "grids" / "test_step0000000_3_steps.png")
+    assert picture.shape == (3, 2 * 17 + 1, 10 * 17 + 1)
+    pixels = (collector.images(3) * 255).round().to(torch.uint8)
+    for index in (0, 7, 13):
+        row, column = divmod(index, 10)
+        tile = picture[:, row * 17 + 1 : row * 17 + 17, column * 17 + 1 : column * 17 + 17]
+        assert torch.equal(tile[0], pixels[index, 0])
+    events = EventAccumulator(str(tmp_path / "logs")).Reload()
+    assert set(events.Tags()["images"]) == {"test/samples/1_steps", "test/samples/3_steps"}
+
+
+def test_shipped_features_are_deterministic() -> None:
+    weights = load_file(DigitsFeatures.WEIGHTS)
+    extractor = DigitsFeatures()
+    assert all(torch.equal(weights[name], value) for name, value in extractor.network.state_dict().items())
+    assert not any(p.requires_grad for p in extractor.parameters())

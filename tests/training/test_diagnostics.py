@@ -1,0 +1,164 @@
+"""Each failure signature is provoked, and its message names cause and remedy."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
+from dat_lightning.data import SizedDataset
+from dat_lightning.data.digits import Digits, split_indices
+from dat_lightning.training import TrainingFailureError
+from tests import tiny
+
+
+def fit(path: Path, module: Any, data: Any = None, **kwargs: Any) -> Any:
+    diagnostics = Diagnostics(**{"every_n_steps": 1, **kwargs})
+    trainer = tiny.trainer(path, [diagnostics])
+    trainer.fit(module, datamodule=data or tiny.digits())
+    return trainer
+
+
+def test_a_healthy_run_passes_and_logs_the_gradient(tmp_path: Path) -> None:
+    module = tiny.stage2(optimizer=partial(torch.optim.SGD, lr=0.0))
+    trainer = fit(tmp_path, module)
+    data = tiny.digits()
+    data.setup("fit")
+    last = list(data.train_dataloader())[5]
+    x = last["x_gen"].requires_grad_()
+    (gradient,) = torch.autograd.grad(module.eval()(x).logsumexp(1).sum(), x)
+    expected = gradient.square().flatten(1).sum(1).mean()
+    assert float(trainer.callback_metrics["train/r1"]) == pytest.approx(float(expected), rel=1e-4)
+    assert all(p.requires_grad for p in module.parameters())
+
+
+class Thawed(DualAdversarialModule):
+    """The mistake: batch norm goes back to train mode."""
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Never mind."""
+
+    def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+        for layer in self.modules():
+            if isinstance(layer, nn.BatchNorm2d):
+                layer.train()
+        return x
+
+
+def test_batch_norm_in_train_mode(tmp_path: Path) -> None:
+    module = Thawed(tiny.energy_model(), AUCCurriculum(max_steps=2), optimizer=tiny.SGD, threat_model=tiny.ATTACK)
+    with pytest.raises(TrainingFailureError, match=r"batch norm layers are in train mode.*freeze_batch_norm\(\)"):
+        fit(tmp_path, module)
+
+
+def test_nan(tmp_path: Path) -> None:
+    module = tiny.stage2(optimizer=partial(torch.optim.SGD, lr=1e20))
+    with pytest.raises(
+        TrainingFailureError, match=r"is NaN or infinite in Stage 2\..*contrastive step.*earlier checkpoint"
+    ):
+        fit(tmp_path, module)
+    first = tiny.stage1(optimizer=partial(torch.optim.SGD, lr=1e30))
+    with pytest.raises(TrainingFailureError, match=r"train/loss is NaN or infinite in Stage 1"):
+        fit(tmp_path, first)
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [("max_energy", r"train/energy_\w+ has reached .*: the energy drifts"), ("max_gradient", "keep its attack")],
+)
+def test_explosions(limit: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailureError, match=message):
+        fit(tmp_path, tiny.stage2(), **{limit: 1e-9})
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, tiny.stage2(), **{limit: 1e-9}, action="warn")
+
+
+class SameData(DigitsDataModule):
+    """The mistake: seeds are the training images."""
+
+    def out_of_distribution(self, split: str) -> SizedDataset:
+        return Digits(split_indices(self.validation_size)["train"])
+
+
+def test_ood_data_equal_to_training_data_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="images of SameData are the training images: 100%"):
+        fit(tmp_path, tiny.stage2(), SameData(batch_size=32))
+
+
+class HiddenSameData(SameData):
+    """The same images, brighter by a hair, which no comparison of bytes finds."""
+
+    def out_of_distribution(self, split: str) -> SizedDataset:
+        images = super().out_of_distribution(split)
+        return [image[0] * 0.999 for image in (images[k] for k in range(len(images)))]
+
+
+def test_t_stuck_at_zero(tmp_path: Path) -> None:
+    stuck = partial(AUCCurriculum, max_steps=5, auc_threshold=1.0, window_samples=32)
+    with pytest.warns(UserWarning, match="T is still 0 after 3 steps: the AUC .* does not reach its threshold 1.0"):
+        fit(tmp_path, tiny.stage2(curriculum=stuck()), patience=3)
+    module = tiny.stage2(curriculum=stuck(), optimizer=partial(torch.optim.SGD, lr=1e-6))
+    with pytest.warns(UserWarning, match="cannot be told from training images at all: is the OOD set the training set"):
+        fit(tmp_path, module, HiddenSameData(batch_size=256), patience=3)
+
+
+def test_limits_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="patience must be positive, got 0"):
+        Diagnostics(patience=0)
+
+
+class Bytes(DigitsDataModule):
+    """The mistake: pixels from 0 to 255."""
+
+    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
+        return {name: value * 255 if name.startswith("x_") else value for name, value in batch.items()}
+
+
+def test_pixels_outside_the_unit_interval(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailureError, match=r"pixels outside \[0, 1\], or NaN.*mean and std into EnergyModel"):
+        fit(tmp_path, tiny.stage1(), Bytes(batch_size=32))
+
+
+class Sparse(LightningModule):
+    """Logs its loss every fourth step or as the epoch's mean; the loss of step 3 is NaN."""
+
+    def __init__(self, *, epoch: bool, guarded_energy: float = 0.0) -> None:
+        super().__init__()
+        self.epoch, self.guarded_energy = epoch, guarded_energy
+        self.linear = nn.Linear(3, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.linear(batch * math.nan if self.global_step == 2 else batch).square().mean()
+        if self.epoch:
+            self.log("train/loss", loss, on_step=False, on_epoch=True)
+        elif self.global_step % 4 == 2:
+            self.log("train/loss", loss)
+        if self.global_step == 7:
+            self.log("train/energy_gen", torch.tensor(self.guarded_energy))
+        return loss
+
+
+@pytest.mark.filterwarnings("ignore:.*the step is skipped")
+@pytest.mark.parametrize("epoch", [False, True])
+def test_what_a_skipped_step_has_logged_does_not_stop_the_run_later(epoch: bool, tmp_path: Path) -> None:
+    def train(module: Sparse, *, guarded: bool = True) -> Trainer:
+        callbacks = [Diagnostics(every_n_steps=1), *([DivergenceGuard("skip")] if guarded else [])]
+        trainer = tiny.trainer(tmp_path, callbacks, max_epochs=2, limit_train_batches=1.0)
+        trainer.fit(module, DataLoader([torch.ones(2, 3)] * 5, batch_size=None))  # type: ignore[arg-type]
+        return trainer
+
+    assert train(Sparse(epoch=epoch)).global_step == 10
+    # What is logged after that is looked at as before, and so is everything without a guard.
+    with pytest.raises(TrainingFailureError, match=r"train/energy_gen is NaN or infinite"):
+        train(Sparse(epoch=epoch, guarded_energy=math.inf))
+    with pytest.raises(TrainingFailureError, match=r"train/loss is NaN or infinite"):
+        train(Sparse(epoch=epoch), guarded=False)

@@ -1,0 +1,152 @@
+"""``dat-lightning export``: a checkpoint's averaged weights become a model that stands alone."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+
+from dat_lightning import DigitsDataModule, EnergyModel, ExponentialMovingAverage
+from dat_lightning.cli import main
+from dat_lightning.weights.export import export_model
+from tests import tiny
+from tests.test_cli import STAGE2, TINY, refusal
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+CONFIG = ["--config", STAGE2, "--config", TINY]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a fit of two steps with averaging."""
+    folder = tmp_path_factory.mktemp("run")
+    callbacks = [ExponentialMovingAverage(), ModelCheckpoint(folder, save_last=True, save_top_k=0)]
+    trainer = tiny.trainer(folder, callbacks, limit_train_batches=2, enable_checkpointing=True)
+    trainer.fit(tiny.stage2(), tiny.digits())
+    return folder / "last.ckpt"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_exported_model_is_the_averaged_one(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["export", *CONFIG, "--ckpt_path", str(checkpoint), "--output", "exported"])
+    said = capsys.readouterr().out
+    assert f"wrote exported, the weights of {checkpoint}; EnergyModel.from_pretrained('exported') reads it\n" in said
+    model = EnergyModel.from_pretrained("exported")
+    saved = torch.load(checkpoint, weights_only=True)
+    averaged, raw = tiny.energy_model(1).eval(), tiny.energy_model(1).eval()
+    for network, state in ((averaged, saved["state_dict"]), (raw, saved["current_model_state"])):
+        prefix = "energy_model."
+        network.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
+    x = torch.rand(5, 1, 16, 16)
+    assert torch.equal(model(x), averaged(x))
+    assert not torch.equal(model(x), raw(x))
+
+
+def test_exporting_needs_no_data_no_devices_and_no_callbacks(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*args: object, **kwargs: object) -> Any:
+        raise FileNotFoundError("no data here")
+
+    monkeypatch.setattr(DigitsDataModule, "__init__", missing)
+    monkeypatch.setattr(ExponentialMovingAverage, "__init__", missing)
+    cluster = ["--trainer.devices", "8", "--trainer.num_nodes", "4", "--trainer.accelerator", "gpu"]
+    cluster += ["--trainer.strategy", "ddp", "--trainer.precision", "bf16-mixed"]
+    main(["export", *CONFIG, *cluster, "--ckpt_path", str(checkpoint), "--output", "exported"])
+    assert [path.name for path in tmp_path.iterdir()] == ["exported"]
+    assert set(contents(tmp_path / "exported")) == {"README.md", "config.json", "model.safetensors"}
+
+
+def test_an_earlier_export_is_replaced(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "exported"
+    export_model(tiny.energy_model(), checkpoint, output)
+    first = contents(output)
+    other = tiny.energy_model(5)
+    torch.save(other.state_dict(), "other.pt")
+    export_model(tiny.energy_model(), "other.pt", output)
+    x = torch.rand(2, 1, 16, 16)
+    assert torch.equal(EnergyModel.from_pretrained(output)(x), other.eval()(x))
+    export_model(tiny.energy_model(), checkpoint, output)
+    assert contents(output) == first
+
+
+def test_an_empty_folder_is_filled(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    export_model(tiny.energy_model(), checkpoint, tmp_path / "empty")
+    assert set(contents(tmp_path / "empty")) == {"README.md", "config.json", "model.safetensors"}
+
+
+@pytest.mark.parametrize("present", [{"notes.txt"}, {"config.json"}, {"model.safetensors", "x"}])
+def test_a_folder_with_anything_else_is_left_alone(present: set[str], checkpoint: Path, tmp_path: Path) -> None:
+    for name in present:
+        (tmp_path / name).write_text("mine")
+    with pytest.raises(FileExistsError, match=f"output must be a new or empty folder .*{sorted(present)[0]}"):
+        export_model(tiny.energy_model(), checkpoint, tmp_path)
+    assert contents(tmp_path) == dict.fromkeys(present, b"mine")
+
+
+def test_a_file_is_no_folder(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError, match=r"output must be a folder, but .*file is a file"):
+        export_model(tiny.energy_model(), checkpoint, tmp_path / "file")
+
+
+def test_an_unregistered_network_is_not_exported(tmp_path: Path) -> None:
+    model = EnergyModel(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)))
+    torch.save(model.state_dict(), "weights.pt")
+    with pytest.raises(ValueError, match="put @register_architecture"):
+        export_model(model, "weights.pt", "exported")
+    assert not (tmp_path / "exported").exists()
+
+
+def test_mistakes_cost_one_sentence(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    fitting, wide = ["--ckpt_path", str(checkpoint)], ["--model.energy_model.backbone.widths", "[4]"]
+    for args, said in (
+        (["--ckpt_path", "nowhere.ckpt", "--output", "exported"], "no checkpoint at nowhere.ckpt"),
+        ([*fitting, "--output", "taken"], "but taken has ['notes.txt']"),
+        ([*fitting, "--output", "exported", *wide], "does not fit the network: "),
+        (fitting, "output"),
+        (["--output", "exported"], "ckpt_path"),
+    ):
+        assert said in refusal(capsys, "export", *CONFIG, *args)
+    assert not (tmp_path / "exported").exists()
+
+
+BACKBONES: dict[str, dict[str, Any]] = {
+    "dat_lightning.SmallResNet": {"widths": [4], "num_classes": 3},
+    "dat_lightning.resnet50": {"num_classes": 3, "in_channels": 1},
+    "dat_lightning.backbones.timm_model": {"name": "resnet10t", "num_classes": 3, "in_channels": 1},
+}
+
+
+@pytest.mark.parametrize("class_path", BACKBONES)
+def test_registered_functions_and_classes_are_backbones_on_the_command_line(
+    class_path: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The parser sees their parameters, and the description is of what the configuration says."""
+    backbone = {"class_path": class_path, "init_args": BACKBONES[class_path]}
+    model = {"init_args": {"energy_model": {"init_args": {"backbone": backbone, "mean": [0.3], "std": [0.4]}}}}
+    (tmp_path / "net.yaml").write_text(yaml.safe_dump({"model": model}))
+    torch.manual_seed(0)
+    path, _, name = class_path.rpartition(".")
+    network = getattr(__import__(path, fromlist=[name]), name)(**BACKBONES[class_path])
+    source = EnergyModel(network, [0.3], [0.4])
+    torch.save(source.state_dict(), "weights.pt")
+    main(["export", "--config", STAGE2, "--config", "net.yaml", "--ckpt_path", "weights.pt", "--output", "exported"])
+    x = torch.rand(2, 1, 32, 32)
+    assert torch.equal(EnergyModel.from_pretrained("exported")(x), source.eval()(x))
+    wrong = ["--model.energy_model.backbone", class_path, "--model.energy_model.backbone.wide", "3"]
+    assert "Option 'wide' is not accepted" in refusal(capsys, "fit", "--config", STAGE2, *wrong)
