@@ -20,15 +20,16 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.explore import explore
 from dat_lightning.explore.serving import logger as explore_logger
 from dat_lightning.modules import EnergyModule
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_report import EvaluationReport
+from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.machine_errors import machine_error
 from dat_lightning.runs.resume import find_checkpoint, protect
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
-from dat_lightning.weights.export import ExportingTrainer
 from dat_lightning.weights.export import logger as export_logger
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
@@ -166,7 +167,7 @@ class DATCLI(LightningCLI):
             if deliberate_cause(error) is not None:
                 raise
             # A value of the right type that somebody's constructor stumbles over.
-            raise ValueError(f"the configuration cannot be instantiated: {type(error).__name__}: {error}") from error
+            raise InputError(f"the configuration cannot be instantiated: {type(error).__name__}: {error}") from error
         protect(self.trainer)
         self._dump_config()
         model = self.config_dump["model"]
@@ -260,7 +261,7 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
     package = Path(__file__).resolve().parent
     worker = _WORKER.match(str(error))
     if worker and package in Path(worker["file"]).resolve().parents:
-        return ValueError(worker["message"])
+        return InputError(worker["message"])
     current: BaseException | None = error
     while current is not None:
         frames = traceback.extract_tb(current.__traceback__)
@@ -277,7 +278,7 @@ def deliberate_cause(error: BaseException) -> BaseException | None:
 
 # How torch's DataLoader hands over an error of a worker: the type, the traceback as text, the message at its end.
 _WORKER = re.compile(
-    r"Caught (ValueError|TypeError|FileNotFoundError) in DataLoader worker process .*"
+    r"Caught (InputError|ValueError|TypeError|FileNotFoundError) in DataLoader worker process .*"
     r'File "(?P<file>[^"]+)", line \d+, in [^\n]*\n(?:    [^\n]*\n)*'
     r"(?:dat_lightning\.[\w.]+|\w+): (?P<message>[^\n]*)\s*$",
     re.DOTALL,

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple, TypeVar, cast
 
 from torch import nn
 
+from dat_lightning.core.errors import InputError
+
 _Factory = TypeVar("_Factory", bound=Callable[..., nn.Module])
 _ATTRIBUTE = "_dat_lightning_architecture"
 
@@ -32,20 +34,20 @@ def register_architecture(name: str, omit: Collection[str] = ()) -> Callable[[_F
         omit: Parameters that change how a module starts or runs but not what it computes; descriptions lack them.
 
     Raises:
-        ValueError: If the name belongs to another class or function, or a parameter is variable or unknown.
+        InputError: If the name belongs to another class or function, or a parameter is variable or unknown.
     """
 
     def register(factory: _Factory) -> _Factory:
         signature = inspect.signature(factory)
         parameters = signature.parameters.values()
         if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD, p.POSITIONAL_ONLY) for p in parameters):
-            raise ValueError(f"architecture {name!r} must name its parameters, got {signature}")
+            raise InputError(f"architecture {name!r} must name its parameters, got {signature}")
         if not set(omit) <= signature.parameters.keys():
-            raise ValueError(f"omit must hold parameters of {name!r}, got {sorted(omit)} for {signature}")
+            raise InputError(f"omit must hold parameters of {name!r}, got {sorted(omit)} for {signature}")
         old = _registry.get(name)
         # A notebook's cell may run twice.
         if old is not None and _place(old.factory) != _place(factory):
-            raise ValueError(f"architecture {name!r} is already {'.'.join(_place(old.factory))}; choose another name")
+            raise InputError(f"architecture {name!r} is already {'.'.join(_place(old.factory))}; choose another name")
         recording: Callable[..., nn.Module]
         recording = _recording_class(name, factory) if isinstance(factory, type) else _recording_function(name, factory)
         _registry[name] = _Entry(recording, signature, frozenset(signature.parameters) - frozenset(omit))
@@ -67,23 +69,23 @@ def build_architecture(description: object) -> nn.Module:
     """Returns a new module from a description that :func:`architecture_of` gave; nothing but registered names is used.
 
     Raises:
-        ValueError: If it is no description, its name is not registered, or the architecture refuses the arguments.
+        InputError: If it is no description, its name is not registered, or the architecture refuses the arguments.
     """
     if not isinstance(description, Mapping) or description.keys() != {"name", "arguments"}:
-        raise ValueError(f"an architecture must be {{'name': ..., 'arguments': {{...}}}}, got {description!r}")
+        raise InputError(f"an architecture must be {{'name': ..., 'arguments': {{...}}}}, got {description!r}")
     name, arguments = description["name"], description["arguments"]
     entry = _registry.get(name) if isinstance(name, str) else None
     if entry is None:
-        raise ValueError(
+        raise InputError(
             f"architecture {name!r} is not registered; known are {', '.join(sorted(_registry))}; one of your own is"
             " known once the file that has @register_architecture is imported"
         )
     if not isinstance(arguments, Mapping) or not arguments.keys() <= entry.arguments:
-        raise ValueError(f"architecture {name!r} has the arguments {sorted(entry.arguments)}, got {arguments!r}")
+        raise InputError(f"architecture {name!r} has the arguments {sorted(entry.arguments)}, got {arguments!r}")
     try:
         return entry.factory(**arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"architecture {name!r} refuses {dict(arguments)}: {error}") from error
+        raise InputError(f"architecture {name!r} refuses {dict(arguments)}: {error}") from error
 
 
 def _place(factory: Callable[..., nn.Module]) -> tuple[str, str]:

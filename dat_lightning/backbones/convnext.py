@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dat_lightning.backbones.architectures import register_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED, create_timm
+from dat_lightning.core.errors import InputError
 
 ConvNeXtSize = Literal["tiny", "small", "base", "large"]
 
@@ -62,12 +63,12 @@ def convnext_convstem(
         grad_checkpointing: See :func:`~dat_lightning.backbones.timm_model`; ConvNeXt has no batch norm.
 
     Raises:
-        ValueError: If the size is unknown or a number is not positive.
+        InputError: If the size is unknown or a number is not positive.
 
     Source: Liu et al. 2022 (arXiv 2201.03545); Singh et al. 2023 (arXiv 2303.01870).
     """
     if size not in _STEMS:
-        raise ValueError(f"size must be one of {', '.join(_STEMS)}, got {size!r}")
+        raise InputError(f"size must be one of {', '.join(_STEMS)}, got {size!r}")
     network: Any = create_timm(f"convnext_{size}", num_classes, in_channels, grad_checkpointing)
     network.stem = ConvStem(in_channels, _STEMS[size])
     return cast(nn.Module, network)

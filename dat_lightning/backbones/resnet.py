@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from dat_lightning.backbones.architectures import register_architecture
+from dat_lightning.core.errors import InputError
 
 # What a description of a network leaves out: it starts or runs otherwise and computes the same.
 NOT_DESCRIBED = ("grad_checkpointing",)
@@ -74,14 +75,14 @@ def timm_model(
             not slowed down. Batch norm in train mode counts each batch twice then; frozen batch norm does not.
 
     Raises:
-        ValueError: If timm has no such network, a size is not positive, or the network has no checkpointing.
+        InputError: If timm has no such network, a size is not positive, or the network has no checkpointing.
     """
     import timm
 
     if name not in timm.list_models() and name not in timm.list_pretrained():
         close = get_close_matches(name, timm.list_models(), n=5)
         hint = f"close ones are {', '.join(close)}" if close else "timm.list_models() lists them"
-        raise ValueError(f"name must be a network of timm, got {name!r}; {hint}")
+        raise InputError(f"name must be a network of timm, got {name!r}; {hint}")
     return create_timm(name, num_classes, in_channels, grad_checkpointing, pretrained=pretrained)
 
 
@@ -97,13 +98,13 @@ def create_timm(
     """Returns a network of timm; checkpointing, if asked for, acts in train mode alone.
 
     Raises:
-        ValueError: If a size is not positive, or the network has no checkpointing.
+        InputError: If a size is not positive, or the network has no checkpointing.
     """
     # Importing timm takes seconds.
     import timm
 
     if min(num_classes, in_channels) < 1:
-        raise ValueError(f"sizes must be positive: {num_classes=}, {in_channels=}")
+        raise InputError(f"sizes must be positive: {num_classes=}, {in_channels=}")
     width = {} if base_width is None else {"base_width": base_width}
     network: nn.Module = timm.create_model(
         name, pretrained=pretrained, num_classes=num_classes, in_chans=in_channels, **width
@@ -112,7 +113,7 @@ def create_timm(
         try:
             _set_checkpointing(network, True)
         except (AssertionError, AttributeError, TypeError) as error:
-            raise ValueError(f"grad_checkpointing must be false for {name!r}, which has none") from error
+            raise InputError(f"grad_checkpointing must be false for {name!r}, which has none") from error
         network.register_forward_pre_hook(_checkpoint_in_training)
     return network
 

@@ -6,6 +6,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from dat_lightning.backbones.architectures import register_architecture
+from dat_lightning.core.errors import InputError
 
 Activation = Literal["relu", "silu", "gelu"]
 _ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
@@ -57,7 +58,7 @@ class SmallResNet(nn.Module):
         (N, in_channels, H, W) → (N, num_classes), for H and W of at least 2^(len(widths)−1).
 
     Raises:
-        ValueError: If a number is not positive, or the activation is unknown.
+        InputError: If a number is not positive, or the activation is unknown.
     """
 
     def __init__(
@@ -69,9 +70,9 @@ class SmallResNet(nn.Module):
     ) -> None:
         super().__init__()
         if min(num_classes, in_channels, *widths, len(widths)) < 1:
-            raise ValueError(f"sizes must be positive: {num_classes=}, {in_channels=}, widths={list(widths)}")
+            raise InputError(f"sizes must be positive: {num_classes=}, {in_channels=}, widths={list(widths)}")
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+            raise InputError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
         ins = (widths[0], *widths[:-1])
         blocks = [PreActivationBlock(i, o, n > 0, activation) for n, (i, o) in enumerate(zip(ins, widths, strict=True))]

@@ -5,6 +5,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from dat_lightning.backbones.architectures import register_architecture
+from dat_lightning.core.errors import InputError
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU}
 
@@ -66,7 +67,7 @@ class WideResNet(nn.Module):
         (N, in_channels, H, W) → (N, num_classes).
 
     Raises:
-        ValueError: If ``depth`` is not 6n + 4 with n ≥ 1, or ``activation`` is unknown.
+        InputError: If ``depth`` is not 6n + 4 with n ≥ 1, or ``activation`` is unknown.
 
     Source: Zagoruyko & Komodakis 2016 (arXiv 1605.07146).
     """
@@ -81,9 +82,9 @@ class WideResNet(nn.Module):
     ) -> None:
         super().__init__()
         if depth < 10 or (depth - 4) % 6:
-            raise ValueError(f"depth must be 6n + 4 with n at least 1 (10, 16, 22, 28, 34, …), got {depth}")
+            raise InputError(f"depth must be 6n + 4 with n at least 1 (10, 16, 22, 28, 34, …), got {depth}")
         if activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+            raise InputError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
         count, act = (depth - 4) // 6, _ACTIVATIONS[activation]
         widths = [16, 16 * widen_factor, 32 * widen_factor, 64 * widen_factor]
         self.conv1 = nn.Conv2d(in_channels, widths[0], 3, 1, 1, bias=False)

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import Objective
 from dat_lightning.core.random_streams import normal_noise, uniform_noise
 from dat_lightning.core.threat_model import ThreatModel, project, random_start, steepest_step
@@ -111,15 +112,15 @@ def ascend_snapshots(
         Steps → images, shape of ``x``, detached.
 
     Raises:
-        ValueError: If there are no snapshots or one is negative, a start has another shape than ``x``, or there is one
+        InputError: If there are no snapshots or one is negative, a start has another shape than ``x``, or there is one
             although the threat model asks for a random start.
     """
     if not snapshots or min(snapshots) < 0:
-        raise ValueError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
+        raise InputError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
     if start is not None and start.shape != x.shape:
-        raise ValueError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
+        raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
     if start is not None and threat_model.random_start:
-        raise ValueError("start and threat_model.random_start exclude each other: a walk has one start")
+        raise InputError("start and threat_model.random_start exclude each other: a walk has one start")
     with ExitStack() as stack:
         # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
         stack.enter_context(torch.inference_mode(False))

@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.errors import InputError
+
 
 def auc(positive: Tensor, negative: Tensor) -> Tensor:
     """Returns the area under the ROC curve, a scalar: P(positive > negative) + ½ P(equal).
@@ -33,7 +35,7 @@ class AUCCurriculum(nn.Module):
         window_samples: Number of training images that the window spans.
 
     Raises:
-        ValueError: If a number is outside its range.
+        InputError: If a number is outside its range.
 
     Source: DAT (arXiv 2510.13872), its reference implementation.
     """
@@ -48,11 +50,11 @@ class AUCCurriculum(nn.Module):
     ) -> None:
         super().__init__()
         if not 0 <= initial_steps <= max_steps:
-            raise ValueError(f"initial_steps must lie in 0 … max_steps={max_steps}, got {initial_steps}")
+            raise InputError(f"initial_steps must lie in 0 … max_steps={max_steps}, got {initial_steps}")
         if not 0 <= auc_threshold <= 1:
-            raise ValueError(f"auc_threshold must lie in [0, 1], got {auc_threshold}")
+            raise InputError(f"auc_threshold must lie in [0, 1], got {auc_threshold}")
         if window_samples < 1:
-            raise ValueError(f"window_samples must be at least 1, got {window_samples}")
+            raise InputError(f"window_samples must be at least 1, got {window_samples}")
         self.max_steps = max_steps
         self.auc_threshold = auc_threshold
         self.window_samples = window_samples
@@ -70,10 +72,10 @@ class AUCCurriculum(nn.Module):
             batch_size: Global batch size B; if it changes, the window starts anew, as its length does.
 
         Raises:
-            ValueError: If ``batch_size`` is not positive.
+            InputError: If ``batch_size`` is not positive.
         """
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         length = math.ceil(self.window_samples / batch_size)
         same = self.window == length
         self.values.masked_fill_(~same, 0)

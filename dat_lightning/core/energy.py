@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
 
 
@@ -45,7 +46,7 @@ class EnergyModel(nn.Module):
         Images are (N, C, H, W) in [0, 1], labels (N,) integers below K, logits (N, K), energies (N,).
 
     Raises:
-        ValueError: If only one of ``mean`` and ``std`` is given, their lengths differ, or a deviation is not positive.
+        InputError: If only one of ``mean`` and ``std`` is given, their lengths differ, or a deviation is not positive.
     """
 
     mean: Tensor | None
@@ -56,9 +57,9 @@ class EnergyModel(nn.Module):
     ) -> None:
         super().__init__()
         if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
-            raise ValueError(f"mean and std go together and have one entry per channel, got mean={mean}, std={std}")
+            raise InputError(f"mean and std go together and have one entry per channel, got mean={mean}, std={std}")
         if std is not None and min(std) <= 0:
-            raise ValueError(f"std must be positive, got {list(std)}")
+            raise InputError(f"std must be positive, got {list(std)}")
         self.backbone = backbone
         # Without normalisation there are no buffers, so that weights trained with it do not load.
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(1, -1, 1, 1))

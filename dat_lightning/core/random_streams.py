@@ -6,6 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 
 def stream_seed(*parts: int | str) -> int:
     """Returns a 63-bit seed that is a fixed hash of its parts, such as ``stream_seed(seed, "noise", index)``.
@@ -42,7 +44,7 @@ class RandomPermutation:
         seed: Parts that name this permutation, see :func:`stream_seed`.
 
     Raises:
-        ValueError: If ``size`` is not positive.
+        InputError: If ``size`` is not positive.
 
     Source: Luby & Rackoff 1988 (Feistel permutations); Black & Rogaway 2002 (cycle walking).
     """
@@ -51,7 +53,7 @@ class RandomPermutation:
 
     def __init__(self, size: int, *seed: int | str) -> None:
         if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+            raise InputError(f"size must be at least 1, got {size}")
         self.size = size
         self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half_bits) - 1

@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 Norm = Literal["L2", "Linf"]
 
 # Keeps the direction finite where a gradient vanishes (the method's step is g / (‖g‖₂ + 1e-10)).
@@ -29,7 +31,7 @@ class ThreatModel:
         random_start: Whether the ascent begins at a random point of the ball instead of its centre.
 
     Raises:
-        ValueError: If a number is negative or NaN, the norm is unknown, or a random start is asked for in an infinite
+        InputError: If a number is negative or NaN, the norm is unknown, or a random start is asked for in an infinite
             ball.
 
     Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1; DAT (arXiv 2510.13872).
@@ -43,15 +45,15 @@ class ThreatModel:
 
     def __post_init__(self) -> None:
         if self.norm not in ("L2", "Linf"):
-            raise ValueError(f"norm must be 'L2' or 'Linf', got {self.norm!r}")
+            raise InputError(f"norm must be 'L2' or 'Linf', got {self.norm!r}")
         if math.isnan(self.eps) or self.eps < 0:
-            raise ValueError(f"eps must be a radius of at least 0 (or inf), got {self.eps}")
+            raise InputError(f"eps must be a radius of at least 0 (or inf), got {self.eps}")
         if not math.isfinite(self.step_size) or self.step_size < 0:
-            raise ValueError(f"step_size must be a finite length of at least 0, got {self.step_size}")
+            raise InputError(f"step_size must be a finite length of at least 0, got {self.step_size}")
         if self.num_steps < 0:
-            raise ValueError(f"num_steps must be at least 0, got {self.num_steps}")
+            raise InputError(f"num_steps must be at least 0, got {self.num_steps}")
         if self.random_start and math.isinf(self.eps):
-            raise ValueError("random_start needs a finite eps: there is no uniform point in an infinite ball")
+            raise InputError("random_start needs a finite eps: there is no uniform point in an infinite ball")
 
 
 def per_example_norm(x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from torchvision.datasets.utils import check_integrity
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.images import check_index
 
 _SOURCES = {"cifar10": CIFAR10, "cifar100": CIFAR100}
@@ -35,14 +36,14 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
     Raises:
         FileNotFoundError: If a file is missing and not to be downloaded.
         ConnectionError: If the download fails.
-        ValueError: If a file is damaged, or ``name`` is unknown.
+        InputError: If a file is damaged, or ``name`` is unknown.
     """
 
     def __init__(
         self, name: Literal["cifar10", "cifar100"], root: str | Path, train: bool, download: bool = False
     ) -> None:
         if name not in _SOURCES:
-            raise ValueError(f"name must be one of {list(_SOURCES)}, got {name!r}")
+            raise InputError(f"name must be one of {list(_SOURCES)}, got {name!r}")
         root = Path(root).expanduser()
         source = _SOURCES[name]
         try:
@@ -98,7 +99,7 @@ def _check_files(root: Path, source: type[CIFAR10]) -> None:
         )
     damaged = [name for name, checksum in files if not check_integrity(folder / name, checksum)]
     if damaged:
-        raise ValueError(
+        raise InputError(
             f"{', '.join(damaged)} in {folder} differ from the published files (MD5); delete them and fetch"
             f" {source.url} again"
         )

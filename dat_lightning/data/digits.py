@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import EvaluationBatches, Transform
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
@@ -108,7 +109,7 @@ class DigitsDataModule(PairedDataModule):
         max_shift_gen: Largest shift of ``x_gen``.
 
     Raises:
-        ValueError: If a number is outside its range or ``ood`` is unknown.
+        InputError: If a number is outside its range or ``ood`` is unknown.
     """
 
     def __init__(
@@ -127,13 +128,13 @@ class DigitsDataModule(PairedDataModule):
     ) -> None:
         super().__init__(batch_size, eval_batch_size, num_workers, streams, seed)
         if not 10 <= validation_size <= 1000:
-            raise ValueError(f"validation_size must lie in 10 … 1000, got {validation_size}")
+            raise InputError(f"validation_size must lie in 10 … 1000, got {validation_size}")
         if ood not in ("photographs", "noise", "none"):
-            raise ValueError(f"ood must be 'photographs', 'noise' or 'none', got {ood!r}")
+            raise InputError(f"ood must be 'photographs', 'noise' or 'none', got {ood!r}")
         if num_ood < 1 or num_held_out < 1:
-            raise ValueError(f"num_ood and num_held_out must be at least 1, got {num_ood} and {num_held_out}")
+            raise InputError(f"num_ood and num_held_out must be at least 1, got {num_ood} and {num_held_out}")
         if not (0 <= max_shift_clf < IMAGE_SIZE and 0 <= max_shift_gen < IMAGE_SIZE):
-            raise ValueError(f"shifts must lie in 0 … {IMAGE_SIZE - 1}, got {max_shift_clf} and {max_shift_gen}")
+            raise InputError(f"shifts must lie in 0 … {IMAGE_SIZE - 1}, got {max_shift_clf} and {max_shift_gen}")
         self.validation_size = validation_size
         self.ood = ood
         self.num_ood = num_ood

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError
@@ -49,7 +50,7 @@ class DrawStream:
         name: Name of the stream, so that two streams over one data set differ.
 
     Raises:
-        ValueError: If the data set is empty; on a draw, if a hundred images in a row are corrupt.
+        InputError: If the data set is empty; on a draw, if a hundred images in a row are corrupt.
     """
 
     def __init__(
@@ -60,7 +61,7 @@ class DrawStream:
         name: str,
     ) -> None:
         if len(dataset) == 0:
-            raise ValueError(f"the data set of the {name!r} stream is empty")
+            raise InputError(f"the data set of the {name!r} stream is empty")
         self.dataset = dataset
         self.transform = transform
         self.seed = seed
@@ -116,7 +117,7 @@ class DrawStream:
                 return entry
             self._skipped.append(str(entry))
             index = stream_seed(self.seed, self.name, "replacement", draw, attempt) % len(self.dataset)
-        raise ValueError(
+        raise InputError(
             f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"
             f" because {entry}"
         )
@@ -158,7 +159,7 @@ def _stacked(images: Sequence[Tensor], name: str) -> Tensor:
     """A batch of images, which must have one shape."""
     shapes = {tuple(image.shape) for image in images}
     if len(shapes) > 1:
-        raise ValueError(
+        raise InputError(
             f"the images of the {name!r} stream have several shapes, {sorted(shapes)[0]} and {sorted(shapes)[1]} among"
             " them: its transform has to bring them to one size and number of channels"
         )
@@ -178,14 +179,14 @@ class DrawBatches(DistributedSampler[list[int]]):
         world_size: Number of processes.
 
     Raises:
-        ValueError: If the ranks cannot share the batch evenly.
+        InputError: If the ranks cannot share the batch evenly.
     """
 
     def __init__(
         self, batch_size: int, num_batches: int, position: Callable[[], int], rank: int = 0, world_size: int = 1
     ) -> None:
         if batch_size % world_size:
-            raise ValueError(
+            raise InputError(
                 f"batch_size is the global batch size and must be divisible by the number of processes {world_size},"
                 f" got {batch_size}; the nearest that is: {max(1, round(batch_size / world_size)) * world_size}"
             )
@@ -210,7 +211,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
     Corrupt images are left out, and their messages are under ``skipped``, a list of strings.
 
     Raises:
-        ValueError: On a batch, if all its images are corrupt.
+        InputError: On a batch, if all its images are corrupt.
     """
 
     def __init__(self, dataset: SizedDataset, transform: Transform) -> None:
@@ -229,7 +230,7 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
             labels.append(int(label))
             kept.append(index)
         if not kept:
-            raise ValueError(f"no image of an evaluation batch can be read: {'; '.join(skipped[:3])}")
+            raise InputError(f"no image of an evaluation batch can be read: {'; '.join(skipped[:3])}")
         batch = {"x": _stacked(images, "evaluation"), "y": torch.tensor(labels), "index": torch.tensor(kept)}
         return batch | {"skipped": skipped} if skipped else batch
 
@@ -247,12 +248,12 @@ class ShardedBatches(DistributedSampler[list[int]]):
         world_size: Number of processes.
 
     Raises:
-        ValueError: If there are fewer examples than processes.
+        InputError: If there are fewer examples than processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
         if size < world_size:
-            raise ValueError(f"{size} examples cannot be shared by {world_size} processes; use fewer processes")
+            raise InputError(f"{size} examples cannot be shared by {world_size} processes; use fewer processes")
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self.indices = range(rank, size, world_size)
         smallest_share, largest_share = size // world_size, -(-size // world_size)
@@ -283,7 +284,7 @@ class ResumableLoader(DataLoader[dict[str, Any]]):
         """Accepts what :meth:`state_dict` returns.
 
         Raises:
-            ValueError: If the state has entries, which another loader must have written.
+            InputError: If the state has entries, which another loader must have written.
         """
         if state:
-            raise ValueError(f"the data loader has no state of its own, got {sorted(state)}")
+            raise InputError(f"the data loader has no state of its own, got {sorted(state)}")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import ConcatDataset
 from torchvision.transforms.v2.functional import to_pil_image
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.hash_search import DuplicatePair, near_duplicates
 from dat_lightning.data.image_hashes import FeatureHasher, ImageHashes, mirrored_hashes, perceptual_hashes
@@ -105,21 +106,21 @@ def exclude_duplicates(
 
     Raises:
         FileExistsError: If there is a file ``output``.
-        ValueError: If ``method`` is ``features`` without an extractor, or there are no OOD images.
+        InputError: If ``method`` is ``features`` without an extractor, or there are no OOD images.
     """
     largest = bits if method == "features" else 64
     if not 0 <= max_distance < largest:
-        raise ValueError(f"max_distance must lie in 0 … {largest - 1}, the bits of a hash less one, got {max_distance}")
+        raise InputError(f"max_distance must lie in 0 … {largest - 1}, the bits of a hash less one, got {max_distance}")
     if sheet is not None and Path(sheet).is_dir():
         raise IsADirectoryError(f"sheet names {sheet}, which is a folder; expected a file to write")
     if Path(output).exists():
         raise FileExistsError(f"output names {output}, which exists; it may be in use, so name another file")
     if method == "features" and extractor is None:
-        raise ValueError("method 'features' needs an extractor, such as dat_lightning.TorchFidelityFeatures")
+        raise InputError("method 'features' needs an extractor, such as dat_lightning.TorchFidelityFeatures")
     sources = {split: data.out_of_distribution(split) for split in ood_splits}
     present = {split: source for split, source in sources.items() if source is not None and len(source)}
     if not present:
-        raise ValueError(f"{type(data).__name__} has no out-of-distribution images in the splits {list(ood_splits)}")
+        raise InputError(f"{type(data).__name__} has no out-of-distribution images in the splits {list(ood_splits)}")
     # What would fail at the end is tried out before hours of hashing.
     for source in present.values():
         exclusion_entry(source, 0)
@@ -154,7 +155,7 @@ def data_section(config: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no such section.
+        InputError: If it has no such section.
     """
     if not config.is_file():
         raise FileNotFoundError(f"config names {config}, which is no file")
@@ -162,7 +163,7 @@ def data_section(config: Path) -> dict[str, Any]:
     sections = contents if isinstance(contents, dict) else {}
     section = sections.get("data") or (sections.get("fit") or {}).get("data")
     if not isinstance(section, dict):
-        raise ValueError(f"{config} has no section data with a class_path, as configurations of dat-lightning have it")  # noqa: TRY004
+        raise InputError(f"{config} has no section data with a class_path, as configurations of dat-lightning have it")
     return section
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.images import check_index, read_image
 
 
@@ -29,7 +30,7 @@ class LabelledFolder(Dataset[tuple[Image.Image, int]]):
 
     Raises:
         FileNotFoundError: If the root, a class folder, or every image of a class is missing.
-        ValueError: If the root is a file, or ``classes`` is empty or repeats a name.
+        InputError: If the root is a file, or ``classes`` is empty or repeats a name.
     """
 
     def __init__(self, root: str | Path, classes: Sequence[str] | None = None) -> None:
@@ -82,7 +83,7 @@ class ImageFolder(Dataset[Image.Image]):
 
     Raises:
         FileNotFoundError: If the root or a list is missing, or no images are left.
-        ValueError: If the root is a file.
+        InputError: If the root is a file.
         TypeError: If ``exclude`` or ``skip_folders`` is one name instead of several.
     """
 
@@ -166,7 +167,7 @@ def _existing_folder(root: str | Path) -> Path:
     if not root.exists():
         raise FileNotFoundError(f"no folder at {root}; expected one with images")
     if not root.is_dir():
-        raise ValueError(f"{root} is a file; expected a folder with images")
+        raise InputError(f"{root} is a file; expected a folder with images")
     return root
 
 
@@ -174,7 +175,7 @@ def _chosen_classes(root: Path, found: Collection[str], chosen: Sequence[str] | 
     if chosen is None:
         return tuple(found)
     if isinstance(chosen, str) or not chosen or len(set(chosen)) < len(chosen):
-        raise ValueError(f"classes must be different names of folders in {root}, got {chosen!r}")
+        raise InputError(f"classes must be different names of folders in {root}, got {chosen!r}")
     missing = [name for name in chosen if name not in found]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(chosen)} classes have no folder in {root}: {missing[:5]}")

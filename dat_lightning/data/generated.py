@@ -15,6 +15,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.images import RecordFile, check_index
 from dat_lightning.data.pixels import CorruptImageError
 
@@ -37,7 +38,7 @@ class GeneratedImages(Dataset[tuple[Image.Image, int]]):
     Raises:
         FileNotFoundError: If there is no such file.
         OSError: If it has to be unpacked and ``cache_dir`` has no space for that or cannot be written.
-        ValueError: If the file is damaged, or an array is missing or of another kind.
+        InputError: If the file is damaged, or an array is missing or of another kind.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None) -> None:
@@ -48,7 +49,7 @@ class GeneratedImages(Dataset[tuple[Image.Image, int]]):
             self.labels = _labels(self.path, archive)
             (count, self.height, self.width, _), header_size = _image_header(self.path, archive)
             if count != len(self.labels):
-                raise ValueError(f"{self.path} has {count} entries in 'image', but {len(self.labels)} in 'label'")
+                raise InputError(f"{self.path} has {count} entries in 'image', but {len(self.labels)} in 'label'")
             if archive.getinfo("image.npy").compress_type == zipfile.ZIP_STORED:
                 file, start = self.path, _start(self.path, archive)
             else:
@@ -82,12 +83,12 @@ def _opened(path: Path) -> zipfile.ZipFile:
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
-        raise ValueError(f"{path} is not a readable .npz file: {error}") from error
+        raise InputError(f"{path} is not a readable .npz file: {error}") from error
     names = [name.removesuffix(".npy") for name in archive.namelist()]
     missing = [key for key in ("image", "label") if key not in names]
     if missing:
         archive.close()
-        raise ValueError(f"{path} lacks {missing}; expected 'image' and 'label', got {names[:8]}")
+        raise InputError(f"{path} lacks {missing}; expected 'image' and 'label', got {names[:8]}")
     return archive
 
 
@@ -96,11 +97,11 @@ def _labels(path: Path, archive: zipfile.ZipFile) -> np.ndarray:
         with archive.open("label.npy") as member:
             labels = np.lib.format.read_array(member, allow_pickle=False)
     except Exception as error:  # as above
-        raise ValueError(f"{path}: 'label' cannot be read: {error}") from error
+        raise InputError(f"{path}: 'label' cannot be read: {error}") from error
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"{path}: 'label' must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
+        raise InputError(f"{path}: 'label' must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
     if len(labels) and labels.min() < 0:
-        raise ValueError(f"{path}: 'label' must not be negative, got {labels.min()}")
+        raise InputError(f"{path}: 'label' must not be negative, got {labels.min()}")
     return labels.astype(np.int64)
 
 
@@ -112,14 +113,14 @@ def _image_header(path: Path, archive: zipfile.ZipFile) -> tuple[tuple[int, ...]
             shape, fortran_order, dtype = read_header[np.lib.format.read_magic(member)](member)
             header_size = member.tell()
     except Exception as error:  # as above
-        raise ValueError(f"{path}: 'image' cannot be read: {error}") from error
+        raise InputError(f"{path}: 'image' cannot be read: {error}") from error
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
-        raise ValueError(f"{path}: 'image' must be uint8 of shape (N, H, W, 3), got {dtype} of shape {shape}")
+        raise InputError(f"{path}: 'image' must be uint8 of shape (N, H, W, 3), got {dtype} of shape {shape}")
     if fortran_order:
-        raise ValueError(f"{path}: 'image' is in Fortran order; save it again as np.ascontiguousarray(image)")
+        raise InputError(f"{path}: 'image' is in Fortran order; save it again as np.ascontiguousarray(image)")
     size = archive.getinfo("image.npy").file_size
     if header_size + math.prod(shape) != size:
-        raise ValueError(f"{path}: 'image' has {size - header_size} bytes, but its shape is {shape}")
+        raise InputError(f"{path}: 'image' has {size - header_size} bytes, but its shape is {shape}")
     return shape, header_size
 
 
@@ -148,7 +149,7 @@ def _unpacked(path: Path, archive: zipfile.ZipFile, cache: Path) -> Path:
             " with space for it as cache_dir",
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ValueError(f"{path}: 'image' is damaged: {error}") from error
+        raise InputError(f"{path}: 'image' is damaged: {error}") from error
     return target
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.image_hashes import ImageHashes
 
 
@@ -37,16 +38,16 @@ def near_duplicates(ood: ImageHashes, reference: ImageHashes, max_distance: int)
         max_distance: d, in bits.
 
     Raises:
-        ValueError: If the hashes differ in length, or the distance is negative or as long as a hash.
+        InputError: If the hashes differ in length, or the distance is negative or as long as a hash.
 
     Source: Norouzi et al. 2014 (arXiv 1307.2982), section 2.
     """
     if ood.hashes.shape[1] != reference.hashes.shape[1]:
         lengths = tuple(64 * h.hashes.shape[1] for h in (ood, reference))
-        raise ValueError(f"ood and reference must have hashes of one length, got {lengths[0]} and {lengths[1]} bits")
+        raise InputError(f"ood and reference must have hashes of one length, got {lengths[0]} and {lengths[1]} bits")
     bits = 64 * ood.hashes.shape[1]
     if not 0 <= max_distance < bits:
-        raise ValueError(f"max_distance must lie in 0 … {bits - 1}, got {max_distance}")
+        raise InputError(f"max_distance must lie in 0 … {bits - 1}, got {max_distance}")
     swap = len(ood.hashes) < len(reference.hashes)
     small, large = (ood, reference) if swap else (reference, ood)
     indexed, queries = (np.ascontiguousarray(h.hashes).view(np.uint16) for h in (small, large))

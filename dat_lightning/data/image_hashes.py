@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import stream_generator
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError, to_uint8_rgb
@@ -157,7 +158,7 @@ class FeatureHasher:
         seed: Seed of the projections.
 
     Raises:
-        ValueError: If ``bits`` is no positive multiple of 64, or no image of ``reference`` can be read.
+        InputError: If ``bits`` is no positive multiple of 64, or no image of ``reference`` can be read.
 
     Source: Charikar 2002 (Similarity estimation techniques from rounding algorithms), section 3.
     """
@@ -173,7 +174,7 @@ class FeatureHasher:
         seed: int = 0,
     ) -> None:
         if bits < 64 or bits % 64:
-            raise ValueError(f"bits must be a positive multiple of 64, got {bits}")
+            raise InputError(f"bits must be a positive multiple of 64, got {bits}")
         self.extractor = extractor.eval()
         self.bits = bits
         self.image_size = image_size
@@ -183,7 +184,7 @@ class FeatureHasher:
         some = [k * len(reference) // count for k in range(count)]
         features = [values for _, values in self._features(reference, some, "Centre of the features")]
         if not features:
-            raise ValueError(f"the features need a centre, but none of {count} reference images can be read")
+            raise InputError(f"the features need a centre, but none of {count} reference images can be read")
         self.center: Tensor = torch.cat(features).mean(0)
         generator = stream_generator(seed, "feature hash")
         self.projections = torch.randn(len(self.center), bits, generator=generator, dtype=torch.float64)

@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms
 from dat_lightning.data.draws import DrawSource, DrawStream, EvaluationBatches, Transform
@@ -27,12 +28,12 @@ class RandomSlice(ImageView):
         seed: Parts that name the order.
 
     Raises:
-        ValueError: If the places do not lie in the data set.
+        InputError: If the places do not lie in the data set.
     """
 
     def __init__(self, dataset: SizedDataset, start: int, stop: int, seed: Sequence[int | str]) -> None:
         if not 0 <= start <= stop <= len(dataset):
-            raise ValueError(f"places {start} … {stop} are outside a data set of {len(dataset)} images")
+            raise InputError(f"places {start} … {stop} are outside a data set of {len(dataset)} images")
         super().__init__(dataset)
         self.start = start
         self.stop = stop
@@ -84,7 +85,7 @@ class ImageDataModule(PairedDataModule):
         max_skipped_share: Likewise.
 
     Raises:
-        ValueError: If a number does not fit the data, or two arguments do not go together.
+        InputError: If a number does not fit the data, or two arguments do not go together.
 
     Source: DAT (arXiv 2510.13872), on its data; Cubuk et al. 2019 (arXiv 1805.09501); DeVries & Taylor 2017
         (arXiv 1708.04552); Wang et al. 2023 (arXiv 2302.04638).
@@ -118,20 +119,20 @@ class ImageDataModule(PairedDataModule):
         self.test_images = _sized(test, "test")
         self.generated = None if generated is None else _sized(generated, "generated")
         if augmentation not in ("cifar", "imagenet"):
-            raise ValueError(f"augmentation must be 'cifar' or 'imagenet', got {augmentation!r}")
+            raise InputError(f"augmentation must be 'cifar' or 'imagenet', got {augmentation!r}")
         if ood_augmentation not in (None, "crop", "resized_crop"):
-            raise ValueError(f"ood_augmentation must be 'crop' or 'resized_crop', got {ood_augmentation!r}")
+            raise InputError(f"ood_augmentation must be 'crop' or 'resized_crop', got {ood_augmentation!r}")
         if image_size < 1 or (eval_resize is not None and eval_resize < image_size):
-            raise ValueError(
+            raise InputError(
                 f"image_size must be positive and eval_resize at least that, got {image_size}, {eval_resize}"
             )
         if not 0 <= validation_size < len(self.train_images):
-            raise ValueError(
+            raise InputError(
                 f"validation_size must lie in 0 … {len(self.train_images) - 1}, the number of training images less one,"
                 f" got {validation_size}"
             )
         if not 0 <= generated_fraction < 1 or (generated_fraction > 0) != (generated is not None):
-            raise ValueError(
+            raise InputError(
                 "generated and generated_fraction, in (0, 1), go together; got"
                 f" {type(generated).__name__} and {generated_fraction}"
             )
@@ -195,7 +196,7 @@ def _sized(dataset: Any, argument: str) -> SizedDataset:
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise TypeError(f"{argument} must be a data set with a length, got {type(dataset).__name__}")
     if len(dataset) == 0:
-        raise ValueError(f"{argument} has no images")
+        raise InputError(f"{argument} has no images")
     sized: SizedDataset = dataset
     return sized
 
@@ -206,7 +207,7 @@ def _check_classes(train: SizedDataset, test: SizedDataset) -> None:
     if ours is None or theirs is None or list(ours) == list(theirs):
         return
     alone = sorted(set(ours) ^ set(theirs))
-    raise ValueError(
+    raise InputError(
         f"train has {len(ours)} classes and test {len(theirs)}, and their labels would not mean the same;"
         f" {len(alone)} are in one of them alone, such as {', '.join(map(repr, alone[:3]))}. LabelledFolder's argument"
         " classes chooses and orders them"
@@ -218,7 +219,7 @@ def _split_seeds(
 ) -> tuple[SizedDataset | None, SizedDataset | None]:
     """OOD images for training and for generation, without overlap."""
     if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_ood_samples must be at least 1, got {max_samples}")
+        raise InputError(f"max_ood_samples must be at least 1, got {max_samples}")
     if ood is None:
         return None, None if held_out is None else _sized(held_out, "held_out")
     images, order = _sized(ood, "ood"), (0, "OOD split")
@@ -227,7 +228,7 @@ def _split_seeds(
     elif 0 < num_held_out < len(images):
         start, seeds = num_held_out, RandomSlice(images, 0, num_held_out, order)
     else:
-        raise ValueError(
+        raise InputError(
             f"num_held_out must lie in 1 … {len(images) - 1}, so that the {len(images)} OOD images give seeds for both"
             f" training and generation, got {num_held_out}; or give held_out other images"
         )
@@ -235,5 +236,5 @@ def _split_seeds(
     if max_samples is None:
         return training, seeds
     if max_samples > len(training):
-        raise ValueError(f"max_ood_samples is {max_samples}, but there are only {len(training)} OOD images to train on")
+        raise InputError(f"max_ood_samples is {max_samples}, but there are only {len(training)} OOD images to train on")
     return RandomSlice(training, 0, max_samples, (seed, "OOD choice")), seeds

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError
 
@@ -80,7 +81,7 @@ def _rgb(image: Image.Image) -> Image.Image:
         grey = (np.asarray(image).astype(np.int64) + 128) // 257
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
     elif image.mode in ("I", "F"):
-        raise ValueError(f"pixels of mode {image.mode!r} have no agreed white")
+        raise InputError(f"pixels of mode {image.mode!r} have no agreed white")
     # Pillow warns that the transparency of a palette is lost, which is meant.
     image.info.pop("transparency", None)
     return image.convert("RGB")
@@ -156,7 +157,7 @@ class ImageSubset(ImageView):
         indices: Which entries, in which order; a range or NumPy array is kept as it is.
 
     Raises:
-        ValueError: If an index is no integer or outside the data set.
+        InputError: If an index is no integer or outside the data set.
     """
 
     def __init__(self, dataset: SizedDataset, indices: Sequence[int] | np.ndarray) -> None:
@@ -164,9 +165,9 @@ class ImageSubset(ImageView):
         ends: Sequence[int] | np.ndarray = [*indices[:1], *indices[-1:]] if isinstance(indices, range) else indices
         ends = np.asarray(ends)
         if ends.size and (ends.ndim != 1 or not np.issubdtype(ends.dtype, np.integer)):
-            raise ValueError(f"indices must be one row of integers, got {ends.dtype} of shape {ends.shape}")
+            raise InputError(f"indices must be one row of integers, got {ends.dtype} of shape {ends.shape}")
         if ends.size and not 0 <= ends.min() <= ends.max() < len(dataset):
-            raise ValueError(f"indices must lie in 0 … {len(dataset) - 1}, got {ends.min()} … {ends.max()}")
+            raise InputError(f"indices must lie in 0 … {len(dataset) - 1}, got {ends.min()} … {ends.max()}")
         super().__init__(dataset)
         self.indices = indices if isinstance(indices, range) else np.asarray(indices)
 

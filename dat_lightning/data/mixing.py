@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawSource
 
 
@@ -19,14 +20,14 @@ class MixedStream:
         fraction: f, the share of generated images, in (0, 1).
 
     Raises:
-        ValueError: If the fraction is outside (0, 1).
+        InputError: If the fraction is outside (0, 1).
 
     Source: Wang et al. 2023 (arXiv 2302.04638), on mixing generated images into adversarial training.
     """
 
     def __init__(self, real: DrawSource, generated: DrawSource, fraction: float) -> None:
         if not 0 < fraction < 1:
-            raise ValueError(f"generated_fraction must lie between 0 and 1, got {fraction}")
+            raise InputError(f"generated_fraction must lie between 0 and 1, got {fraction}")
         self.real = real
         self.generated = generated
         self.fraction = fraction

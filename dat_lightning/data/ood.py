@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import stream_generator
 
 # Share of each photograph's width that is kept for held-out seeds, at its right end.
@@ -27,12 +28,12 @@ class UniformNoise(Dataset[Tensor]):
         seed: Seed of the images; another seed gives other images.
 
     Raises:
-        ValueError: If a size is not positive.
+        InputError: If a size is not positive.
     """
 
     def __init__(self, size: int, shape: Sequence[int], seed: int = 0) -> None:
         if min(size, *shape) < 1:
-            raise ValueError(f"size and shape must be positive, got {size} and {tuple(shape)}")
+            raise InputError(f"size and shape must be positive, got {size} and {tuple(shape)}")
         self.size = size
         self.shape = tuple(shape)
         self.seed = seed
@@ -63,7 +64,7 @@ class PhotographCrops(Dataset[Tensor]):
         seed: Seed of the crops.
 
     Raises:
-        ValueError: If a number is outside its range.
+        InputError: If a number is outside its range.
     """
 
     def __init__(
@@ -77,13 +78,13 @@ class PhotographCrops(Dataset[Tensor]):
         seed: int = 0,
     ) -> None:
         if size < 1 or image_size < 2:
-            raise ValueError(f"size must be at least 1 and image_size at least 2, got {size} and {image_size}")
+            raise InputError(f"size must be at least 1 and image_size at least 2, got {size} and {image_size}")
         if not 0 < contrast[0] <= contrast[1]:
-            raise ValueError(f"contrast must be a range of positive numbers, got {contrast}")
+            raise InputError(f"contrast must be a range of positive numbers, got {contrast}")
         if not 0 <= brightness <= 1:
-            raise ValueError(f"brightness must lie in [0, 1], got {brightness}")
+            raise InputError(f"brightness must lie in [0, 1], got {brightness}")
         if not blur >= 0:
-            raise ValueError(f"blur must be at least 0, got {blur}")
+            raise InputError(f"blur must be at least 0, got {blur}")
         self.size = size
         self.part = part
         self.image_size = image_size

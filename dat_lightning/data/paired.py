@@ -8,6 +8,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -45,7 +46,7 @@ class PairedDataModule(LightningDataModule):
             them stop the run.
 
     Raises:
-        ValueError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
+        InputError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
             or there are none although ``ood`` is among the streams; during a run, if too many images are corrupt.
     """
 
@@ -61,12 +62,12 @@ class PairedDataModule(LightningDataModule):
         super().__init__()
         for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
             if size < 1:
-                raise ValueError(f"{name} must be at least 1, got {size}")
+                raise InputError(f"{name} must be at least 1, got {size}")
         if num_workers < 0:
-            raise ValueError(f"num_workers must be at least 0, got {num_workers}")
+            raise InputError(f"num_workers must be at least 0, got {num_workers}")
         unknown = [s for s in streams if s not in get_args(Stream)]
         if unknown or not streams:
-            raise ValueError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")
+            raise InputError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
@@ -128,7 +129,7 @@ class PairedDataModule(LightningDataModule):
         """Returns the endless stream of OOD seeds for generation: seed i is a pure function of i.
 
         Raises:
-            ValueError: If the data have no OOD images.
+            InputError: If the data have no OOD images.
         """
         dataset = self._require_ood("held_out")
         return CountedStream(dataset, self.seed_transform(), self.seed, "held-out seeds", self.skipped_seeds)
@@ -142,7 +143,7 @@ class PairedDataModule(LightningDataModule):
         if "ood" in self.streams and stage == "fit":
             overlap = shared_images(self.in_distribution("train"), self._require_ood("train"))
             if overlap > 0.1:
-                raise ValueError(
+                raise InputError(
                     f"the out-of-distribution images of {type(self).__name__} are the training images: {overlap:.0%} of"
                     " those compared are equal. Stage 2 would push up the energy of its own data; use other images."
                 )
@@ -153,11 +154,11 @@ class PairedDataModule(LightningDataModule):
         """Returns batches of the chosen streams, this rank's part.
 
         Raises:
-            ValueError: If the Trainer is to overfit some batches: draws are endless and never repeat.
+            InputError: If the Trainer is to overfit some batches: draws are endless and never repeat.
         """
         overfit: float = getattr(self.trainer, "overfit_batches", 0.0)
         if overfit:
-            raise ValueError(
+            raise InputError(
                 f"trainer.overfit_batches={overfit} cannot work with an endless stream of draws; use a data set of"
                 " a few images, or trainer.limit_train_batches"
             )
@@ -182,7 +183,7 @@ class PairedDataModule(LightningDataModule):
         """Counts the corrupt images that loading a batch met, and returns the batch without their messages.
 
         Raises:
-            ValueError: If they are more than ``max_skipped_share`` allows.
+            InputError: If they are more than ``max_skipped_share`` allows.
         """
         if isinstance(batch, dict):
             loaded = sum(len(value) for key, value in batch.items() if key.startswith("x"))
@@ -216,10 +217,10 @@ class PairedDataModule(LightningDataModule):
         """Continues where the checkpoint stopped; batch size and number of processes may differ, the seed may not.
 
         Raises:
-            ValueError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
+            InputError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
         """
         if state["seed"] != self.seed:
-            raise ValueError(
+            raise InputError(
                 f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"
                 " not continue. Set it back, or start a new run from the weights alone (model.init_from)."
             )
@@ -258,7 +259,7 @@ class PairedDataModule(LightningDataModule):
     def _require_ood(self, split: OODSplit) -> SizedDataset:
         dataset = self.out_of_distribution(split)
         if dataset is None or len(dataset) == 0:
-            raise ValueError(
+            raise InputError(
                 f"{type(self).__name__} has no out-of-distribution images ({split}): Stage 2 and generation start from"
                 " them. Give the data module an OOD source; Stage 1 alone can do without (data.streams: [clf])."
             )

@@ -3,8 +3,10 @@
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 
-class CorruptImageError(ValueError):
+
+class CorruptImageError(InputError):
     """An image that cannot be read: truncated, damaged, gone, or no image at all.
 
     A data set raises it for the entry concerned; training and evaluation go on without that entry and count it.
@@ -26,9 +28,9 @@ def to_uint8_rgb(images: Tensor) -> Tensor:
     Values are rounded to the nearest level, so that 0.999 becomes 255.
 
     Raises:
-        ValueError: If the images have neither one nor three channels.
+        InputError: If the images have neither one nor three channels.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(f"images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
+        raise InputError(f"images must have shape (N, 1 or 3, H, W), got {tuple(images.shape)}")
     pixels = (images.detach() * 255).round().clamp(0, 255).to(torch.uint8)
     return pixels.expand(-1, 3, -1, -1) if images.shape[1] == 1 else pixels

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream, Transform
 from dat_lightning.data.fingerprint import SizedDataset
 
@@ -26,12 +27,12 @@ class SkippedImages:
         loaded: Images loaded so far.
 
     Raises:
-        ValueError: If the share is outside [0, 1].
+        InputError: If the share is outside [0, 1].
     """
 
     def __init__(self, max_share: float = 0.01) -> None:
         if not 0 <= max_share <= 1:
-            raise ValueError(f"max_skipped_share must lie in [0, 1], got {max_share}")
+            raise InputError(f"max_skipped_share must lie in [0, 1], got {max_share}")
         self.max_share = max_share
         self.count = 0
         self.loaded = 0
@@ -41,7 +42,7 @@ class SkippedImages:
         """Adds the messages of skipped images, and the number of images that were loaded.
 
         Raises:
-            ValueError: If more than the allowed share was skipped, which counts from a thousand loaded images on.
+            InputError: If more than the allowed share was skipped, which counts from a thousand loaded images on.
         """
         self.loaded += loaded
         self.count += len(messages)
@@ -51,7 +52,7 @@ class SkippedImages:
                 logger.warning("skipped an image (%d different ones so far): %s", len(self._known), message)
         allowed = self.max_share * max(self.loaded, _MIN_LOADED)
         if messages and self.count > allowed:
-            raise ValueError(
+            raise InputError(
                 f"{self.count} of {self.loaded} loaded images could not be read, more than data.max_skipped_share"
                 f" {self.max_share:g} allows; the last one: {messages[-1]}"
             )
@@ -81,7 +82,7 @@ class CountedStream(DrawStream):
         """Returns image and label of a draw.
 
         Raises:
-            ValueError: If too many images were corrupt so far.
+            InputError: If too many images were corrupt so far.
         """
         entry = super().__call__(draw)
         if self._counts:
@@ -99,6 +100,6 @@ class CountedStream(DrawStream):
         """Counts a draw, and why images were skipped on the way to it.
 
         Raises:
-            ValueError: If too many images were corrupt so far.
+            InputError: If too many images were corrupt so far.
         """
         self.counter.update(messages, loaded=1)

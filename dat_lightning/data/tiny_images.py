@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.images import RecordFile, check_index
 from dat_lightning.data.pixels import CorruptImageError
 
@@ -31,7 +32,7 @@ class TinyImages(Dataset[Image.Image]):
     Raises:
         FileNotFoundError: If a file is missing.
         TypeError: If ``exclude`` is one path instead of several.
-        ValueError: If the file is empty or not made of records, or a list has an entry that is no record's number.
+        InputError: If the file is empty or not made of records, or a list has an entry that is no record's number.
     """
 
     def __init__(self, path: str | Path, exclude: Sequence[str | Path] = (), first_record: Literal[0, 1] = 0) -> None:
@@ -40,20 +41,20 @@ class TinyImages(Dataset[Image.Image]):
             raise FileNotFoundError(f"no file at {self.path}; expected tiny_images.bin")
         size = self.path.stat().st_size
         if size == 0 or size % _RECORD_SIZE:
-            raise ValueError(
+            raise InputError(
                 f"{self.path} has {size} bytes, expected a multiple of {_RECORD_SIZE}; the download is incomplete, or"
                 " the file is another"
             )
         if isinstance(exclude, (str, Path)):
             raise TypeError(f"exclude must be a list of paths, got {exclude!r}")
         if first_record not in (0, 1):
-            raise ValueError(f"first_record must be 0 or 1, got {first_record}")
+            raise InputError(f"first_record must be 0 or 1, got {first_record}")
         self.first_record = first_record
         self.num_records = size // _RECORD_SIZE
         numbers = [_excluded(Path(file).expanduser(), first_record, self.num_records) for file in exclude]
         excluded = np.unique(np.concatenate([np.empty(0, dtype=np.int64), *numbers]))
         if len(excluded) == self.num_records:
-            raise ValueError(f"exclude leaves none of the {self.num_records} images in {self.path}")
+            raise InputError(f"exclude leaves none of the {self.num_records} images in {self.path}")
         # How many images are kept before each excluded record.
         self._kept_before = excluded - np.arange(len(excluded))
         self._records = RecordFile(self.path, _RECORD_SIZE)
@@ -96,7 +97,7 @@ def _excluded(file: Path, first_record: int, num_records: int) -> np.ndarray:
     outside = np.flatnonzero((numbers < first_record) | (numbers > last))
     if len(outside):
         place = f"entry {outside[0]}" if lines is None else f"line {lines[outside[0]]}"
-        raise ValueError(
+        raise InputError(
             f"{file}, {place}: record {numbers[outside[0]]} is outside {first_record} … {last}"
             f" (first_record={first_record})"
         )
@@ -108,9 +109,9 @@ def _numbers_of_array(file: Path) -> np.ndarray:
         with file.open("rb") as array:
             numbers = np.lib.format.read_array(array, allow_pickle=False)
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
-        raise ValueError(f"{file} is not a readable .npy file of integers: {error}") from error
+        raise InputError(f"{file} is not a readable .npy file of integers: {error}") from error
     if numbers.ndim != 1 or not np.issubdtype(numbers.dtype, np.integer):
-        raise ValueError(f"{file} must hold one row of integers, got {numbers.dtype} of shape {numbers.shape}")
+        raise InputError(f"{file} must hold one row of integers, got {numbers.dtype} of shape {numbers.shape}")
     return np.asarray(numbers)
 
 
@@ -121,7 +122,7 @@ def _numbers_of_text(file: Path) -> tuple[np.ndarray, list[int]]:
             try:
                 numbers.append(np.int64(int(text)))
             except (ValueError, OverflowError):
-                raise ValueError(
+                raise InputError(
                     f"{file}, line {number}: expected a record number, got {text.strip()[:40]!r}"
                 ) from None
             lines.append(number)

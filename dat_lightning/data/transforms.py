@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import Transform
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -27,7 +28,7 @@ class Cutout(v2.Transform):  # type: ignore[misc]
         fill: Value inside the square; the source fills with the mean, which is 0 after its normalisation.
 
     Raises:
-        ValueError: If the size is not positive, or the value outside [0, 1].
+        InputError: If the size is not positive, or the value outside [0, 1].
     """
 
     _transformed_types = (Tensor,)
@@ -35,9 +36,9 @@ class Cutout(v2.Transform):  # type: ignore[misc]
     def __init__(self, size: int, fill: float = 0.0) -> None:
         super().__init__()
         if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+            raise InputError(f"size must be at least 1, got {size}")
         if not 0 <= fill <= 1:
-            raise ValueError(f"fill must lie in [0, 1], got {fill}")
+            raise InputError(f"fill must lie in [0, 1], got {fill}")
         self.size = size
         self.fill = fill
 
@@ -104,10 +105,10 @@ def seed_crop(
     """Returns a part of the image whose share of the area lies in ``scale``, resized to ``image_size``, and a flip.
 
     Raises:
-        ValueError: If ``scale`` is no range of shares, or another argument is outside its range.
+        InputError: If ``scale`` is no range of shares, or another argument is outside its range.
     """
     if not 0 < scale[0] <= scale[1] <= 1:
-        raise ValueError(f"scale must be a range within (0, 1], got {scale}")
+        raise InputError(f"scale must be a range within (0, 1], got {scale}")
     size, mode = _checked_size(image_size), _mode(interpolation)
     crop = v2.RandomResizedCrop(size, scale=tuple(scale), interpolation=mode, antialias=True)
     return _composed(v2.PILToTensor(), crop, v2.RandomHorizontalFlip())
@@ -121,11 +122,11 @@ def evaluation_resize(
     An image that has the size already keeps its pixels.
 
     Raises:
-        ValueError: If ``resize_size`` is below ``image_size``, or another argument is outside its range.
+        InputError: If ``resize_size`` is below ``image_size``, or another argument is outside its range.
     """
     resize = image_size if resize_size is None else resize_size
     if resize < image_size:
-        raise ValueError(f"resize_size must be at least image_size {image_size}, got {resize}")
+        raise InputError(f"resize_size must be at least image_size {image_size}, got {resize}")
     return _composed(*_resize_and_crop(image_size, resize, interpolation), v2.PILToTensor())
 
 
@@ -148,11 +149,11 @@ def _composed(*transforms: v2.Transform, after: v2.Transform | None = None) -> T
 
 def _checked_size(image_size: int) -> int:
     if image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+        raise InputError(f"image_size must be at least 1, got {image_size}")
     return image_size
 
 
 def _mode(interpolation: Interpolation) -> v2.InterpolationMode:
     if interpolation not in get_args(Interpolation):
-        raise ValueError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
+        raise InputError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
     return v2.InterpolationMode(interpolation)

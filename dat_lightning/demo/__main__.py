@@ -10,6 +10,7 @@ from typing import Any
 
 from dat_lightning.cli import deliberate_cause
 from dat_lightning.core import AUCCurriculum
+from dat_lightning.core.errors import InputError
 from dat_lightning.data import DigitsDataModule, to_uint8_rgb
 from dat_lightning.demo import training
 from dat_lightning.demo.evaluation import ATTACK, evaluate
@@ -110,13 +111,13 @@ def judge_both(
 
     Raises:
         FileNotFoundError: If a stage has not been trained.
-        ValueError: If the stages are to generate different numbers of samples.
+        InputError: If the stages are to generate different numbers of samples.
     """
     start = time.perf_counter()
     samplers = {stage: training.sampler(settings[stage]) for stage in STAGES}
     sizes = [samplers[stage].num_samples for stage in STAGES]
     if len(set(sizes)) > 1:
-        raise ValueError(f"PGDSampler.num_samples is {sizes[0]} in Stage 1 and {sizes[1]} in Stage 2: make them equal")
+        raise InputError(f"PGDSampler.num_samples is {sizes[0]} in Stage 1 and {sizes[1]} in Stage 2: make them equal")
     modules = {stage: training.load(out, stage) for stage in STAGES}
     seeds = DigitsDataModule().held_out_seeds()
     x, y = digits_for_testing()

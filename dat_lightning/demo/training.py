@@ -11,6 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dat_lightning import cli
+from dat_lightning.core.errors import InputError
 from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule
 from dat_lightning.sampling import PGDSampler
 
@@ -73,7 +74,7 @@ def read_config(configs: Path, stage: Stage, out: Path, *, quick: bool = False) 
 
     Raises:
         FileNotFoundError: If there is no such configuration.
-        ValueError: If it is no YAML mapping.
+        InputError: If it is no YAML mapping.
     """
     path = configs / f"{stage}.yaml"
     if not path.is_file():
@@ -83,9 +84,9 @@ def read_config(configs: Path, stage: Stage, out: Path, *, quick: bool = False) 
     try:
         loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML: {error}") from error
+        raise InputError(f"{path} is no YAML: {error}") from error
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} is no mapping of settings")  # noqa: TRY004 - the file's contents, not an argument
+        raise InputError(f"{path} is no mapping of settings")
     config: dict[str, Any] = _relocated(loaded, out.as_posix())
     for callback in callbacks(config, "ModelCheckpoint"):
         # A second run into the same folder would write last-v1.ckpt and leave the old last.ckpt in place.
@@ -105,11 +106,11 @@ def sampler(config: Mapping[str, Any]) -> PGDSampler:
     """Returns the sampler that a configuration describes.
 
     Raises:
-        ValueError: If it describes none.
+        InputError: If it describes none.
     """
     found = callbacks(config, "PGDSampler")
     if not found:
-        raise ValueError("the configuration has no PGDSampler among trainer.callbacks, so there is nothing to generate")
+        raise InputError("the configuration has no PGDSampler among trainer.callbacks, so there is nothing to generate")
     return PGDSampler(**found[0])
 
 

@@ -15,13 +15,15 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, input_gradient, no_trace
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm
-from dat_lightning.evaluation.evaluator import Evaluator, is_silent
+from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
 from dat_lightning.evaluation.robustness import float_logits
 from dat_lightning.results.figures import Figure, Values, all_ranks
+from dat_lightning.results.progress import is_silent
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
 
@@ -61,7 +63,7 @@ class AutoAttack(Evaluator):
             did.
 
     Raises:
-        ValueError: If a number is outside its range or a choice is unknown; in a test, if the network has too few
+        InputError: If a number is outside its range or a choice is unknown; in a test, if the network has too few
             classes or images are too small for the attacks.
         ModuleNotFoundError: In a test, if the package is not installed.
 
@@ -82,17 +84,17 @@ class AutoAttack(Evaluator):
     ) -> None:
         super().__init__(dirpath)
         if norm not in get_args(Norm):
-            raise ValueError(f"norm must be 'L2' or 'Linf', got {norm!r}")
+            raise InputError(f"norm must be 'L2' or 'Linf', got {norm!r}")
         if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be a positive finite radius, got {eps}")
+            raise InputError(f"eps must be a positive finite radius, got {eps}")
         if version not in ("standard", "plus", "rand"):
-            raise ValueError(f"version must be 'standard', 'plus' or 'rand', got {version!r}")
+            raise InputError(f"version must be 'standard', 'plus' or 'rand', got {version!r}")
         for name, number in (("max_images", max_images), ("batch_size", batch_size)):
             if number is not None and number < 1:
-                raise ValueError(f"{name} must be at least 1, got {number}")
+                raise InputError(f"{name} must be at least 1, got {number}")
         known = get_args(AttackName)
         if attacks is not None and (not attacks or set(attacks) - set(known) or len(set(attacks)) < len(attacks)):
-            raise ValueError(f"attacks must be different ones of {known}, got {list(attacks)}")
+            raise InputError(f"attacks must be different ones of {known}, got {list(attacks)}")
         self.norm: Norm = norm
         self.eps = eps
         self.version = version
@@ -260,11 +262,11 @@ class AutoAttack(Evaluator):
         least = {"apgd-dlr": 3, "apgd-t": 4}
         impossible = [attack for attack in attacks if num_classes < least.get(attack, 2)]
         if num_classes < 2 or (impossible and self.attacks is not None):
-            raise ValueError(f"the attacks {impossible or attacks} need more classes, the network has {num_classes}")
+            raise InputError(f"the attacks {impossible or attacks} need more classes, the network has {num_classes}")
         if "apgd-t" in impossible and num_classes == 3 and "apgd-dlr" not in attacks:
             attacks[attacks.index("apgd-t")] = "apgd-dlr"
         if "square" in attacks and self.norm == "L2" and min(x.shape[2:]) < 5:
-            raise ValueError(f"square in L2 needs images of at least 5×5 pixels, got {tuple(x.shape[2:])}")
+            raise InputError(f"square in L2 needs images of at least 5×5 pixels, got {tuple(x.shape[2:])}")
         adversary.attacks_to_run = [attack for attack in attacks if num_classes >= least.get(attack, 2)]
         return adversary
 

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import image_digest
-from dat_lightning.evaluation.evaluator import Evaluator, is_silent, numbered, require_parts
+from dat_lightning.evaluation.evaluator import Evaluator, numbered, require_parts
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
@@ -25,6 +26,7 @@ from dat_lightning.evaluation.reliability import (
 )
 from dat_lightning.results.figures import Figure, Values, gather
 from dat_lightning.results.measured_with import set_digest
+from dat_lightning.results.progress import is_silent
 
 
 class Calibration(Evaluator):
@@ -51,7 +53,7 @@ class Calibration(Evaluator):
         dirpath: See :class:`Evaluator`.
 
     Raises:
-        ValueError: If there is no bin; in a test, if the logits are not (N, K) with at least two classes, or not
+        InputError: If there is no bin; in a test, if the logits are not (N, K) with at least two classes, or not
             finite, or labels are none of the classes.
 
     Source: Guo et al. 2017 (arXiv 1706.04599).
@@ -60,7 +62,7 @@ class Calibration(Evaluator):
     def __init__(self, num_bins: int = 15, temperature: bool = True, dirpath: str | None = None) -> None:
         super().__init__(dirpath)
         if num_bins < 1:
-            raise ValueError(f"num_bins must be at least 1, got {num_bins}")
+            raise InputError(f"num_bins must be at least 1, got {num_bins}")
         self.num_bins = num_bins
         self.temperature = temperature
 
@@ -71,9 +73,9 @@ class Calibration(Evaluator):
             logits = pl_module(batch["x"])
         y = batch["y"].cpu()
         if logits.dim() != 2 or logits.shape[1] < 2:
-            raise ValueError(f"Calibration needs logits (N, K) of at least 2 classes, got shape {tuple(logits.shape)}")
+            raise InputError(f"Calibration needs logits (N, K) of at least 2 classes, got shape {tuple(logits.shape)}")
         if y.min() < 0 or y.max() >= logits.shape[1]:
-            raise ValueError(
+            raise InputError(
                 f"Calibration: labels must lie in 0 … {logits.shape[1] - 1}, got {int(y.min())} … {int(y.max())}"
             )
         digests = [int(image_digest(image)[:15], 16) for image in batch["x"].float()]

@@ -12,15 +12,17 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.fingerprint import module_fingerprint
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, Target, class_distances, draw_counterfactuals
-from dat_lightning.evaluation.evaluator import Evaluator, is_silent
+from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.results.figures import Figure, Values
 from dat_lightning.results.measured_with import network_digest, reference_digest
+from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.picture_grids import Shortlist
 from dat_lightning.sampling.reference_images import reference_data
@@ -62,7 +64,7 @@ class Counterfactuals(Evaluator):
         batch_size: Training images per pass of the extractor.
 
     Raises:
-        ValueError: If an argument is outside its range; in a test, if images are outside [0, 1], labels do not fit the
+        InputError: If an argument is outside its range; in a test, if images are outside [0, 1], labels do not fit the
             network's classes, or the judge is part of the network.
         TypeError: In a test, if there is an extractor and the DataModule has no ``reference_data()``.
 
@@ -88,24 +90,24 @@ class Counterfactuals(Evaluator):
     ) -> None:
         super().__init__(dirpath)
         if not eps or not all(0 < e < math.inf for e in eps) or len({f"{e:g}" for e in eps}) < len(eps):
-            raise ValueError(f"eps must be different finite radii above 0, got {list(eps)}")
+            raise InputError(f"eps must be different finite radii above 0, got {list(eps)}")
         positive = {"num_steps": num_steps, "num_pictures": num_pictures, "batch_size": batch_size}
         for name, value in positive.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if step_size is not None and not max(eps) <= step_size * num_steps < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"step_size must be at least max(eps) / num_steps = {max(eps) / num_steps:g}, or the walk cannot reach"
                 f" the rim of the ball, got {step_size}"
             )
         if not targets or set(targets) - set(get_args(Target)):
-            raise ValueError(f"targets must be some of {get_args(Target)}, got {list(targets)}")
+            raise InputError(f"targets must be some of {get_args(Target)}, got {list(targets)}")
         if judge_input not in ("float", "uint8"):
-            raise ValueError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
+            raise InputError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
         if min_class_images < 2:
-            raise ValueError(f"min_class_images must be at least 2, as a covariance needs, got {min_class_images}")
+            raise InputError(f"min_class_images must be at least 2, as a covariance needs, got {min_class_images}")
         if not 0 <= changed_level < 255:
-            raise ValueError(f"changed_level must be in 0 … 254, got {changed_level}")
+            raise InputError(f"changed_level must be in 0 … 254, got {changed_level}")
         self.eps = tuple(sorted(eps))
         self.num_steps = num_steps
         self.step_size = step_size
@@ -236,7 +238,7 @@ class Counterfactuals(Evaluator):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings judge and extractor to the network, and starts anew."""
         if self.judge is not None and any(self.judge is part for part in pl_module.modules()):
-            raise ValueError("judge must be independent of the network that it judges, got a part of it")
+            raise InputError("judge must be independent of the network that it judges, got a part of it")
         for part in (self.judge, self.extractor):
             if part is not None:
                 part.to(pl_module.device)
@@ -319,7 +321,7 @@ def _logits(pl_module: LightningModule, x: Tensor) -> Tensor:
 
 def _checked(x: Tensor) -> Tensor:
     if not bool(((x >= 0) & (x <= 1)).all()):
-        raise ValueError(
+        raise InputError(
             f"x must be images in [0, 1], got values in [{float(x.min()):.3g}, {float(x.max()):.3g}]; normalisation"
             " belongs into the network"
         )
@@ -328,7 +330,7 @@ def _checked(x: Tensor) -> Tensor:
 
 def _check_labels(y: Tensor, logits: Tensor) -> None:
     if logits.dim() != 2 or logits.shape[1] < 2 or not bool(((y >= 0) & (y < logits.shape[1])).all()):
-        raise ValueError(
+        raise InputError(
             f"labels y must be in 0 … K − 1 of logits (N, K) with K of at least 2, got labels {int(y.min())} …"
             f" {int(y.max())} and logits {tuple(logits.shape)}"
         )

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
 from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
@@ -59,7 +60,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         dirpath: See :class:`Evaluator`. Generated images are not kept.
 
     Raises:
-        ValueError: If a number is not positive; in a test, if an energy is NaN or infinite.
+        InputError: If a number is not positive; in a test, if an energy is NaN or infinite.
 
     Source: Grathwohl et al. 2020 (arXiv 1912.03263) for E; Mescheder et al. 2018 (arXiv 1801.04406) for R1.
     """
@@ -78,7 +79,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         super().__init__(dirpath)
         for name, value in (("num_images", num_images), ("num_bins", num_bins), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         self.datasets = datasets
         self.attack = attack
         self.num_images = num_images
@@ -204,7 +205,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         for name, values in sets.items():
             wrong = sum(int((~values[quantity].isfinite()).sum()) for quantity in ("energy", "r1"))
             if wrong:
-                raise ValueError(f"EnergyStatistics: {wrong} energies or gradients of {name} are NaN or infinite")
+                raise InputError(f"EnergyStatistics: {wrong} energies or gradients of {name} are NaN or infinite")
         edges, counts = _histograms({name: values["energy"] for name, values in sets.items()}, self.num_bins)
         figures: list[Figure] = []
         meaning = {"energy": "E(x) = −logsumexp f(x)", "r1": "‖∇ₓE(x)‖²"}

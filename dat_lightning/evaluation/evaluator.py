@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.results.figures import Figure, Values, gather
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.measured_with import image_digests, set_digest
@@ -40,7 +41,7 @@ class Evaluator(Callback, ABC):
 
     Raises:
         TypeError: In a test, if a setting is no primitive.
-        ValueError: In a test, if a batch lacks a part, there are several test loaders, or none gives an example.
+        InputError: In a test, if a batch lacks a part, there are several test loaders, or none gives an example.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
@@ -88,7 +89,7 @@ class Evaluator(Callback, ABC):
             values = {name: _on_cpu(value) for name, value in compute(batch).items()}
             wrong = {name: tuple(v.shape) for name, v in values.items() if v.shape[:1] != (size,) or name == "index"}
             if wrong:
-                raise ValueError(
+                raise InputError(
                     f"{type(self).__name__}: the values of a batch of {size} examples must have that first dimension,"
                     f" and a name other than index, got {wrong}"
                 )
@@ -105,10 +106,10 @@ class Evaluator(Callback, ABC):
         """Returns a batch of the only test loader as a mapping with ``x``, ``y`` and ``index``.
 
         Raises:
-            ValueError: If the batch lacks a part, or comes from a second test loader.
+            InputError: If the batch lacks a part, or comes from a second test loader.
         """
         if dataloader_idx > 0:
-            raise ValueError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
+            raise InputError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
         found: Mapping[str, Tensor] = numbered(batch, self._num_seen, trainer.test_dataloaders, trainer)
         require_parts(found, type(self).__name__)
         self._num_seen += len(found["index"])
@@ -139,7 +140,7 @@ class Evaluator(Callback, ABC):
         """Evaluates the batch, unless its values are in the folder.
 
         Raises:
-            ValueError: If the batch lacks a part, or comes from a second test loader.
+            InputError: If the batch lacks a part, or comes from a second test loader.
         """
         batch = self.test_batch(trainer, batch, dataloader_idx)
         values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
@@ -183,19 +184,14 @@ def numbered(batch: Any, num_seen: int, loader: Any, trainer: Trainer) -> Any:
 
 
 def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", "index")) -> None:
-    """Raises a ValueError unless a batch is a mapping with the given parts."""
+    """Raises an InputError unless a batch is a mapping with the given parts."""
     missing = [key for key in parts if not (isinstance(batch, Mapping) and key in batch)]
     if missing:
         found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(
+        raise InputError(
             f"{evaluator} needs {', '.join(missing)} in its batch, got {found}; an evaluation loader of"
             " PairedDataModule gives x, y and index"
         )
-
-
-def is_silent(trainer: Trainer) -> bool:
-    """Returns whether progress is not to be shown: on other ranks, or where the Trainer shows none."""
-    return not trainer.is_global_zero or not getattr(trainer.progress_bar_callback, "is_enabled", False)
 
 
 def _on_cpu(value: Tensor) -> Tensor:

@@ -13,14 +13,16 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError
-from dat_lightning.evaluation.evaluator import Evaluator, is_silent
+from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rate
 from dat_lightning.results.figures import Figure, Values, all_ranks, gather
 from dat_lightning.results.measured_with import image_digests, set_digest
+from dat_lightning.results.progress import is_silent
 
 Transform = Callable[[Any], Tensor]
 
@@ -29,7 +31,7 @@ def ood_datasets(trainer: Trainer, given: Mapping[str, SizedDataset] | None, who
     """Returns the given OOD data, or else the DataModule's held-out ones under the name ``held_out``, or none.
 
     Raises:
-        ValueError: If a given data set is empty, or its name cannot be part of a figure's and of a file's.
+        InputError: If a given data set is empty, or its name cannot be part of a figure's and of a file's.
     """
     if given is None:
         source = getattr(trainer.datamodule, "out_of_distribution", None)  # type: ignore[attr-defined]
@@ -37,9 +39,9 @@ def ood_datasets(trainer: Trainer, given: Mapping[str, SizedDataset] | None, who
         return {} if held_out is None or len(held_out) == 0 else {"held_out": held_out}
     for name, dataset in given.items():
         if not re.fullmatch(r"\w+", name):
-            raise ValueError(f"{who}.datasets: a name must consist of letters, digits and underscores, got {name!r}")
+            raise InputError(f"{who}.datasets: a name must consist of letters, digits and underscores, got {name!r}")
         if len(dataset) == 0:
-            raise ValueError(f"{who}.datasets: {name!r} has no images")
+            raise InputError(f"{who}.datasets: {name!r} has no images")
     return dict(given)
 
 
@@ -86,7 +88,7 @@ def evaluate_images(
         compute: Maps a batch with ``x`` and ``index`` to values per example.
 
     Raises:
-        ValueError: If the transform gives something else, or no image can be read.
+        InputError: If the transform gives something else, or no image can be read.
     """
     mine = list(indices)[trainer.global_rank :: trainer.world_size]
     dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32)
@@ -135,7 +137,7 @@ class OODDetection(Evaluator):
         dirpath: See :class:`Evaluator`.
 
     Raises:
-        ValueError: If an argument is outside its range; in a test, if there are no OOD images, or they are not in
+        InputError: If an argument is outside its range; in a test, if there are no OOD images, or they are not in
             [0, 1] after the transform, or a score is NaN.
 
     Source: DAT (arXiv 2510.13872), on OOD detection; Augustin et al. 2020 (arXiv 2003.09461) for the attack; Hendrycks
@@ -155,12 +157,12 @@ class OODDetection(Evaluator):
     ) -> None:
         super().__init__(dirpath)
         if not scores or set(scores) - set(get_args(Score)):
-            raise ValueError(f"scores must be some of {get_args(Score)}, got {list(scores)}")
+            raise InputError(f"scores must be some of {get_args(Score)}, got {list(scores)}")
         for name, value in (("num_ood", num_ood), ("batch_size", batch_size)):
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if datasets is not None and not datasets:
-            raise ValueError("datasets must name at least one data set, got none")
+            raise InputError("datasets must name at least one data set, got none")
         self.datasets = datasets
         self.scores = tuple(scores)
         self.num_ood = num_ood
@@ -179,7 +181,7 @@ class OODDetection(Evaluator):
         """Checks that there are OOD images."""
         super().on_test_start(trainer, pl_module)
         if not ood_datasets(trainer, self.datasets, "OODDetection"):
-            raise ValueError(
+            raise InputError(
                 "OODDetection has no out-of-distribution images: give it datasets, or use a DataModule with"
                 " out_of_distribution(), as PairedDataModule has it"
             )
@@ -273,9 +275,9 @@ def _image(dataset: SizedDataset, index: int, transform: Transform, part: str) -
     image = transform(entry[0] if isinstance(entry, tuple) else entry)
     if not (isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3):
         found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise ValueError(f"image {index} of {part!r} must be a float tensor (C, H, W) after its transform, got {found}")
+        raise InputError(f"image {index} of {part!r} must be a float tensor (C, H, W) after its transform, got {found}")
     if not (image.min() >= 0 and image.max() <= 1):
-        raise ValueError(
+        raise InputError(
             f"image {index} of {part!r} must lie in [0, 1] after its transform, got {float(image.min()):g} …"
             f" {float(image.max()):g}"
         )

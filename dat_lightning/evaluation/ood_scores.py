@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import Objective, negative_marginal_energy
 
 Score = Literal["logsumexp", "max_logit", "max_softmax"]
@@ -60,7 +61,7 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
         negative: Scores of others, (M,).
 
     Raises:
-        ValueError: If there are no scores of one kind, or one is NaN.
+        InputError: If there are no scores of one kind, or one is NaN.
     """
     _require_scores(positive, negative)
     negative = negative.sort().values
@@ -81,11 +82,11 @@ def false_positive_rate(positive: Tensor, negative: Tensor, accepted: float = _A
         accepted: Share of positives, in (0, 1].
 
     Raises:
-        ValueError: If there are no scores of one kind, one is NaN, or the share is outside its range.
+        InputError: If there are no scores of one kind, one is NaN, or the share is outside its range.
     """
     _require_scores(positive, negative)
     if not 0 < accepted <= 1:
-        raise ValueError(f"accepted must lie in (0, 1], got {accepted}")
+        raise InputError(f"accepted must lie in (0, 1], got {accepted}")
     # Rounded first: 0.95 · 20 is 19, whatever its last bits say.
     count = math.ceil(round(accepted * len(positive), 6))
     threshold = positive.sort(descending=True).values[count - 1]
@@ -95,6 +96,6 @@ def false_positive_rate(positive: Tensor, negative: Tensor, accepted: float = _A
 def _require_scores(positive: Tensor, negative: Tensor) -> None:
     for name, scores in (("positive", positive), ("negative", negative)):
         if len(scores) == 0 or bool(scores.isnan().any()):
-            raise ValueError(
+            raise InputError(
                 f"{name} scores must be at least one and no NaN, got {len(scores)}, {int(scores.isnan().sum())} NaN"
             )

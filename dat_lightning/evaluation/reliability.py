@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 # The bounds of a temperature, for where none is best.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
 
@@ -77,13 +79,13 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
         y: True classes, (N,).
 
     Raises:
-        ValueError: If there are no images, or a logit is not finite.
+        InputError: If there are no images, or a logit is not finite.
 
     Source: Guo et al. 2017 (arXiv 1706.04599), section 4.2.
     """
     require_finite(logits, "temperature scaling")
     if len(logits) == 0:
-        raise ValueError("temperature scaling needs at least one held-out image, got none")
+        raise InputError("temperature scaling needs at least one held-out image, got none")
     logits = logits.double()
     margins = logits - logits.gather(1, y.unsqueeze(1))
     # The likelihood's slope in 1/T is the mean margin: at most 0 for any T, or at least 0 at T = ∞ already.
@@ -105,7 +107,7 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
 
 
 def require_finite(logits: Tensor, who: str) -> None:
-    """Raises a ValueError if a logit of (N, K) is NaN or infinite."""
+    """Raises an InputError if a logit of (N, K) is NaN or infinite."""
     wrong = int((~logits.isfinite()).any(1).sum())
     if wrong:
-        raise ValueError(f"{who} needs finite logits, got NaN or infinite ones for {wrong} of {len(logits)} images")
+        raise InputError(f"{who} needs finite logits, got NaN or infinite ones for {wrong} of {len(logits)} images")

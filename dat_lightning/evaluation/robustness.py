@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel
@@ -45,7 +46,7 @@ class RobustAccuracy(Evaluator):
             zero at the image), and under each name whether it is robust after 1, 2, … restarts (N, restarts).
 
     Raises:
-        ValueError: If there are no restarts or no threat models, or two of the same name.
+        InputError: If there are no restarts or no threat models, or two of the same name.
 
     Source: Madry et al. 2018 (arXiv 1706.06083); Athalye et al. 2018 (arXiv 1802.00420), Section 3.1, on the signs.
     """
@@ -61,9 +62,9 @@ class RobustAccuracy(Evaluator):
         self.threat_models = (threat_models,) if isinstance(threat_models, ThreatModel) else tuple(threat_models)
         names = [self.name(threat_model) for threat_model in self.threat_models]
         if not names or len(set(names)) < len(names):
-            raise ValueError(f"threat_models must be different ones, at least one, got {names}")
+            raise InputError(f"threat_models must be different ones, at least one, got {names}")
         if restarts < 1:
-            raise ValueError(f"restarts must be at least 1, got {restarts}")
+            raise InputError(f"restarts must be at least 1, got {restarts}")
         self.restarts = restarts
         self.seed = seed
         self.results: Values = {}

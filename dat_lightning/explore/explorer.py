@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dat_lightning.core.ascent import ascend_snapshots, no_trace, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel, marginal_energy
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
@@ -118,7 +119,7 @@ class Explorer:
         num_classes: K.
 
     Raises:
-        ValueError: If the network does not map such images to logits, or the names are not one per class.
+        InputError: If the network does not map such images to logits, or the names are not one per class.
     """
 
     def __init__(
@@ -130,7 +131,7 @@ class Explorer:
         device: torch.device | str = "cpu",
     ) -> None:
         if len(image_shape) != 3 or min(image_shape) < 1:
-            raise ValueError(f"image_shape must be channels, height and width, got {tuple(image_shape)}")
+            raise InputError(f"image_shape must be channels, height and width, got {tuple(image_shape)}")
         self.device = torch.device(device)
         self.model = model.to(self.device).eval()
         self.image_shape = (image_shape[0], image_shape[1], image_shape[2])
@@ -139,14 +140,14 @@ class Explorer:
         self.num_classes = self._count_classes()
         names = tuple(str(k) for k in range(self.num_classes)) if class_names is None else tuple(class_names)
         if len(names) != self.num_classes:
-            raise ValueError(f"class_names must name the network's {self.num_classes} classes, got {len(names)} names")
+            raise InputError(f"class_names must name the network's {self.num_classes} classes, got {len(names)} names")
         self.class_names = names
 
     def classify(self, image: Tensor) -> Reading:
         """Returns what the network says about an image (C, H, W) in [0, 1].
 
         Raises:
-            ValueError: If the image has another shape or range, or its logits are not finite.
+            InputError: If the image has another shape or range, or its logits are not finite.
         """
         return Reading(self._logits(self._checked(image).unsqueeze(0))[0])
 
@@ -170,11 +171,11 @@ class Explorer:
             watch: Told after each step.
 
         Raises:
-            ValueError: If an argument is outside its range, or logits are not finite.
+            InputError: If an argument is outside its range, or logits are not finite.
         """
         self._check_walk(target, num_steps)
         if not 0 <= eps < math.inf:
-            raise ValueError(f"eps must be a finite radius of at least 0, got {eps}")
+            raise InputError(f"eps must be a finite radius of at least 0, got {eps}")
         step_size = 2.5 * eps / num_steps if step_size is None else step_size
         threat_model = ThreatModel(norm="L2", eps=eps, step_size=step_size, num_steps=num_steps)
         chain = self._ascend(self._checked(image).unsqueeze(0), target, threat_model, range(num_steps + 1), watch)
@@ -203,13 +204,13 @@ class Explorer:
             watch: Told after each step, of all images together.
 
         Raises:
-            ValueError: If an argument is outside its range, or logits are not finite.
+            InputError: If an argument is outside its range, or logits are not finite.
         """
         self._check_walk(target, num_steps)
         if not 1 <= num_images <= MAX_IMAGES:
-            raise ValueError(f"num_images must lie in 1 … {MAX_IMAGES}, got {num_images}")
+            raise InputError(f"num_images must lie in 1 … {MAX_IMAGES}, got {num_images}")
         if seed < 0:
-            raise ValueError(f"seed must be at least 0, got {seed}")
+            raise InputError(f"seed must be at least 0, got {seed}")
         starts = self.starting_images(seed, num_images)
         chain, parts = unbounded_ascent(step_size, num_steps), []
         chunks = starts.split(_BATCH_SIZE)
@@ -255,7 +256,7 @@ class Explorer:
         with self._alone(), torch.no_grad():
             logits = torch.cat([self.model(part.to(self.device)).float().cpu() for part in images.split(_BATCH_SIZE)])
         if not bool(logits.isfinite().all()):
-            raise ValueError("the network gives NaN or infinite logits for this image: its weights have diverged")
+            raise InputError("the network gives NaN or infinite logits for this image: its weights have diverged")
         return logits
 
     @contextmanager
@@ -269,26 +270,26 @@ class Explorer:
             logits = self._logits(torch.full((1, *self.image_shape), 0.5))
         except (RuntimeError, AssertionError) as error:  # timm asserts the size of images
             shape = "×".join(map(str, self.image_shape))
-            raise ValueError(
+            raise InputError(
                 f"the network does not take images of {shape} (channels, height, width): {error}"
             ) from error
         if logits.dim() != 2:
-            raise ValueError(f"the network must map images to logits (N, K), got shape {tuple(logits.shape)}")
+            raise InputError(f"the network must map images to logits (N, K), got shape {tuple(logits.shape)}")
         return logits.shape[1]
 
     def _checked(self, image: Tensor) -> Tensor:
         if tuple(image.shape) != self.image_shape:
-            raise ValueError(f"image must have the shape {self.image_shape}, got {tuple(image.shape)}")
+            raise InputError(f"image must have the shape {self.image_shape}, got {tuple(image.shape)}")
         image = image.detach().float().cpu()
         if not bool(((image >= 0) & (image <= 1)).all()):
-            raise ValueError(f"image must lie in [0, 1], got {float(image.min()):g} … {float(image.max()):g}")
+            raise InputError(f"image must lie in [0, 1], got {float(image.min()):g} … {float(image.max()):g}")
         return image
 
     def _check_walk(self, target: int, num_steps: int) -> None:
         if not 0 <= target < self.num_classes:
-            raise ValueError(f"target must be a class in 0 … {self.num_classes - 1}, got {target}")
+            raise InputError(f"target must be a class in 0 … {self.num_classes - 1}, got {target}")
         if not 1 <= num_steps <= MAX_STEPS:
-            raise ValueError(f"num_steps must lie in 1 … {MAX_STEPS}, got {num_steps}")
+            raise InputError(f"num_steps must lie in 1 … {MAX_STEPS}, got {num_steps}")
 
 
 def _part(watch: Watch, number: int, count: int) -> Watch:

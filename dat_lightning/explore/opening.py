@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.fingerprint import SizedDataset
@@ -104,12 +105,12 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: If a file or the data of a configuration are missing.
-        ValueError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+        InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
     """
     path = Path(ckpt_path)
     chosen = _checked_device(device)
     if image_size is not None and image_size < 1:
-        raise ValueError(f"image_size must be at least 1, got {image_size}")
+        raise InputError(f"image_size must be at least 1, got {image_size}")
     sections = [_sections(Path(each)) for each in config]
     settings: Mapping[str, Any] = {}
     if (path / CONFIG_FILE).is_file():
@@ -142,7 +143,7 @@ def _put_together(
     if examples is not None:
         shape = tuple(examples[0][0].shape)
         if image_size not in (None, *shape[1:]):
-            raise ValueError(f"image_size is {image_size}, but the images of the data are {shape[1]}×{shape[2]}")
+            raise InputError(f"image_size is {image_size}, but the images of the data are {shape[1]}×{shape[2]}")
     else:
         size = image_size or _usual_size(model)
         shape = (_channels(model), size, size)
@@ -172,18 +173,18 @@ def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
     arguments = dict(_mapping(section.get("init_args")))
     backbone = _mapping(arguments.pop("backbone", None))
     if not backbone:
-        raise ValueError(f"{path} does not say which network its weights belong to: {instead}")
+        raise InputError(f"{path} does not say which network its weights belong to: {instead}")
     places = [str(part.get("class_path", "")).rpartition(".") for part in (section, backbone)]
     if places[0][2] != "EnergyModel" or any(place[0].partition(".")[0] != "dat_lightning" for place in places):
         foreign = next((".".join(p[::2]) for p in places if not p[0].startswith("dat_lightning")), "another model")
-        raise ValueError(f"{path} has weights of {foreign}, which is not imported at a file's word: {instead}")
+        raise InputError(f"{path} has weights of {foreign}, which is not imported at a file's word: {instead}")
     given = _mapping(backbone.get("init_args"))
     left_out = {"pretrained", *NOT_DESCRIBED}
     plain = {name: value for name, value in given.items() if name not in left_out}
     try:
         return EnergyModel(build_architecture({"name": places[1][2], "arguments": plain}), **arguments)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{path} describes no network of this version: {error}; {instead}") from error
+        raise InputError(f"{path} describes no network of this version: {error}; {instead}") from error
 
 
 def _data(configured: list[Any], contents: Mapping[str, Any], model: EnergyModel) -> PairedDataModule | None:
@@ -202,7 +203,7 @@ def _instantiated(base: type[Any], name: str, sections: list[Any]) -> Any:
     try:
         parsed = parser.parse_args([part for section in sections for part in (f"--{name}", yaml.safe_dump(section))])
     except ArgumentError as error:
-        raise ValueError(f"--config: {error}") from error
+        raise InputError(f"--config: {error}") from error
     # jsonargparse from 4.49 on has instantiate, and warns of the name that it had before.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
     return instantiate(parsed)[name]
@@ -215,9 +216,9 @@ def _sections(config: Path) -> Mapping[str, Any]:
     try:
         contents = yaml.safe_load(config.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"--config {config} is no YAML: {error}") from error
+        raise InputError(f"--config {config} is no YAML: {error}") from error
     if not isinstance(contents, dict):
-        raise ValueError(f"--config {config} must hold sections such as model and data")  # noqa: TRY004 - a file
+        raise InputError(f"--config {config} must hold sections such as model and data")
     below = contents.get("fit")
     sections = {**contents, **below} if isinstance(below, dict) else contents
     return {name: section for name, section in sections.items() if isinstance(section, dict)}
@@ -235,7 +236,7 @@ def _checked_device(device: str) -> torch.device:
         torch.zeros(1, device=chosen).cpu()
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
         reason = str(error).splitlines()[0]
-        raise ValueError(
+        raise InputError(
             f"device must be one that torch can use here, such as 'cpu', got {device!r}: {reason}"
         ) from error
     return chosen

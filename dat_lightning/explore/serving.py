@@ -9,6 +9,7 @@ from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.explore.markup import FIRST
 from dat_lightning.explore.opening import Opened, open_checkpoint
 from dat_lightning.explore.uploads import MAX_MEGABYTES
@@ -58,7 +59,7 @@ def explore(
         ModuleNotFoundError: If the extra ``explore`` is not installed.
         FileNotFoundError: If a file is missing.
         OSError: If the address cannot be listened on.
-        ValueError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+        InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
     """
     try:
         from streamlit.web import bootstrap
@@ -98,10 +99,10 @@ def free_port(host: str, port: int) -> int:
 
     Raises:
         OSError: If the address cannot be listened on.
-        ValueError: If it is no port.
+        InputError: If it is no port.
     """
     if not 0 <= port <= 65535:
-        raise ValueError(f"port must lie in 0 … 65535, got {port}")
+        raise InputError(f"port must lie in 0 … 65535, got {port}")
     try:
         family, _, _, _, place = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family, socket.SOCK_STREAM) as listener:

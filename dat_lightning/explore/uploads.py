@@ -9,6 +9,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 # What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 50_000_000
@@ -41,15 +43,15 @@ def read_upload(data: bytes, name: str, image_shape: tuple[int, int, int], inver
         invert: Whether to swap light and dark, for networks that know light strokes on dark paper.
 
     Raises:
-        ValueError: If it is empty, too large, damaged, or no image; or the network takes neither grey nor colour.
+        InputError: If it is empty, too large, damaged, or no image; or the network takes neither grey nor colour.
     """
     channels, height, width = image_shape
     if channels not in (1, 3):
-        raise ValueError(f"files hold grey or colour images, but this network takes {channels} channels")
+        raise InputError(f"files hold grey or colour images, but this network takes {channels} channels")
     if not data:
-        raise ValueError(f"{name} is empty")
+        raise InputError(f"{name} is empty")
     if len(data) > MAX_MEGABYTES << 20:
-        raise ValueError(f"{name} has {len(data) / (1 << 20):.0f} MB; at most {MAX_MEGABYTES} are taken")
+        raise InputError(f"{name} has {len(data) / (1 << 20):.0f} MB; at most {MAX_MEGABYTES} are taken")
     image, notes = _decoded(data, name)
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
@@ -70,14 +72,14 @@ def _decoded(data: bytes, name: str) -> tuple[Image.Image, list[str]]:
                 _check_size(image, name)
                 return _upright(image)
     except UnidentifiedImageError:
-        raise ValueError(f"{name} is no image of a kind that is read here: {', '.join(FORMATS)}") from None
+        raise InputError(f"{name} is no image of a kind that is read here: {', '.join(FORMATS)}") from None
     except Image.DecompressionBombError:
-        raise ValueError(f"{name} has too many pixels; at most {MAX_PIXELS // 10**6} million are taken") from None
+        raise InputError(f"{name} has too many pixels; at most {MAX_PIXELS // 10**6} million are taken") from None
     except _RefusedError as error:
-        raise ValueError(str(error)) from None
+        raise InputError(str(error)) from None
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ValueError(f"{name} is damaged: {reason}") from error
+        raise InputError(f"{name} is damaged: {reason}") from error
 
 
 class _RefusedError(Exception):

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights import load_weights
 
 
@@ -26,7 +27,7 @@ class ClassifierFeatures(nn.Module):
 
     Raises:
         TypeError: If the network is no :class:`~dat_lightning.weights.EnergyModel`.
-        ValueError: If the network has no linear layer or the size is not positive; on first use, if the file does not
+        InputError: If the network has no linear layer or the size is not positive; on first use, if the file does not
             fit the network, or no images passed the layer.
         FileNotFoundError: On first use, if there is no file ``init_from``.
 
@@ -40,7 +41,7 @@ class ClassifierFeatures(nn.Module):
         if not isinstance(energy_model, EnergyModel):
             raise TypeError(f"energy_model must be an EnergyModel, got {type(energy_model).__name__}")
         if image_size is not None and image_size < 1:
-            raise ValueError(f"image_size must be at least 1, got {image_size}")
+            raise InputError(f"image_size must be at least 1, got {image_size}")
         self.energy_model = copy.deepcopy(energy_model)
         self.init_from = init_from
         self.image_size = image_size
@@ -75,7 +76,7 @@ class ClassifierFeatures(nn.Module):
         finally:
             hook.remove()
         if len(seen) != 1 or len(seen[0]) != len(images):
-            raise ValueError(
+            raise InputError(
                 f"the last linear layer of {type(self.energy_model.backbone).__name__} must see each batch once as"
                 f" (N, D), N = {len(images)}; it saw {[tuple(s.shape) for s in seen]}"
             )
@@ -84,7 +85,7 @@ class ClassifierFeatures(nn.Module):
     def _last_linear(self) -> nn.Linear:
         layers = [m for m in self.energy_model.modules() if isinstance(m, nn.Linear)]
         if not layers:
-            raise ValueError(
+            raise InputError(
                 f"energy_model must have a linear layer, whose input are the features;"
                 f" {type(self.energy_model.backbone).__name__} has none"
             )

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from dat_lightning.core.errors import InputError
+
 _INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
 )
@@ -25,7 +27,7 @@ class TorchFidelityFeatures(nn.Module):
             downloads them once.
 
     Raises:
-        ValueError: If torch-fidelity has no such extractor or layer, or the file holds more than weights.
+        InputError: If torch-fidelity has no such extractor or layer, or the file holds more than weights.
         FileNotFoundError: If the weights are neither in ``weights_path`` nor to be downloaded; the message says which
             file to put where.
 
@@ -37,11 +39,11 @@ class TorchFidelityFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise ValueError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
+            raise InputError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
         extractor_class = FEATURE_EXTRACTORS_REGISTRY[name]
         layers = extractor_class.get_provided_features_list()
         if feature not in layers:
-            raise ValueError(f"the extractor {name!r} has no layer {feature!r}; it has {list(layers)}")
+            raise InputError(f"the extractor {name!r} has no layer {feature!r}; it has {list(layers)}")
         if weights_path is not None and not Path(weights_path).is_file():
             raise FileNotFoundError(f"weights_path={weights_path}: no such file; expected {_weights_hint(name)}")
         if weights_path is not None and name in ("inception-v3-compat", "vgg16"):
@@ -49,7 +51,7 @@ class TorchFidelityFeatures(nn.Module):
             try:
                 torch.load(weights_path, map_location="cpu", weights_only=True)
             except Exception as error:
-                raise ValueError(f"weights_path={weights_path} is damaged or no file of weights") from error
+                raise InputError(f"weights_path={weights_path} is damaged or no file of weights") from error
         try:
             self.extractor: FeatureExtractorBase = extractor_class(
                 name, [feature], feature_extractor_weights_path=weights_path

@@ -10,6 +10,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import module_fingerprint
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.features.layers import LayerReader
@@ -40,7 +41,7 @@ class FidelitySettings:
         seed: Of the shuffling and of the subsets.
 
     Raises:
-        ValueError: If a number is outside its range.
+        InputError: If a number is outside its range.
     """
 
     isc_splits: int = 10
@@ -53,7 +54,7 @@ class FidelitySettings:
         least = {"isc_splits": 1, "kid_subsets": 1, "kid_subset_size": 2, "prc_neighborhood": 1, "seed": 0}
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
 
 _BETTER: Mapping[str, Literal["higher", "lower"]] = {
@@ -88,10 +89,10 @@ def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
     """Returns the metrics once each, in a fixed order.
 
     Raises:
-        ValueError: If there are none, or one is unknown.
+        InputError: If there are none, or one is unknown.
     """
     if not metrics or set(metrics) - set(METRICS):
-        raise ValueError(f"metrics must be some of {list(METRICS)}, got {list(metrics)}")
+        raise InputError(f"metrics must be some of {list(METRICS)}, got {list(metrics)}")
     return tuple(metric for metric in METRICS if metric in metrics)
 
 
@@ -107,7 +108,7 @@ def check_sizes(
         num_reference: Number of reference images; ``None`` if only their statistics are known, or nothing.
 
     Raises:
-        ValueError: If there are too few images, or only statistics where features are needed.
+        InputError: If there are too few images, or only statistics where features are needed.
     """
     least = {
         "fid": (2, "FID needs a covariance"),
@@ -118,13 +119,13 @@ def check_sizes(
     for metric in metrics:
         minimum, reason = least[metric]
         if num_samples < minimum:
-            raise ValueError(f"{reason}: there must be at least {minimum} samples, got {num_samples}")
+            raise InputError(f"{reason}: there must be at least {minimum} samples, got {num_samples}")
         if metric not in ("kid", "prc"):
             continue
         if num_reference is None:
-            raise ValueError(f"the metric {metric!r} needs reference images; statistics (mu, sigma) serve 'fid' alone")
+            raise InputError(f"the metric {metric!r} needs reference images; statistics (mu, sigma) serve 'fid' alone")
         if num_reference < minimum:
-            raise ValueError(f"{reason}: there must be at least {minimum} reference images, got {num_reference}")
+            raise InputError(f"{reason}: there must be at least {minimum} reference images, got {num_reference}")
 
 
 def check_values(
@@ -139,17 +140,17 @@ def check_values(
         reference: What to compare with.
 
     Raises:
-        ValueError: If a feature is NaN or infinite, or the reference has other features or too few images.
+        InputError: If a feature is NaN or infinite, or the reference has other features or too few images.
     """
     features, known = values["features"], reference.features
     check_sizes(metrics, settings, len(features), None if known is None else len(known))
     for value in (*values.values(), *(() if known is None else (known,))):
         if not bool(value.isfinite().all()):
-            raise ValueError("features must be finite: the images or the extractor produced NaN or infinity")
+            raise InputError("features must be finite: the images or the extractor produced NaN or infinity")
     shapes = [] if known is None else [known.shape[1]]
     shapes += [] if reference.gaussian is None else [len(reference.gaussian.mean)]
     if any(size != features.shape[1] for size in shapes):
-        raise ValueError(
+        raise InputError(
             f"samples have {features.shape[1]} features and the reference {reference.name} has {shapes[-1]}; both need"
             " the same extractor and layer"
         )
@@ -170,7 +171,7 @@ def fidelity_scores(
         reference: What to compare with.
 
     Raises:
-        ValueError: If a feature is NaN or infinite, or the reference has other features or too few images.
+        InputError: If a feature is NaN or infinite, or the reference has other features or too few images.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6; Bińkowski et al. 2018 (arXiv 1801.01401), Eq. 3 and 4;
         Salimans et al. 2016 (arXiv 1606.03498); Kynkäänniemi et al. 2019 (arXiv 1904.06991), Eq. 1 and 2.
@@ -181,7 +182,7 @@ def fidelity_scores(
     if "fid" in metrics:
         gaussian = reference.gaussian if reference.gaussian is not None or known is None else gaussian_of(known)
         if gaussian is None:
-            raise ValueError(f"FID needs a reference, got no features nor statistics of {reference.name}")
+            raise InputError(f"FID needs a reference, got no features nor statistics of {reference.name}")
         scores["fid"] = frechet_distance(gaussian, gaussian_of(features))
     if "kid" in metrics:
         found = kid_features_to_metric(

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.files import written_whole
 
 
@@ -37,13 +38,13 @@ class FeatureMoments:
         """Adds features of shape (N, D).
 
         Raises:
-            ValueError: If the shape is another, or a feature is NaN or infinite.
+            InputError: If the shape is another, or a feature is NaN or infinite.
         """
         if features.dim() != 2 or features.shape[1] != len(self.sum):
-            raise ValueError(f"features must have shape (N, {len(self.sum)}), got {tuple(features.shape)}")
+            raise InputError(f"features must have shape (N, {len(self.sum)}), got {tuple(features.shape)}")
         features = features.detach().to(self.sum)
         if not bool(features.isfinite().all()):
-            raise ValueError("features must be finite: the images or the extractor produced NaN or infinity")
+            raise InputError("features must be finite: the images or the extractor produced NaN or infinity")
         self.count += len(features)
         self.sum += features.sum(0)
         self.outer += features.T @ features
@@ -64,11 +65,11 @@ class FeatureMoments:
         """Returns mean and unbiased covariance.
 
         Raises:
-            ValueError: If there are fewer than two samples.
+            InputError: If there are fewer than two samples.
         """
         count = int(self.count)
         if count < 2:
-            raise ValueError(f"a covariance needs at least 2 samples, got {count}")
+            raise InputError(f"a covariance needs at least 2 samples, got {count}")
         mean = self.sum / count
         covariance = (self.outer - count * torch.outer(mean, mean)) / (count - 1)
         return Gaussian(mean, covariance, count)
@@ -81,12 +82,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     real and non-negative also where a covariance is singular.
 
     Raises:
-        ValueError: If the two have different numbers of features.
+        InputError: If the two have different numbers of features.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6; Dowson & Landau 1982.
     """
     if a.mean.shape != b.mean.shape:
-        raise ValueError(f"the Gaussians have {len(a.mean)} and {len(b.mean)} features; both need the same extractor")
+        raise InputError(f"the Gaussians have {len(a.mean)} and {len(b.mean)} features; both need the same extractor")
     mean_a, cov_a = a.mean.cpu().double(), a.covariance.cpu().double()
     mean_b, cov_b = b.mean.cpu().double(), b.covariance.cpu().double()
     values, vectors = torch.linalg.eigh(cov_a)
@@ -102,7 +103,7 @@ def read_statistics(path: Path) -> Gaussian:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it has no such entries or they do not fit each other.
+        InputError: If it has no such entries or they do not fit each other.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no statistics file at {path}")
@@ -110,11 +111,11 @@ def read_statistics(path: Path) -> Gaussian:
         with np.load(path, allow_pickle=False) as file:
             mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
     except KeyError as error:
-        raise ValueError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
+        raise InputError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable .npz: {error}") from error
+        raise InputError(f"{path} is not a readable .npz: {error}") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
-        raise ValueError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
+        raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.features.gaussian_stats import Gaussian, read_statistics
 from dat_lightning.features.layers import LayerReader
@@ -38,7 +39,7 @@ class FolderImages:
         folder: The folder.
 
     Raises:
-        ValueError: If it has no images; on reading, if one has another size than the first.
+        InputError: If it has no images; on reading, if one has another size than the first.
         CorruptImageError: On reading, if an image is damaged.
     """
 
@@ -47,7 +48,7 @@ class FolderImages:
         # As text: paths compare part by part, and would put "a/x.png" before "a-b/x.png".
         self.paths = sorted(str(path) for path in found if path.suffix.lower() in _SUFFIXES)
         if not self.paths:
-            raise ValueError(f"{folder} has no images: expected {', '.join(_SUFFIXES)} in it or in its folders")
+            raise InputError(f"{folder} has no images: expected {', '.join(_SUFFIXES)} in it or in its folders")
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -61,7 +62,7 @@ class FolderImages:
             for path in (self.paths[index] for index in chosen):
                 images.append(_pixels(path))
                 if images[-1].shape[:2] != (height, width):
-                    raise ValueError(
+                    raise InputError(
                         f"{path} has {images[-1].shape[0]}×{images[-1].shape[1]} pixels, and {self.paths[0]} has"
                         f" {height}×{width}: images of a set must have one size"
                     )
@@ -75,7 +76,7 @@ class ArrayImages:
         path: The file.
 
     Raises:
-        ValueError: If the entries are others, or there are no images; on reading, if the file is damaged.
+        InputError: If the entries are others, or there are no images; on reading, if the file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -86,7 +87,7 @@ class ArrayImages:
             self._start = file.tell()
             wrong = len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran
             if wrong or min(shape) < 1:
-                raise ValueError(f"{path}: arr_0 must be uint8 of shape (N, H, W, 3), got {dtype} of shape {shape}")
+                raise InputError(f"{path}: arr_0 must be uint8 of shape (N, H, W, 3), got {dtype} of shape {shape}")
             self.shape: tuple[int, ...] = shape
             self.labels = self._labels(archive)
 
@@ -102,7 +103,7 @@ class ArrayImages:
                 try:
                     raw = b"".join(_read_at(file, self._start + index * size, size) for index in chosen.tolist())
                 except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
-                    raise ValueError(f"{self.path}: arr_0 is damaged: {error}") from error
+                    raise InputError(f"{self.path}: arr_0 is damaged: {error}") from error
                 x = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, *self.shape[1:])
                 labels = {} if self.labels is None else {"label": self.labels[chosen]}
                 yield {"index": chosen, "x": x.permute(0, 3, 1, 2), **labels}
@@ -113,7 +114,7 @@ class ArrayImages:
         with archive.open("arr_1.npy") as file:
             labels = np.lib.format.read_array(file, allow_pickle=False)
         if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":
-            raise ValueError(
+            raise InputError(
                 f"{self.path}: arr_1 must be integers of shape ({self.shape[0]},), got {labels.dtype} of shape"
                 f" {labels.shape}"
             )
@@ -128,7 +129,7 @@ def read_set(path: Path) -> tuple[ImageSet | None, Gaussian | None]:
 
     Raises:
         FileNotFoundError: If there is nothing.
-        ValueError: If it is neither, or its entries are wrong.
+        InputError: If it is neither, or its entries are wrong.
     """
     if path.is_dir():
         return FolderImages(path), None
@@ -139,10 +140,10 @@ def read_set(path: Path) -> tuple[ImageSet | None, Gaussian | None]:
             names = set(archive.namelist())
         images = ArrayImages(path) if "arr_0.npy" in names else None
     except (OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} is no folder, and not a readable .npz: {error}") from error
+        raise InputError(f"{path} is no folder, and not a readable .npz: {error}") from error
     gaussian = read_statistics(path) if {"mu.npy", "sigma.npy"} & names else None
     if images is None and gaussian is None:
-        raise ValueError(f"{path} must have images (arr_0) or statistics (mu and sigma), got {sorted(names)}")
+        raise InputError(f"{path} must have images (arr_0) or statistics (mu and sigma), got {sorted(names)}")
     return images, gaussian
 
 

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
 
 
@@ -20,7 +21,7 @@ class TorchFidelityLayers(nn.Module):
         weights_path: As :class:`~dat_lightning.TorchFidelityFeatures` takes it.
 
     Raises:
-        ValueError: If torch-fidelity has no such extractor or layer, or a layer is named twice.
+        InputError: If torch-fidelity has no such extractor or layer, or a layer is named twice.
         FileNotFoundError: If the weights are neither in ``weights_path`` nor to be downloaded.
 
     Source: Obukhov et al. 2020 (torch-fidelity).
@@ -34,14 +35,14 @@ class TorchFidelityLayers(nn.Module):
     ) -> None:
         super().__init__()
         if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise ValueError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
+            raise InputError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
         kind = FEATURE_EXTRACTORS_REGISTRY[name]
         if layers is None:
             # Without repetition: most extractors have one layer for both.
             layers = list(dict.fromkeys(kind.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")))
         known = kind.get_provided_features_list()
         if not layers or len(set(layers)) < len(layers) or set(layers) - set(known):
-            raise ValueError(f"layers must be different names out of {list(known)}, got {list(layers)}")
+            raise InputError(f"layers must be different names out of {list(known)}, got {list(layers)}")
         self.extractor: FeatureExtractorBase = TorchFidelityFeatures(name, layers[0], weights_path).extractor
         # torch-fidelity's networks hold all layers, and read this list in each pass.
         self.extractor.features_list = list(layers)
@@ -98,7 +99,7 @@ class LayerReader:
             with_logits: Whether logits are needed.
 
         Raises:
-            ValueError: If a layer is missing.
+            InputError: If a layer is missing.
         """
         with torch.no_grad():
             layers = named_layers(self.extractor, self.extractor(pixels.expand(-1, 3, -1, -1)))
@@ -122,12 +123,12 @@ class LayerReader:
         if name is None:
             name = next((known for known in ("logits_unbiased", "logits") if known in layers), None)
         if name is None:
-            raise ValueError(
+            raise InputError(
                 f"the metric 'isc' needs class logits: {type(self.extractor).__name__} gives the layers {list(layers)};"
                 " name one of them as logits, or give a classifier"
             )
         if name not in layers:
-            raise ValueError(
+            raise InputError(
                 f"{part}={name!r}: {type(self.extractor).__name__} has no such layer; it gives {list(layers)}"
             )
         return layers[name]

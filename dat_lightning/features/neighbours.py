@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 NeighbourMetric = Literal["L2", "cosine"]
 
 
@@ -24,10 +26,10 @@ def nearest_neighbours(
         block_size: Vectors of the pool that are compared at once.
 
     Raises:
-        ValueError: If there are fewer than ``count`` vectors, or the numbers of features differ.
+        InputError: If there are fewer than ``count`` vectors, or the numbers of features differ.
     """
     if len(pool) < count or pool.shape[1] != queries.shape[1]:
-        raise ValueError(
+        raise InputError(
             f"pool must have at least {count} vectors of {queries.shape[1]} features, got {tuple(pool.shape)}"
         )
     device = torch.device("cpu") if queries.device.type == "mps" else queries.device

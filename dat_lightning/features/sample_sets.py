@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import file_digest
 from dat_lightning.features.fidelity import (
     METRICS,
@@ -63,19 +64,19 @@ def measure_sample_set(
 
     Raises:
         FileNotFoundError: If there is no such folder or file.
-        ValueError: If a set is empty, damaged or too small, or has only statistics where images are needed, or this
+        InputError: If a set is empty, damaged or too small, or has only statistics where images are needed, or this
             machine has no such device.
     """
     metrics = check_metrics(metrics)
     if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        raise InputError(f"batch_size must be at least 1, got {batch_size}")
     where = _device(device)
     images, _ = read_set(Path(samples))
     if images is None:
-        raise ValueError(f"samples={samples} has statistics alone; expected images")
+        raise InputError(f"samples={samples} has statistics alone; expected images")
     known, gaussian = (None, None) if reference is None else read_set(Path(reference))
     if reference is None and metrics != ("isc",):
-        raise ValueError(f"reference must be given for {list(metrics)}: only 'isc' needs none")
+        raise InputError(f"reference must be given for {list(metrics)}: only 'isc' needs none")
     check_sizes(metrics, settings, len(images), None if known is None else len(known))
     for network in (extractor, classifier):
         if network is not None:
@@ -144,7 +145,7 @@ def _device(name: str) -> torch.device:
         # Something has to be put there: a name alone does not show whether the machine has it.
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={name!r} is not to be used here: {str(error).splitlines()[0]}") from error
+        raise InputError(f"device={name!r} is not to be used here: {str(error).splitlines()[0]}") from error
 
 
 if __name__ == "__main__":

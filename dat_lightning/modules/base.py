@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
 from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
@@ -127,7 +128,7 @@ class EnergyModule(LightningModule):
         """Returns the network that ascents in eval mode climb, in its fastest form, with current weights.
 
         Raises:
-            ValueError: If batch norm is to be folded, and cannot be.
+            InputError: If batch norm is to be folded, and cannot be.
         """
         return self.network_forms.for_ascents(self.energy_model)
 
@@ -175,7 +176,7 @@ class EnergyModule(LightningModule):
         """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
 
         Raises:
-            ValueError: If a newer version of this package wrote it, or, where training is to go on, another module.
+            InputError: If a newer version of this package wrote it, or, where training is to go on, another module.
         """
         trainer = self._trainer
         if trainer is not None and trainer.state.fn is TrainerFn.FITTING:
@@ -193,7 +194,7 @@ class EnergyModule(LightningModule):
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
 
         Raises:
-            ValueError: If the learning rate schedule is shorter than the training.
+            InputError: If the learning rate schedule is shorter than the training.
         """
         self._load_initial_weights()
         if self.trainer.ckpt_path is None or self._run_name is None:
@@ -202,7 +203,7 @@ class EnergyModule(LightningModule):
             self._check_cosine(config.scheduler, config.interval)
             total = getattr(config.scheduler, "total_steps", None)
             if total is not None and config.interval == "step" and total < self.trainer.estimated_stepping_batches:
-                raise ValueError(
+                raise InputError(
                     f"lr_scheduler has total_steps={total}, but trainer.max_epochs and max_steps ask for"
                     f" {self.trainer.estimated_stepping_batches} steps; set total_steps to that"
                 )
@@ -212,7 +213,7 @@ class EnergyModule(LightningModule):
             return
         ends = self.trainer.estimated_stepping_batches if interval == "step" else self.trainer.max_epochs
         if ends is not None and 0 < scheduler.T_max < ends < math.inf:
-            raise ValueError(
+            raise InputError(
                 f"lr_scheduler has T_max={scheduler.T_max}, but training has {ends} {interval}s: the rate would rise"
                 " again after its minimum; set T_max to that"
             )
@@ -233,7 +234,7 @@ class EnergyModule(LightningModule):
         """Checks the labels of the first batch against the network, before a GPU fails on one that is too large.
 
         Raises:
-            ValueError: If a label is not below the number of logits.
+            InputError: If a label is not below the number of logits.
         """
         self._check_labels(batch)
 
@@ -253,18 +254,18 @@ class EnergyModule(LightningModule):
         """Returns the optimiser over all parameters that train, and its schedule.
 
         Raises:
-            ValueError: If one of them refuses its arguments.
+            InputError: If one of them refuses its arguments.
         """
         try:
             optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         except (TypeError, ValueError) as error:
-            raise ValueError(f"the optimizer cannot be made as configured: {error}") from error
+            raise InputError(f"the optimizer cannot be made as configured: {error}") from error
         if self.lr_scheduler is None:
             return optimizer
         try:
             scheduler = self.lr_scheduler(optimizer)
         except (TypeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"the learning rate schedule cannot be made as configured: {error}") from error
+            raise InputError(f"the learning rate schedule cannot be made as configured: {error}") from error
         schedule = {"scheduler": scheduler, "interval": self.lr_interval}
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
@@ -309,13 +310,13 @@ class EnergyModule(LightningModule):
             with torch.no_grad(), no_trace(self.energy_model):
                 num_classes = self._logits_of_one(batch[f"x{name}"]).shape[1]
             if isinstance(declared, int) and declared > num_classes:
-                raise ValueError(
+                raise InputError(
                     f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
                     " num_classes to that"
                 )
             labels = batch[f"y{name}"]
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-                raise ValueError(
+                raise InputError(
                     f"the network has {num_classes} logits, but y{name} has labels {int(labels.min())} …"
                     f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
                 )
@@ -331,7 +332,7 @@ class EnergyModule(LightningModule):
                 raise
             shape = "×".join(str(n) for n in x.shape[1:])
             first = str(error).splitlines()[0]
-            raise ValueError(
+            raise InputError(
                 f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
                 " backbone's in_channels and the data's image_size to what goes together"
             ) from error
@@ -341,7 +342,7 @@ class EnergyModule(LightningModule):
         """Returns an entry of the batch.
 
         Raises:
-            ValueError: If there is none; the message says which part of the program supplies it.
+            InputError: If there is none; the message says which part of the program supplies it.
         """
         if isinstance(batch, Mapping) and key in batch:
             return batch[key]
@@ -350,7 +351,7 @@ class EnergyModule(LightningModule):
             supplier = "an evaluation loader of PairedDataModule gives x and y"
         else:
             supplier = f"PairedDataModule gives it when data.streams has {key.removeprefix('x_').removeprefix('y_')!r}"
-        raise ValueError(f"{type(self).__name__} needs {key!r} in its batch, got {found}; {supplier}")
+        raise InputError(f"{type(self).__name__} needs {key!r} in its batch, got {found}; {supplier}")
 
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
         for name, value in self.evaluation_metrics(batch).items():

@@ -10,6 +10,7 @@ from torch import Tensor, distributed
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.threat_model import ThreatModel
@@ -61,7 +62,7 @@ class DualAdversarialModule(EnergyModule):
         seed: Seed of random starts.
 
     Raises:
-        ValueError: If a weight is negative.
+        InputError: If a weight is negative.
 
     Source: DAT (arXiv 2510.13872), the second stage of its training.
     """
@@ -107,7 +108,7 @@ class DualAdversarialModule(EnergyModule):
         weights = {"energy": energy_weight, "classification": classification_weight, "r1": r1_weight}
         for name, weight in weights.items():
             if not weight >= 0:
-                raise ValueError(f"{name}_weight must be at least 0, got {weight}")
+                raise InputError(f"{name}_weight must be at least 0, got {weight}")
         self.curriculum = curriculum if curriculum is not None else AUCCurriculum()
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.energy_weight = energy_weight

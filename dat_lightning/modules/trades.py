@@ -9,6 +9,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.core.threat_model import ThreatModel
@@ -54,7 +55,7 @@ class TradesModule(EnergyModule):
         seed: Seed of the starts.
 
     Raises:
-        ValueError: If ``beta`` is negative.
+        InputError: If ``beta`` is negative.
 
     Source: Zhang et al. 2019 (arXiv 1901.08573), Eq. 5 and Algorithm 1; their implementation's separate passes.
     """
@@ -94,7 +95,7 @@ class TradesModule(EnergyModule):
             seed=seed,
         )
         if not 0 <= beta < float("inf"):
-            raise ValueError(f"beta must be a finite weight of at least 0, got {beta}")
+            raise InputError(f"beta must be a finite weight of at least 0, got {beta}")
         self.beta = beta
 
     # One method per equation.

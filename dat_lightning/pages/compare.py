@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.pages.comparison import Column, Comparison, compare, read_runs
 from dat_lightning.pages.comparison_page import write_comparison
 from dat_lightning.pages.trade_off import default_axes
@@ -76,10 +77,10 @@ def run(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, the files cannot be compared, or a figure does not exist.
+        InputError: If a file is damaged, the files cannot be compared, or a figure does not exist.
     """
     if output.suffix not in (".html", ".htm"):
-        raise ValueError(f"--output must end in .html, got {output}")
+        raise InputError(f"--output must end in .html, got {output}")
     runs = read_runs(files)
     everything = compare(runs, None, higher, lower)
     shown = everything if columns is None else compare(runs, columns, higher, lower)
@@ -95,7 +96,7 @@ def _axis(comparison: Comparison, argument: str, asked: str | None, default: str
     column = comparison.column(name)
     if column is None:
         shared = ", ".join(each.name for each in comparison.columns)
-        raise ValueError(f"{argument}: no two runs share a figure {name!r}; they share {shared}")
+        raise InputError(f"{argument}: no two runs share a figure {name!r}; they share {shared}")
     return column
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.results.evaluation_file import Entry, Evaluation, is_of_one_step_count, read_evaluation
 
 Direction = Literal["higher", "lower"]
@@ -104,14 +105,14 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Evaluation]:
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If there are fewer than two files, one is given twice, or one is damaged.
+        InputError: If there are fewer than two files, one is given twice, or one is damaged.
     """
     if len(paths) < 2:
-        raise ValueError(f"a comparison needs at least two evaluation files, got {len(paths)}")
+        raise InputError(f"a comparison needs at least two evaluation files, got {len(paths)}")
     seen: set[Path] = set()
     for path in paths:
         if path.resolve() in seen:
-            raise ValueError(f"{path} is given twice")
+            raise InputError(f"{path} is given twice")
         seen.add(path.resolve())
     evaluations = [read_evaluation(path) for path in paths]
     names = [evaluation.name for evaluation in evaluations]
@@ -141,7 +142,7 @@ def compare(
         lower: Further figures of which less is better.
 
     Raises:
-        ValueError: If no run has a figure that is asked for, no two runs share a figure, or a figure is to be better
+        InputError: If no run has a figure that is asked for, no two runs share a figure, or a figure is to be better
             both ways.
     """
     counts: dict[str, int] = {}
@@ -151,15 +152,15 @@ def compare(
     for argument, asked in (("columns", names or ()), ("higher", higher), ("lower", lower)):
         unknown = [name for name in asked if name not in counts]
         if unknown:
-            raise ValueError(f"{argument}: no run has a figure {unknown[0]!r}; there are {', '.join(sorted(counts))}")
+            raise InputError(f"{argument}: no run has a figure {unknown[0]!r}; there are {', '.join(sorted(counts))}")
     both = sorted(set(higher) & set(lower))
     if both:
-        raise ValueError(f"higher and lower both name {both[0]!r}")
+        raise InputError(f"higher and lower both name {both[0]!r}")
     shared = [name for name, count in counts.items() if count > 1]
     # The numbers of a whole sweep are for the page of one run.
     shared = [name for name in shared if not is_of_one_step_count(name)] or shared
     if not shared:
-        raise ValueError(f"the runs {', '.join(runs)} share no figure: nothing can be compared")
+        raise InputError(f"the runs {', '.join(runs)} share no figure: nothing can be compared")
     known: dict[str, Direction] = {**dict.fromkeys(higher, "higher"), **dict.fromkeys(lower, "lower")}
     columns = tuple(
         _column(name, [run.entry(name) for run in runs.values()], known.get(name))

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities.data import extract_batch_size
 from torch import Tensor
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.evaluation.evaluator import numbered
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_page import write_evaluation_page
@@ -62,13 +63,13 @@ class EvaluationReport(Callback):
         written: The JSON file of the last test, on rank zero.
 
     Raises:
-        ValueError: If ``path`` does not end in ``.json``; at the end of a test that has measured nothing.
+        InputError: If ``path`` does not end in ``.json``; at the end of a test that has measured nothing.
         ModuleNotFoundError: Before a test, if matplotlib is not installed and there is to be a page.
     """
 
     def __init__(self, path: str | None = None, name: str | None = None, page: bool = True) -> None:
         if path is not None and Path(path).suffix != ".json":
-            raise ValueError(f"EvaluationReport.path must end in .json, got {path!r}")
+            raise InputError(f"EvaluationReport.path must end in .json, got {path!r}")
         self.path = None if path is None else Path(path)
         self.name = name
         self.page = page
@@ -125,7 +126,7 @@ class EvaluationReport(Callback):
         """Writes both files on rank zero; all callbacks have their figures by now.
 
         Raises:
-            ValueError: If there is no figure.
+            InputError: If there is no figure.
         """
         images = torch.tensor(float(self._num_images), device=pl_module.device)
         num_images = int(trainer.strategy.reduce(images, reduce_op="sum"))
@@ -137,7 +138,7 @@ class EvaluationReport(Callback):
                 figure = module_figure(key, float(value), pl_module, num_images, used)
                 entries.append(self._entry(type(pl_module).__name__, figure))
         if not entries:
-            raise ValueError(
+            raise InputError(
                 "EvaluationReport has nothing to report: add evaluators to trainer.callbacks, or log figures in the"
                 " module's test_step"
             )

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.files import written_whole
 
 FORMAT = "dat_lightning evaluation"
@@ -88,27 +89,27 @@ def read_evaluation(path: Path) -> Evaluation:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, no evaluation, or of another schema version.
+        InputError: If it is damaged, no evaluation, or of another schema version.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no evaluation file at {path}")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not readable JSON, so it is damaged or no evaluation: {error}") from error
+        raise InputError(f"{path} is not readable JSON, so it is damaged or no evaluation: {error}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise ValueError(f"{path} is no evaluation file: expected one that EvaluationReport has written")
+        raise InputError(f"{path} is no evaluation file: expected one that EvaluationReport has written")
     version = contents.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}: evaluate anew")
+        raise InputError(f"{path} has schema version {version!r}, expected {SCHEMA_VERSION}: evaluate anew")
     try:
         entries = [_entry(figure) for figure in contents["figures"]]
         evaluation = Evaluation(contents["name"], entries, contents["provenance"], contents.get("failure"))
     except (KeyError, TypeError) as error:
-        raise ValueError(f"{path} is a damaged evaluation file: a figure or an entry lacks {error}") from error
+        raise InputError(f"{path} is a damaged evaluation file: a figure or an entry lacks {error}") from error
     wrong = [entry.name for entry in entries if not _well_formed(entry)]
     if wrong or not (isinstance(evaluation.name, str) and isinstance(evaluation.failure, str | None)):
-        raise ValueError(f"{path} is a damaged evaluation file: name or figure {wrong} has an entry of a wrong type")
+        raise InputError(f"{path} is a damaged evaluation file: name or figure {wrong} has an entry of a wrong type")
     return evaluation
 
 
@@ -128,7 +129,7 @@ def path_for(path: Path, evaluation: Evaluation) -> Path:
         if old is not None and identity(old) is not None and identity(old) == identity(evaluation):
             complete_stays = old.failure is None and evaluation.failure is not None
             return path_for(place.with_stem(f"{name}-incomplete"), evaluation) if complete_stays else place
-    raise ValueError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
+    raise InputError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
 
 
 def identity(evaluation: Evaluation) -> str | None:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
+
 Values = dict[str, Tensor]
 """Name → per-example values, first dimension N, on the CPU."""
 
@@ -40,7 +42,7 @@ def gather(batches: list[Values], otherwise: str = "the test loader gave no batc
     """Returns the values of all ranks, each example once, sorted by ``index``; every rank must call it.
 
     Raises:
-        ValueError: If there are no examples, and ``otherwise`` says why; or if several different ones have one index.
+        InputError: If there are no examples, and ``otherwise`` says why; or if several different ones have one index.
     """
     names = batches[0].keys() if batches else ()
     mine = {name: torch.cat([batch[name] for batch in batches]) for name in names}
@@ -48,7 +50,7 @@ def gather(batches: list[Values], otherwise: str = "the test loader gave no batc
         _check_repeated(mine)
     filled = [part for part in all_ranks(mine) if part]
     if not filled:
-        raise ValueError(f"there are no examples to evaluate: {otherwise}")
+        raise InputError(f"there are no examples to evaluate: {otherwise}")
     everything = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
     # A sampler of another project may pad with repeated examples.
     index, first = np.unique(everything["index"].numpy(), return_index=True)
@@ -57,7 +59,7 @@ def gather(batches: list[Values], otherwise: str = "the test loader gave no batc
 
 
 def _check_repeated(values: Values) -> None:
-    """Raises a ValueError if different examples have one index; a sampler that pads repeats one with its values."""
+    """Raises an InputError if different examples have one index; a sampler that pads repeats one with its values."""
     _, place, counts = np.unique(values["index"].numpy(), return_inverse=True, return_counts=True)
     for number in np.flatnonzero(counts > 1).tolist():
         rows = torch.from_numpy(np.flatnonzero(place == number))
@@ -65,7 +67,7 @@ def _check_repeated(values: Values) -> None:
             first = value[rows[:1]].expand_as(value[rows])
             if not torch.equal(value[rows].nan_to_num(), first.nan_to_num()):
                 index = int(values["index"][rows[0]])
-                raise ValueError(
+                raise InputError(
                     f"{len(rows)} examples have the index {index}: index must number the examples of the whole test set"
                 )
 

@@ -2,11 +2,9 @@
 
 from dat_lightning.runs.atomic import AtomicCheckpointIO
 from dat_lightning.runs.checkpoints import (
-    DamagedCheckpointError,
     Wanted,
     can_resume,
     checkpoints_in,
-    know_as_whole,
     newest_whole,
     offer,
     peek,
@@ -15,6 +13,7 @@ from dat_lightning.runs.checkpoints import (
     step_of,
 )
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint, StoppedBySignal
+from dat_lightning.weights.archives import DamagedCheckpointError, know_as_whole
 
 __all__ = [
     "AtomicCheckpointIO",

@@ -12,7 +12,8 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from dat_lightning.runs.checkpoints import DamagedCheckpointError, check_whole, offer, read_run
+from dat_lightning.runs.checkpoints import offer, read_run
+from dat_lightning.weights.archives import DamagedCheckpointError, check_whole
 from dat_lightning.weights.files import written_whole
 
 # How a file is called before it is whole. The final name must not be in it: Lightning reads numbers after hpc_ckpt_.
@@ -60,7 +61,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
         Raises:
             FileNotFoundError: If there is none.
-            ValueError: If it is damaged, of another kind, or of a newer version.
+            InputError: If it is damaged, of another kind, or of a newer version.
         """
         local = local_path(path)
         if local is None or not local.is_file():

@@ -1,7 +1,6 @@
 """Checkpoints of runs: read whole or refused, and the newest whole one found where another is damaged."""
 
 import pickle
-import zipfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,16 +8,12 @@ from typing import Any
 
 import torch
 
+from dat_lightning.core.errors import InputError
+from dat_lightning.weights.archives import DamagedCheckpointError, check_whole, damaged_part
 from dat_lightning.weights.stamp import changed_settings, check_stamp, is_of_kind, kind_of, run_of
 
 # What a checkpoint has that training can go on from; one with weights alone lacks the optimiser.
 _NEEDED = ("pytorch-lightning_version", "state_dict", "loops", "optimizer_states", "lr_schedulers")
-# Files that were found whole and are about to be loaded, as they were then.
-_KNOWN_WHOLE: dict[Path, tuple[int, ...]] = {}
-
-
-class DamagedCheckpointError(ValueError):
-    """Says that a file is not a checkpoint that can be read whole."""
 
 
 @dataclass(frozen=True)
@@ -64,70 +59,6 @@ def _by(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "of a number"
 
 
-def is_archive(path: Path) -> bool:
-    """Returns whether a file begins as the archives of ``torch.save`` do, by which ``torch.load`` tells them."""
-    with path.open("rb") as file:
-        return file.read(4) == b"PK\x03\x04"
-
-
-def damaged_part(path: Path) -> str | None:
-    """Returns what is wrong with a file that ``torch.save`` wrote, or ``None``; every byte of it is read.
-
-    ``torch.load`` does not compare checksums: a file with a flipped bit gives other numbers in silence. A file that was
-    saved without checksums, which torch allows, has zeros in their place and cannot be checked.
-    """
-    return _damaged_part(path, tensors=True)
-
-
-def _damaged_part(path: Path, tensors: bool) -> str | None:
-    """The same, or without the bytes of the tensors, which are nearly all."""
-    size = path.stat().st_size
-    if size == 0:
-        return "it is of another kind: it is empty"
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if not any(entry.CRC for entry in archive.infolist()):
-                return None
-            broken = next((entry.filename for entry in archive.infolist() if _is_odd(entry)), None)
-            if broken is None and tensors:
-                broken = archive.testzip()
-            elif broken is None:
-                for entry in archive.infolist():
-                    if entry.filename.endswith("/data.pkl"):
-                        archive.read(entry)  # an error if its checksum is another
-    except Exception:  # whatever a reader of archives stumbles over
-        return f"it is damaged or of another kind ({size} bytes)"
-    return None if broken is None else f"it is damaged, in its part {broken}"
-
-
-def _is_odd(entry: zipfile.ZipInfo) -> bool:
-    """Whether a part is marked as a folder, for which torch's reader leaves memory as it was, or has two sizes."""
-    return bool(entry.external_attr & 0x10) or (entry.compress_type == 0 and entry.compress_size != entry.file_size)
-
-
-def check_whole(path: Path) -> None:
-    """Reads every byte of a file that ``torch.save`` wrote.
-
-    Raises:
-        DamagedCheckpointError: If it is damaged, as far as its checksums tell, or of another kind.
-    """
-    if _KNOWN_WHOLE.pop(path.absolute(), None) == _identity(path):
-        return
-    fault = damaged_part(path)
-    if fault is not None:
-        raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {fault}")
-
-
-def know_as_whole(path: Path) -> None:
-    """Spares a file that has been checked the next check, unless it changes before."""
-    _KNOWN_WHOLE[path.absolute()] = _identity(path)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
 def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
     """Returns a checkpoint of a run, on the CPU; every byte is checked first, and nothing in it is executed.
 
@@ -137,7 +68,7 @@ def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: If the file is damaged, of another kind, or names something that could run code.
-        ValueError: If a newer version of this package wrote it.
+        InputError: If a newer version of this package wrote it.
     """
     check_whole(path)
     return _load(path, mmap)
@@ -148,9 +79,9 @@ def peek(path: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpointError: As :func:`read_run` does, as far as can be told without the tensors' bytes.
-        ValueError: If a newer version of this package wrote it.
+        InputError: If a newer version of this package wrote it.
     """
-    fault = _damaged_part(path, tensors=False)
+    fault = damaged_part(path, tensors=False)
     if fault is not None:
         raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {fault}")
     return _load(path, mmap=True)
@@ -173,7 +104,7 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         check_stamp(contents)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return contents
 
 

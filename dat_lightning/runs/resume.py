@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.runs import (
     AtomicCheckpointIO,
     DamagedCheckpointError,
@@ -46,7 +47,7 @@ class SameCheckpoint(Callback):
         """Compares the file's name and its step over all processes.
 
         Raises:
-            ValueError: If they differ.
+            InputError: If they differ.
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
@@ -56,7 +57,7 @@ class SameCheckpoint(Callback):
         torch.distributed.all_gather_object(chosen, (name, step_of(connector._loaded_checkpoint)))
         for rank, other in enumerate(chosen):
             if other != chosen[0]:
-                raise ValueError(
+                raise InputError(
                     f"rank {rank} goes on from {_said(*other)}, rank 0 from {_said(*chosen[0])}: all processes must"
                     " share the folder of the checkpoints"
                 )
@@ -101,7 +102,7 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
         to_train: Whether training goes on, which needs the optimiser's state.
 
     Raises:
-        ValueError: If the checkpoint is damaged, foreign, of another kind of module or of a newer version; if there
+        InputError: If the checkpoint is damaged, foreign, of another kind of module or of a newer version; if there
             are some, but none is whole; or if there is none to evaluate.
     """
     if given in _PASSED_ON:
@@ -131,14 +132,14 @@ def _newest(given: str, trainer: Trainer, wanted: Wanted, kind: str) -> Path | N
     found = newest_whole(candidates, wanted)
     if found is None and (candidates or given != _LAST):
         folders = ", ".join(sorted({str(path.parent) for path in candidates})) or given
-        raise ValueError(
+        raise InputError(
             f"--ckpt_path {given}: none of the {len(candidates)} checkpoints in {folders} is a whole one of a"
             f" {kind} with this network"
         )
     if found is None:
         if not wanted.to_train:
             folders = ", ".join(map(str, [*_folders(trainer), trainer.default_root_dir]))
-            raise ValueError(f"--ckpt_path last: there is no checkpoint of this run in {folders}; name a file")
+            raise InputError(f"--ckpt_path last: there is no checkpoint of this run in {folders}; name a file")
         rank_zero_info("--ckpt_path last: there is no checkpoint of this run yet; it starts anew")
         return None
     know_as_whole(found)
@@ -219,15 +220,15 @@ def _check(path: Path, kind: str, wanted: Wanted) -> None:
     try:
         contents = read_run(path, mmap=True)
     except DamagedCheckpointError as error:
-        raise ValueError(f"--ckpt_path: {error}{offer(path, wanted)}") from error
+        raise InputError(f"--ckpt_path: {error}{offer(path, wanted)}") from error
     if "pytorch-lightning_version" not in contents:
-        raise ValueError(f"--ckpt_path {path} is no checkpoint of a run of this program{_HINT}")
+        raise InputError(f"--ckpt_path {path} is no checkpoint of a run of this program{_HINT}")
     # Evaluation takes weights alone, from whatever module they are.
     misfit = (wanted if wanted.to_train else replace(wanted, kind=None)).misfit(contents)
     if misfit is not None:
-        raise ValueError(
+        raise InputError(
             f"--ckpt_path {path} is a checkpoint of another kind of module or network than {kind}: {misfit}{_HINT}"
         )
     if wanted.to_train and not can_resume(contents):
-        raise ValueError(f"--ckpt_path {path} has weights alone, and training goes on from an optimiser's state{_HINT}")
+        raise InputError(f"--ckpt_path {path} has weights alone, and training goes on from an optimiser's state{_HINT}")
     know_as_whole(path)

@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.gaussian_stats import (
@@ -50,7 +51,7 @@ class FrechetDistance(SampleConsumer):
 
     Raises:
         FileNotFoundError: If there is no file ``reference``.
-        ValueError: If that file is no statistics file, or has another number of features than the extractor.
+        InputError: If that file is no statistics file, or has another number of features than the extractor.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6.
     """
@@ -157,12 +158,12 @@ class FrechetDistance(SampleConsumer):
             moments.update(features)
         num_skipped = images.num_skipped()
         if num_skipped > _MAX_SKIPPED_SHARE * len(data.dataset):
-            raise ValueError(
+            raise InputError(
                 f"{num_skipped} of {len(data.dataset)} reference images of the Fréchet distance could not be read; more"
                 f" than {_MAX_SKIPPED_SHARE:.0%} make it another reference"
             )
         if moments is None:
-            raise ValueError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
+            raise InputError(f"{len(data.dataset)} reference images are too few for {trainer.world_size} processes")
         return moments, num_skipped
 
 

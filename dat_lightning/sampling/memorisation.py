@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.evaluation.evaluator import is_silent
 from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbours
 from dat_lightning.results.figures import Figure, Values, gather
 from dat_lightning.results.measured_with import image_digests, network_digest, reference_digest, set_digest
+from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
@@ -60,7 +61,7 @@ class Memorisation(SampleConsumer):
         figures: Results of the last evaluation, on every rank; those without ending come first.
 
     Raises:
-        ValueError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
+        InputError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
             no snapshot at ``num_steps``, training images are too few, or test batches lack ``x`` or ``index``.
         TypeError: When sampling starts, if the DataModule has no ``reference_data()``.
     """
@@ -80,11 +81,11 @@ class Memorisation(SampleConsumer):
         positive = {"num_neighbours": num_neighbours, "num_pictures": num_pictures, "batch_size": batch_size}
         for name, value in positive.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if metric not in ("L2", "cosine"):
-            raise ValueError(f"metric must be 'L2' or 'cosine', got {metric!r}")
+            raise InputError(f"metric must be 'L2' or 'cosine', got {metric!r}")
         if not 0 < quantile < 1:
-            raise ValueError(f"quantile must be between 0 and 1, got {quantile}")
+            raise InputError(f"quantile must be between 0 and 1, got {quantile}")
         self.extractor = extractor.requires_grad_(False).eval()
         self.num_neighbours = num_neighbours
         self.num_pictures = num_pictures
@@ -123,7 +124,7 @@ class Memorisation(SampleConsumer):
             batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Memorisation")
             training = gather(list(batches), "reference_data() of the DataModule gave no image")
             if len(training["index"]) < self.num_neighbours:
-                raise ValueError(
+                raise InputError(
                     f"num_neighbours must be at most the number of training images {len(training['index'])}, got"
                     f" {self.num_neighbours}"
                 )
@@ -213,7 +214,7 @@ class Memorisation(SampleConsumer):
         loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
         for batch in tqdm(loader, desc="Memorisation: test images", leave=False, disable=is_silent(trainer)):
             if "x" not in batch or "index" not in batch:
-                raise ValueError(
+                raise InputError(
                     f"Memorisation needs x and index in test batches, got {sorted(batch)}; an evaluation loader of"
                     " PairedDataModule gives both"
                 )

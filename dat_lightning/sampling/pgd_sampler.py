@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Logits, Precision, ascend_snapshots, unbounded_ascent
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.evaluation.evaluator import is_silent
 from dat_lightning.results.figures import Values
 from dat_lightning.results.kept_values import KeptValues
+from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.seed_batches import SeedBatches
 from dat_lightning.speed.network_forms import CompiledNetwork, NetworkForms
 
@@ -46,9 +47,9 @@ class SamplingPlan:
     step_size: float
 
     def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
-        """Raises a ValueError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
+        """Raises an InputError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
         if num_steps is not None and num_steps not in self.num_steps:
-            raise ValueError(
+            raise InputError(
                 f"{consumer}.num_steps={num_steps} is not among the sampler's snapshots {list(self.num_steps)}"
             )
 
@@ -77,14 +78,14 @@ class SampleConsumer(Callback):
     batches, not equally many; collectives belong in the first and the last of these, which every rank enters once.
 
     Raises:
-        ValueError: On set-up, if the Trainer has no sampler.
+        InputError: On set-up, if the Trainer has no sampler.
     """
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that somebody generates samples."""
         if not any(isinstance(c, PGDSampler) for c in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(f"{type(self).__name__} consumes samples: add a PGDSampler to trainer.callbacks")
+            raise InputError(f"{type(self).__name__} consumes samples: add a PGDSampler to trainer.callbacks")
 
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Called on every rank before the first batch."""
@@ -126,7 +127,7 @@ class PGDSampler(Callback):
             what was kept then stays until the test that was interrupted is whole.
 
     Raises:
-        ValueError: If a number is outside its range.
+        InputError: If a number is outside its range.
         TypeError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
             primitive.
         OSError: With a batch, if it cannot be kept.
@@ -148,9 +149,9 @@ class PGDSampler(Callback):
         positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
         for name, value in positive.items():
             if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+                raise InputError(f"{name} must be at least 1, got {value}")
         if not num_steps or min(num_steps) < 0:
-            raise ValueError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
+            raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
         self.chain = unbounded_ascent(step_size, max(num_steps))

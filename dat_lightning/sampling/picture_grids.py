@@ -8,6 +8,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.results.figures import Values, gather
 
@@ -99,11 +100,11 @@ def write_captioned_grid(
         row_names: Left of the rows.
 
     Raises:
-        ValueError: If there is no tile.
+        InputError: If there is no tile.
     """
     tiles = [tile for row in rows for tile in row if tile is not None]
     if not tiles:
-        raise ValueError("rows must have at least one tile, got none")
+        raise InputError("rows must have at least one tile, got none")
     font = ImageFont.load_default(size=_FONT_SIZE)
     zoom = max(1, -(-_TILE_SIDE // max(tiles[0].image.shape[-2:])))
     height, width = (zoom * side for side in tiles[0].image.shape[-2:])

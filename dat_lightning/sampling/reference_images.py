@@ -9,8 +9,8 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from dat_lightning.evaluation.evaluator import is_silent
 from dat_lightning.results.figures import all_ranks
+from dat_lightning.results.progress import is_silent
 
 _logger = logging.getLogger(__name__)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 
@@ -25,12 +26,12 @@ class SampleGrid(SampleConsumer):
         max_columns: Classes shown, at most; the first ones.
 
     Raises:
-        ValueError: If a number is not positive.
+        InputError: If a number is not positive.
     """
 
     def __init__(self, num_rows: int = 8, dirpath: str | None = None, max_columns: int = 20) -> None:
         if num_rows < 1 or max_columns < 1:
-            raise ValueError(f"num_rows and max_columns must be at least 1, got {num_rows} and {max_columns}")
+            raise InputError(f"num_rows and max_columns must be at least 1, got {num_rows} and {max_columns}")
         self.num_rows = num_rows
         self.dirpath = dirpath
         self.max_columns = max_columns

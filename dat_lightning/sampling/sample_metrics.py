@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.fingerprint import file_digest
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.evaluation.evaluator import is_silent
 from dat_lightning.features.fidelity import (
     FidelitySettings,
     Metric,
@@ -34,6 +34,7 @@ from dat_lightning.features.image_sets import read_images, read_set
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.figures import Figure, Values, all_ranks, gather
 from dat_lightning.results.measured_with import reference_digest
+from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import FrechetDistance, default_cache_dir, reference_key
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.reference_images import ReferenceImages, reference_data
@@ -77,7 +78,7 @@ class SampleMetrics(SampleConsumer):
         figures: Results of the last evaluation, on every rank; those of the chosen number of steps come first.
 
     Raises:
-        ValueError: If a metric is unknown; on set-up, if another callback logs the same names; when sampling starts, if
+        InputError: If a metric is unknown; on set-up, if another callback logs the same names; when sampling starts, if
             there are too few images, or only statistics where images are needed; with the first batch, if a layer is
             missing.
         FileNotFoundError: If there is no ``reference``.
@@ -99,7 +100,7 @@ class SampleMetrics(SampleConsumer):
         batch_size: int = 250,
     ) -> None:
         if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+            raise InputError(f"batch_size must be at least 1, got {batch_size}")
         if reference is not None and not Path(reference).exists():
             raise FileNotFoundError(f"SampleMetrics.reference: no folder or .npz at {reference}")
         self.metrics = check_metrics(metrics)
@@ -125,7 +126,7 @@ class SampleMetrics(SampleConsumer):
         for other in trainer.callbacks:  # type: ignore[attr-defined]
             same = isinstance(other, SampleMetrics) and other is not self and other.prefix == self.prefix
             if same or (isinstance(other, FrechetDistance) and "fid" in self.metrics and not self.prefix):
-                raise ValueError(
+                raise InputError(
                     f"SampleMetrics and another {type(other).__name__} would log the same names: give it another prefix"
                     f" than {self.prefix!r}"
                 )

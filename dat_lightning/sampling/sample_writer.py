@@ -15,6 +15,7 @@ from numpy.lib.format import open_memmap
 from PIL import Image
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 
@@ -43,7 +44,7 @@ class SampleWriter(SampleConsumer):
         stages: The evaluations that write.
 
     Raises:
-        ValueError: If a format is unknown; when sampling starts, if the sampler takes no snapshot at ``num_steps``.
+        InputError: If a format is unknown; when sampling starts, if the sampler takes no snapshot at ``num_steps``.
         OSError: With a later batch or at the end, if a file cannot be written.
     """
 
@@ -55,7 +56,7 @@ class SampleWriter(SampleConsumer):
         stages: Sequence[Stage] = ("predict",),
     ) -> None:
         if not formats or set(formats) - {"png", "npz"}:
-            raise ValueError(f"formats must be 'png', 'npz' or both, got {list(formats)}")
+            raise InputError(f"formats must be 'png', 'npz' or both, got {list(formats)}")
         self.dirpath = Path(dirpath)
         self.formats = tuple(formats)
         self.num_steps = num_steps
@@ -139,7 +140,7 @@ def merge_shards(folder: Path, target: Path, num_samples: int) -> None:
     """Writes the ``.npz`` that the shards in a folder make up, without holding more than a shard in memory.
 
     Raises:
-        ValueError: If the shards hold another number of samples than expected.
+        InputError: If the shards hold another number of samples than expected.
     """
     shards = sorted(folder.glob("*.npz"))
     labels = np.full(num_samples, -1, dtype=np.int64)
@@ -154,7 +155,7 @@ def merge_shards(folder: Path, target: Path, num_samples: int) -> None:
             labels[shard["indices"]] = shard["labels"]
     if images is None or (labels < 0).any():
         missing = int((labels < 0).sum())
-        raise ValueError(f"{missing} of {num_samples} samples are missing in {folder}: do all ranks share this folder?")
+        raise InputError(f"{missing} of {num_samples} samples are missing in {folder}: do all ranks share this folder?")
     images.flush()
     np.save(folder / "arr_1.npy", labels)
     temporary = target.with_suffix(".tmp")

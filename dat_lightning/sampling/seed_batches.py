@@ -39,7 +39,7 @@ class CountedSeeds(Protocol):
         """Counts a seed that another process has read, and why images were skipped on the way to it.
 
         Raises:
-            ValueError: If too many were skipped so far.
+            InputError: If too many were skipped so far.
         """
 
 
@@ -60,7 +60,7 @@ class SeedBatches:
         first: Seed 0 as it was read, which shows the shape.
 
     Raises:
-        ValueError: When a batch is taken, if too many images were corrupt.
+        InputError: When a batch is taken, if too many images were corrupt.
     """
 
     def __init__(self, seeds: Seeds, batches: Sequence[Sequence[int]], like: Tensor, num_workers: int = 0) -> None:

@@ -9,6 +9,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.energy import batch_norm_layers
+from dat_lightning.core.errors import InputError
 
 
 class FoldedNetwork(nn.Module):
@@ -23,7 +24,7 @@ class FoldedNetwork(nn.Module):
         network: Batch norm layers use their running statistics, whatever mode they are in.
 
     Raises:
-        ValueError: If the network cannot be traced, since its path depends on its input or it makes tensors of its own,
+        InputError: If the network cannot be traced, since its path depends on its input or it makes tensors of its own,
             has hooks on the whole of it, or has no batch norm to fold.
 
     Source: Jacob et al. 2018 (arXiv 1712.05877), Eq. 14, on folding.
@@ -32,7 +33,7 @@ class FoldedNetwork(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         if not batch_norm_layers(network):
-            raise ValueError(f"{type(network).__name__} has no batch norm to fold: set fold_batch_norm to false")
+            raise InputError(f"{type(network).__name__} has no batch norm to fold: set fold_batch_norm to false")
         try:
             # In eval mode: what depends on the mode is decided by the trace.
             with no_trace(network):
@@ -40,7 +41,7 @@ class FoldedNetwork(nn.Module):
             self._layers = _replace_batch_norm(graph)
             _check_kept(network, graph)
         except Exception as error:  # whatever a network's own code does with a proxy
-            raise ValueError(
+            raise InputError(
                 f"{type(network).__name__} cannot be traced, so its batch norm cannot be folded: set fold_batch_norm to"
                 f" false ({type(error).__name__}: {error})"
             ) from error
@@ -123,7 +124,7 @@ _Layer = _FoldedConvolution | _Affine
 
 def _statistics(norm: nn.modules.batchnorm._BatchNorm) -> tuple[Tensor, Tensor]:
     if norm.running_mean is None or norm.running_var is None:
-        raise ValueError(
+        raise InputError(
             "a batch norm layer has no running statistics, so it cannot be folded: set fold_batch_norm to false"
         )
     return norm.running_mean, norm.running_var

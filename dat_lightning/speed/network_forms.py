@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.speed.folding import FoldedNetwork
 
 CompileMode = bool | Literal["reduce-overhead", "max-autotune"]
@@ -70,12 +71,12 @@ class NetworkForms:
         fold_batch_norm: Whether ascents climb a :class:`~dat_lightning.speed.FoldedNetwork`.
 
     Raises:
-        ValueError: If there is no such mode.
+        InputError: If there is no such mode.
     """
 
     def __init__(self, compile: CompileMode, fold_batch_norm: bool) -> None:
         if compile is not False and compile not in _TORCH_MODES:
-            raise ValueError(f"compile must be true, false, 'reduce-overhead' or 'max-autotune', got {compile!r}")
+            raise InputError(f"compile must be true, false, 'reduce-overhead' or 'max-autotune', got {compile!r}")
         self.compile: CompileMode = compile
         self.fold_batch_norm = fold_batch_norm
         self._expected_sizes: dict[_Purpose, set[int]] = {"ascents": set(), "passes": set()}
@@ -108,7 +109,7 @@ class NetworkForms:
         """Returns the form that ascents in eval mode climb, with the current weights.
 
         Raises:
-            ValueError: If batch norm is to be folded, and cannot be.
+            InputError: If batch norm is to be folded, and cannot be.
         """
         if self.compile is False and not self.fold_batch_norm:
             return network

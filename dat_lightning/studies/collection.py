@@ -11,6 +11,7 @@ from typing import Any
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.results.evaluation_file import (
     Evaluation,
     is_of_one_step_count,
@@ -210,18 +211,18 @@ def read_results(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is damaged or no such file.
+        InputError: If it is damaged or no such file.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no study.json at {path}")
     try:
         contents = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not readable JSON: {error}") from error
+        raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(contents, dict) or contents.get("format") != FORMAT:
-        raise ValueError(f"{path} is no result of a study")
+        raise InputError(f"{path} is no result of a study")
     if contents.get("schema_version") != SCHEMA_VERSION:
-        raise ValueError(f"{path} has schema version {contents.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+        raise InputError(f"{path} has schema version {contents.get('schema_version')!r}, expected {SCHEMA_VERSION}")
     whole: dict[str, Any] = restored(contents)
     return whole
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import yaml
 
+from dat_lightning.core.errors import InputError
+
 CHECKPOINT = re.compile(r"\{checkpoint:([^{}]+)\}")
 FOLDER = "{folder}"
 
@@ -23,16 +25,16 @@ def read_mapping(path: Path, what: str = "configuration") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If there is none.
-        ValueError: If it is no YAML, or no mapping.
+        InputError: If it is no YAML, or no mapping.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no {what} at {path}")
     try:
         contents = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(contents, dict):
-        raise ValueError(f"{path} must be a mapping of settings, got {type(contents).__name__}")  # noqa: TRY004
+        raise InputError(f"{path} must be a mapping of settings, got {type(contents).__name__}")
     return contents
 
 
@@ -41,7 +43,7 @@ def merged(paths: Sequence[Path], arguments: Mapping[str, Any]) -> dict[str, Any
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If one is no mapping, or an argument leads nowhere.
+        InputError: If one is no mapping, or an argument leads nowhere.
     """
     config: dict[str, Any] = {}
     for path in paths:
@@ -70,7 +72,7 @@ def with_arguments(config: Mapping[str, Any], arguments: Mapping[str, Any]) -> d
     ``trainer.callbacks.PGDSampler.num_samples``.
 
     Raises:
-        ValueError: If a name leads through something that is no mapping, or to a class that the list lacks.
+        InputError: If a name leads through something that is no mapping, or to a class that the list lacks.
     """
     result = copy.deepcopy(dict(config))
     for name, value in arguments.items():
@@ -128,11 +130,11 @@ def _set(config: Any, names: Sequence[str], value: Any, whole: str) -> None:
     if isinstance(config, list):
         config, names = _entry(config, names[0], whole), names[1:]
     if not isinstance(config, dict):
-        raise ValueError(f"argument {whole} leads through {_brief(config)}, expected a mapping")  # noqa: TRY004
+        raise InputError(f"argument {whole} leads through {_brief(config)}, expected a mapping")
     if "class_path" in config and names and names[0] not in ("class_path", "init_args"):
         config = config.setdefault("init_args", {})
     if not names:
-        raise ValueError(f"argument {whole} names a class, expected one of its arguments")
+        raise InputError(f"argument {whole} names a class, expected one of its arguments")
     if len(names) == 1:
         config[names[0]] = value
         return
@@ -144,5 +146,5 @@ def _entry(entries: list[Any], name: str, whole: str) -> Any:
     paths = [entry.get("class_path", "") if isinstance(entry, dict) else "" for entry in entries]
     found = [entry for entry, path in zip(entries, paths, strict=True) if path.rpartition(".")[2] == name]
     if len(found) != 1:
-        raise ValueError(f"argument {whole}: expected one {name} in the list, got {len(found)} among {paths}")
+        raise InputError(f"argument {whole}: expected one {name} in the list, got {len(found)} among {paths}")
     return found[0]

@@ -10,6 +10,7 @@ from sklearn.svm import SVC
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.digits import split_indices
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.results.figures import Figure, Values, gather
@@ -33,12 +34,12 @@ class LabelAgreement(SampleConsumer):
         judge_input: Whether the judge takes images in [0, 1] with the channels that they have, or uint8 (N, 3, H, W).
 
     Raises:
-        ValueError: If ``judge_input`` is unknown; when sampling starts, if the judge is part of the network.
+        InputError: If ``judge_input`` is unknown; when sampling starts, if the judge is part of the network.
     """
 
     def __init__(self, judge: nn.Module, judge_input: Literal["float", "uint8"] = "float") -> None:
         if judge_input not in ("float", "uint8"):
-            raise ValueError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
+            raise InputError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
         self.judge = judge.requires_grad_(False).eval()
         self.judge_input = judge_input
         self._chooser: SampleMetrics | None = None
@@ -73,7 +74,7 @@ class LabelAgreement(SampleConsumer):
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Starts anew."""
         if any(self.judge is part for part in pl_module.modules()):
-            raise ValueError("judge must be independent of the network that generates, got a part of it")
+            raise InputError("judge must be independent of the network that generates, got a part of it")
         self.judge.to(pl_module.device)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._chooser = next((c for c in callbacks if isinstance(c, SampleMetrics)), None)

@@ -93,7 +93,7 @@ def plan(study: Study, runs: Path) -> Plan:
 
     Raises:
         FileNotFoundError: If a configuration is missing.
-        ValueError: If one is damaged, or an argument leads nowhere.
+        InputError: If one is damaged, or an argument leads nowhere.
     """
     planner = _Planner(study, runs)
     members = []

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.pages.comparison import direction
 from dat_lightning.pages.drawing import PALETTE, label, require_matplotlib, write_beside
 from dat_lightning.studies.collection import Result, Summary, summaries, summary
@@ -54,11 +55,11 @@ def draw(study: Study, plot: Plot, results: Sequence[Result]) -> Any:
     """Returns the figure of a plot.
 
     Raises:
-        ValueError: If no run has what it shows.
+        InputError: If no run has what it shows.
     """
     shown = lines(study, plot, results)
     if not shown:
-        raise ValueError(f"plot {plot.name!r}: no run has {plot.figure!r}")
+        raise InputError(f"plot {plot.name!r}: no run has {plot.figure!r}")
     figure, axes = require_matplotlib().subplots(figsize=_SIZE, layout="constrained")
     if plot.log:
         axes.set_yscale("log")

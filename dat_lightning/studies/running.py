@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.studies.collection import Result, collect, previous_runs, write_results
 from dat_lightning.studies.configurations import read_mapping
@@ -27,12 +28,12 @@ def run_study(path: Path, out: Path, runs: Path, jobs: int, say: Callable[[str],
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If an argument or something in the file is wrong.
+        InputError: If an argument or something in the file is wrong.
         OSError: If a folder cannot be written to.
         ModuleNotFoundError: If matplotlib is not installed.
     """
     if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
+        raise InputError(f"jobs must be at least 1, got {jobs}")
     require_matplotlib()
     todo = plan(read_study(path), runs)
     _make(out)

@@ -10,6 +10,7 @@ import yaml
 from jsonargparse import ArgumentParser
 
 from dat_lightning.cli import one_sentence
+from dat_lightning.core.errors import InputError
 from dat_lightning.studies.configurations import CHECKPOINT, merged, read_mapping, strings
 
 PlotKind = Literal["steps", "scatter", "curve", "radii", "values"]
@@ -168,7 +169,7 @@ def read_study(path: Path) -> Study:
 
     Raises:
         FileNotFoundError: If the file, or a configuration that it names, is missing.
-        ValueError: If something in it is wrong.
+        InputError: If something in it is wrong.
     """
     contents = read_mapping(path, "study")
     parser = ArgumentParser(exit_on_error=False)
@@ -179,7 +180,7 @@ def read_study(path: Path) -> Study:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         study = Study(**instantiate(parsed).as_dict())
     except Exception as error:  # whatever the parser says of a wrong type, name or value
-        raise ValueError(f"{path}: {one_sentence(_short(str(error)))}") from error
+        raise InputError(f"{path}: {one_sentence(_short(str(error)))}") from error
     # Values of arguments stay what they are in the file.
     raw: Any = contents
     study = replace(
@@ -192,7 +193,7 @@ def read_study(path: Path) -> Study:
         evaluation=replace(study.evaluation, arguments=_arguments(raw["evaluation"])),
     )
     for problem in _problems(study):
-        raise ValueError(f"{path}: {problem}")
+        raise InputError(f"{path}: {problem}")
     return study
 
 

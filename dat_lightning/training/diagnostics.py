@@ -14,6 +14,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers
+from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
 from dat_lightning.training.signatures import TrainingFailureError, curriculum_of
@@ -48,7 +49,7 @@ class Diagnostics(Callback):
         action: What to do about an explosion that is still finite.
 
     Raises:
-        ValueError: If a number is not positive.
+        InputError: If a number is not positive.
         TrainingFailureError: In training, as said above.
 
     Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
@@ -65,7 +66,7 @@ class Diagnostics(Callback):
         limits = {"every_n_steps": every_n_steps, "patience": patience, "max_energy": max_energy}
         for name, value in {**limits, "max_gradient": max_gradient}.items():
             if not value > 0:
-                raise ValueError(f"{name} must be positive, got {value}")
+                raise InputError(f"{name} must be positive, got {value}")
         self.every_n_steps = every_n_steps
         self.patience = patience
         self.max_energy = max_energy

@@ -14,6 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.training.post_mortem import PostMortem, bad_gradients, named_images, named_tensors, save_post_mortem
 from dat_lightning.training.signatures import TrainingFailureError, batch_energies, circumstances_of, failure_signatures
 
@@ -64,7 +65,7 @@ class DivergenceGuard(Callback):
         max_megabytes: Size of a file; of a larger batch the first examples are kept.
 
     Raises:
-        ValueError: If a number is outside its range.
+        InputError: If a number is outside its range.
         TrainingFailureError: In training, as said above. The message names what the failure looks like.
     """
 
@@ -78,14 +79,14 @@ class DivergenceGuard(Callback):
         max_megabytes: int = 1024,
     ) -> None:
         if action not in ("stop", "skip"):
-            raise ValueError(f"action must be 'stop' or 'skip', got {action!r}")
+            raise InputError(f"action must be 'stop' or 'skip', got {action!r}")
         if max_skipped < 1:
-            raise ValueError(f"max_skipped must be at least 1, got {max_skipped}")
+            raise InputError(f"max_skipped must be at least 1, got {max_skipped}")
         if not 0 <= max_skipped_share <= 1:
-            raise ValueError(f"max_skipped_share must lie in [0, 1], got {max_skipped_share}")
+            raise InputError(f"max_skipped_share must lie in [0, 1], got {max_skipped_share}")
         for name, value in (("max_saved", max_saved), ("max_megabytes", max_megabytes)):
             if value < 0:
-                raise ValueError(f"{name} must be at least 0, got {value}")
+                raise InputError(f"{name} must be at least 0, got {value}")
         self.action = action
         self.max_skipped = max_skipped
         self.max_skipped_share = max_skipped_share

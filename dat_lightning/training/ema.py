@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.training.divergence import step_was_skipped
 
 
@@ -50,14 +51,14 @@ class ExponentialMovingAverage(WeightAveraging):
         device: Where the average lives; by default with the model.
 
     Raises:
-        ValueError: If ``decay`` is outside [0, 1].
+        InputError: If ``decay`` is outside [0, 1].
 
     Source: DAT (arXiv 2510.13872), its reference implementation; the warm-up is tf.train.ExponentialMovingAverage's.
     """
 
     def __init__(self, decay: float = 0.999, warm_up: bool = True, device: str | None = None) -> None:
         if not 0 <= decay <= 1:
-            raise ValueError(f"decay must lie in [0, 1], got {decay}")
+            raise InputError(f"decay must lie in [0, 1], got {decay}")
         super().__init__(device=device, use_buffers=True)
         self.decay = decay
         self.warm_up = warm_up

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.files import written_whole
 
 _FORMAT = "1"
@@ -58,7 +59,7 @@ def load_post_mortem(path: str | Path) -> PostMortem:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no file of DivergenceGuard's.
+        InputError: If it is no file of DivergenceGuard's.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no post-mortem at {path}")
@@ -67,9 +68,9 @@ def load_post_mortem(path: str | Path) -> PostMortem:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
     except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable post-mortem: {error}") from error
+        raise InputError(f"{path} is not a readable post-mortem: {error}") from error
     if metadata.get("format") != _FORMAT or "report" not in metadata:
-        raise ValueError(f"{path} is no post-mortem of DivergenceGuard, or one of another version")
+        raise InputError(f"{path} is no post-mortem of DivergenceGuard, or one of another version")
     parts = {part: {n.removeprefix(part): t for n, t in tensors.items() if n.startswith(part)} for part in _PARTS}
     return PostMortem(json.loads(metadata["report"]), parts["batch/"], parts["energy/"])
 

@@ -3,9 +3,6 @@
 import logging
 from pathlib import Path
 
-from lightning.pytorch import LightningDataModule, Trainer
-
-from dat_lightning.modules import EnergyModule
 from dat_lightning.weights import load_weights
 from dat_lightning.weights.hub import CONFIG_FILE, WEIGHTS_FILE, EnergyModel
 
@@ -23,7 +20,7 @@ def export_model(model: EnergyModel, ckpt_path: str | Path, output: str | Path) 
     Raises:
         FileExistsError: If the folder holds something else.
         FileNotFoundError: If there is no checkpoint.
-        ValueError: If the checkpoint does not fit the model, or the network is not registered.
+        InputError: If the checkpoint does not fit the model, or the network is not registered.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
@@ -36,27 +33,3 @@ def export_model(model: EnergyModel, ckpt_path: str | Path, output: str | Path) 
     load_weights(model, ckpt_path)
     model.save_pretrained(output)
     logger.info("wrote %s, the weights of %s; EnergyModel.from_pretrained(%r) reads it", output, ckpt_path, str(output))
-
-
-class ExportingTrainer(Trainer):
-    """A Trainer that can also export a model."""
-
-    def export(
-        self,
-        model: EnergyModule,
-        ckpt_path: str,
-        output: str,
-        datamodule: LightningDataModule | None = None,
-    ) -> None:
-        """Writes a checkpoint's averaged model to a folder that ``EnergyModel.from_pretrained`` reads.
-
-        Args:
-            model: The module of the configuration.
-            ckpt_path: Checkpoint or state dict.
-            output: Folder to write; one that exists must be empty or an earlier export, which is replaced.
-            datamodule: Not used.
-
-        Raises:
-            FileExistsError: If the folder holds something else.
-        """
-        export_model(model.energy_model, ckpt_path, output)

@@ -16,6 +16,7 @@ from typing_extensions import Self, override
 
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.core import energy
+from dat_lightning.core.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -89,7 +90,7 @@ class HubModel(
 
         Raises:
             FileNotFoundError: If there is no such folder or model, or a file of it is missing.
-            ValueError: If a file is damaged, the configuration names an unknown architecture or wrong arguments, or
+            InputError: If a file is damaged, the configuration names an unknown architecture or wrong arguments, or
                 weights are missing, unexpected or of another shape.
         """
         source = str(pretrained_model_name_or_path)
@@ -108,7 +109,7 @@ class HubModel(
             try:
                 model = cls._from_config(arguments)
             except (TypeError, ValueError) as error:
-                raise ValueError(f"{config} does not describe a {cls.__name__}: {error}") from error
+                raise InputError(f"{config} does not describe a {cls.__name__}: {error}") from error
         module = _module(model)
         module.load_state_dict(_read_weights(weights, module))
         module.to(map_location).eval()
@@ -130,7 +131,7 @@ class HubModel(
             model_card_kwargs: Values for the card's template: ``title``, ``model_id``, ``network``.
 
         Raises:
-            ValueError: If a model with these weights could not be made from the configuration, for example because its
+            InputError: If a model with these weights could not be made from the configuration, for example because its
                 network is not registered; nothing is written then.
         """
         config = self._checked_config(config)
@@ -159,7 +160,7 @@ class HubModel(
             create_pr: Whether to open a pull request instead.
 
         Raises:
-            ValueError: As for :meth:`save_pretrained`; no repository is made then.
+            InputError: As for :meth:`save_pretrained`; no repository is made then.
         """
         return super().push_to_hub(
             repo_id,
@@ -185,7 +186,7 @@ class HubModel(
     def _from_config(cls, config: Mapping[str, Any]) -> Self:
         names = [name for name in cls._hub_mixin_init_parameters if name != "self"]
         if not config.keys() <= set(names):
-            raise ValueError(f"its entries must be among {names}, got {sorted(config)}")
+            raise InputError(f"its entries must be among {names}, got {sorted(config)}")
         parameters = cls._hub_mixin_init_parameters
         return cls(**{name: cls._decode_arg(parameters[name].annotation, value) for name, value in config.items()})
 
@@ -201,12 +202,12 @@ class HubModel(
             with torch.device("meta"):
                 expected = _module(type(self)._from_config(config)).state_dict()
         except (TypeError, ValueError) as error:
-            raise ValueError(f"this {type(self).__name__} could not be made again from {config}: {error}") from error
+            raise InputError(f"this {type(self).__name__} could not be made again from {config}: {error}") from error
         except (NotImplementedError, RuntimeError):
             return config  # a network that cannot be made without memory is not checked
         faults = _faults(expected, _module(self).state_dict())
         if faults:
-            raise ValueError(
+            raise InputError(
                 f"the weights of this {type(self).__name__} do not fit the network that its arguments describe, so that"
                 f" it could not be loaded again ({faults}); if layers were replaced, register a function that does so"
             )
@@ -233,7 +234,7 @@ def _description(name: str, network: nn.Module) -> dict[str, Any]:
     description = architecture_of(network)
     if description is None:
         kind = type(network).__name__
-        raise ValueError(
+        raise InputError(
             f"{name} is a {kind} that no registered architecture made with plain arguments, so that a file could not"
             f" name it; put @register_architecture({kind!r}) from dat_lightning on the class, or on a function that"
             " returns such a network, and make the network through it"
@@ -272,9 +273,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+        raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"{path} must hold the arguments of a model, got {config!r}")  # noqa: TRY004
+        raise InputError(f"{path} must hold the arguments of a model, got {config!r}")
     return config
 
 
@@ -282,9 +283,9 @@ def _read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is no readable safetensors file: {error}") from error
+        raise InputError(f"{path} is no readable safetensors file: {error}") from error
     if faults := _faults(module.state_dict(), weights):
-        raise ValueError(f"{path} does not fit the network of {CONFIG_FILE}: {faults}")
+        raise InputError(f"{path} does not fit the network of {CONFIG_FILE}: {faults}")
     return weights
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.pickles import StandIn
 
 _AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
@@ -46,7 +47,7 @@ def energy_model_weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
     """Returns the state dict for an :class:`EnergyModel` that a checkpoint holds; averaged weights if it has both.
 
     Raises:
-        ValueError: If there are no weights in it.
+        InputError: If there are no weights in it.
     """
     return find_weights(contents).weights
 
@@ -61,7 +62,7 @@ def find_weights(contents: Mapping[str, Any], own: Collection[str] = ()) -> Foun
         own: Names in the state dict of the :class:`EnergyModel` that is to be loaded.
 
     Raises:
-        ValueError: If there are no weights in it, or an object in place of a tensor, or two normalisers, or they are
+        InputError: If there are no weights in it, or an object in place of a tensor, or two normalisers, or they are
             those of DeepMind's network.
     """
     entry, state = _unwrap(contents)
@@ -101,7 +102,7 @@ def _unwrap(contents: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     found = {name: value for name, value in found.items() if isinstance(value, (Tensor, StandIn))}
     if not any(isinstance(value, Tensor) for value in found.values()):
         objects = [f"; {key} is an object of {value.name}, which is not built" for key, value in found.items()]
-        raise ValueError(
+        raise InputError(
             f"no weights found; the file has the entries {sorted(map(str, contents))[:8]}{''.join(objects[:2])}"
         )
     return ".".join(path), found
@@ -126,7 +127,7 @@ def _level_of_network(names: dict[str, str], own: Collection[str]) -> tuple[_Lev
             return level, False
     for level in levels:  # another network
         if any(_DEEPMIND.search(name) for name in level.names):
-            raise ValueError(
+            raise InputError(
                 "these are weights of DeepMind's CIFAR WideResNet (layer.0.block.0.batchnorm_0, …), which pads its"
                 " strided convolutions otherwise than ours: they would give other logits, and cannot be converted"
             )
@@ -174,14 +175,14 @@ def _normalisation(entries: tuple[tuple[str, str], ...], state: Mapping[str, Any
     is_mean = [(name.rpartition(".")[2] in ("mean", "new_mean", "mu"), source) for name, source in entries]
     mean, std = [s for m, s in is_mean if m], [s for m, s in is_mean if not m]
     if len(mean) != 1 or len(std) != 1:
-        raise ValueError(f"expected a mean and a deviation of one input normalisation, got {mean + std}")
+        raise InputError(f"expected a mean and a deviation of one input normalisation, got {mean + std}")
     return _tensor(state, mean[0]), _tensor(state, std[0])
 
 
 def _tensor(state: Mapping[str, Any], name: str) -> Tensor:
     value = state[name]
     if not isinstance(value, Tensor):
-        raise ValueError(f"{name} is an object of {value.name} instead of a tensor")  # noqa: TRY004
+        raise InputError(f"{name} is an object of {value.name} instead of a tensor")
     return value
 
 

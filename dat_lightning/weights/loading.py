@@ -9,6 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.layouts import FoundWeights, find_weights
 from dat_lightning.weights.reading import read_checkpoint
 
@@ -57,7 +58,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is no checkpoint, or does not fit the network: names, shapes and types that differ,
+        InputError: If the file is no checkpoint, or does not fit the network: names, shapes and types that differ,
             numbers that are not finite, or another input normalisation (the first faults are listed).
     """
     contents = read_checkpoint(path)
@@ -65,7 +66,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
     try:
         found = find_weights(contents, own)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     weights = _with_counters(found.weights, own)
     head = _head_of_other_classes(model, weights, own)
     kept = {name: own[name] for name in head} if new_head else {}
@@ -75,7 +76,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
         hint = ""
         if head and not new_head and not elsewhere and len(faults) == len(head):
             hint = "; only the number of classes differs: new_head=True (--model.new_head true) starts with a new head"
-        raise ValueError(f"{path} does not fit the network: {_shortened(faults)}{hint}")
+        raise InputError(f"{path} does not fit the network: {_shortened(faults)}{hint}")
     if not found.strict:
         kept |= {name: own[name] for name in ("mean", "std") if name in own}
     model.load_state_dict({**weights, **kept})

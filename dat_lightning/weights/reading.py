@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from dat_lightning.runs.checkpoints import check_whole, is_archive
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights import pickles
+from dat_lightning.weights.archives import check_whole, is_archive
 from dat_lightning.weights.names import ForbiddenNameError
 from dat_lightning.weights.stamp import check_stamp
 
@@ -25,7 +26,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is no checkpoint, is damaged, or names something that could run code.
+        InputError: If it is no checkpoint, is damaged, or names something that could run code.
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -37,16 +38,16 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     try:
         contents = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
     except ForbiddenNameError as error:
-        raise ValueError(f"{path} is not a readable checkpoint: {error}; nothing in it was run") from error
+        raise InputError(f"{path} is not a readable checkpoint: {error}; nothing in it was run") from error
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
-        raise ValueError(f"{path} is not a readable checkpoint: {_diagnosis(file)}") from error
+        raise InputError(f"{path} is not a readable checkpoint: {_diagnosis(file)}") from error
     if not isinstance(contents, Mapping):
         kind = contents.name if isinstance(contents, pickles.StandIn) else type(contents).__name__
-        raise ValueError(f"{path} holds a {kind}, not a checkpoint or state dict")  # noqa: TRY004
+        raise InputError(f"{path} holds a {kind}, not a checkpoint or state dict")
     try:
         check_stamp(contents)
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise InputError(f"{path}: {error}") from error
     return contents
 
 

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from dat_lightning.core.errors import InputError
+
 FORMAT = 1
 """Number of the format that this version writes; it grows when older versions would misread a checkpoint."""
 
@@ -32,17 +34,17 @@ def check_stamp(checkpoint: Mapping[str, Any], kind: str | None = None) -> None:
         kind: Path of the class whose training goes on; by default any will do.
 
     Raises:
-        ValueError: If a newer version wrote it, or a module of another class.
+        InputError: If a newer version wrote it, or a module of another class.
     """
     found = checkpoint.get(ENTRY)
     number = found.get("format") if isinstance(found, Mapping) else None
     if isinstance(found, Mapping) and isinstance(number, int) and number > FORMAT:
-        raise ValueError(
+        raise InputError(
             f"the checkpoint has format {number}, of dat_lightning {found.get('version')}; this is version"
             f" {_version()}, which reads formats up to {FORMAT}: install that version or a newer one"
         )
     if kind is not None and not is_of_kind(checkpoint, kind):
-        raise ValueError(
+        raise InputError(
             f"the checkpoint is one of a {kind_of(checkpoint)}, from which a {kind} cannot go on; init_from takes its"
             " weights alone"
         )

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dat_lightning import ExponentialMovingAverage
-from dat_lightning.core.energy import EnergyModel
+from dat_lightning import EnergyModel, ExponentialMovingAverage
 from dat_lightning.cli import main
+from dat_lightning.core import energy
 from tests import tiny
 from tests.test_cli import STAGE2, TINY
 
@@ -49,7 +49,7 @@ def network(checkpoint: Path, entry: str = "state_dict") -> EnergyModel:
 
 
 def climb(
-    model: EnergyModel, start: torch.Tensor, target: int, steps: int, step_size: float, eps: float = float("inf")
+    model: energy.EnergyModel, start: torch.Tensor, target: int, steps: int, step_size: float, eps: float = float("inf")
 ) -> list[torch.Tensor]:
     """The states of the ascent on f(x)[target] of one image (C, H, W), written as the formula has it."""
     states = [start]

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dat_lightning import DigitsDataModule, EnergyModel
+from dat_lightning import DigitsDataModule
+from dat_lightning.core.energy import EnergyModel
 from dat_lightning.explore import open_checkpoint
 from tests.explore.conftest import climb, network
 from tests.explore.server import CHROMIUM, chromium, serving, visit

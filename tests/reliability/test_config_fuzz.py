@@ -16,7 +16,7 @@ import yaml
 
 import dat_lightning
 from dat_lightning.cli import main
-from dat_lightning.weights.export import ExportingTrainer
+from dat_lightning.runs.exporting import ExportingTrainer
 from tests.recipes import Means, write_all
 from tests.reliability.conditions import ROOT, TINY
 
