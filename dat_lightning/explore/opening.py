@@ -18,7 +18,7 @@ from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.explore.explorer import Explorer
-from dat_lightning.modules import EnergyModule
+from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
 
@@ -126,6 +126,8 @@ def open_checkpoint(
         else:
             model = _described_network(path, settings)
         load_weights(model, path)
+    # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
+    settings = {**settings, **_sampling_step(sections)}
     data = _data([section["data"] for section in sections if "data" in section], contents, model)
     return _put_together(path, model, data, settings, image_size, chosen)
 
@@ -162,7 +164,11 @@ def _put_together(
     attack = _mapping(settings.get("threat_model"))
     eps = 4 * float(attack["eps"]) if attack.get("norm") == "L2" and attack.get("eps") else 4.0
     # Without a hint, a step of one hundredth of the box's diagonal.
-    step_size = settings.get("contrastive_step_size") or round(0.01 * math.sqrt(math.prod(shape)), 2)
+    step_size = (
+        settings.get("sampling_step_size")
+        or settings.get("contrastive_step_size")
+        or round(0.01 * math.sqrt(math.prod(shape)), 2)
+    )
     return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size))
 
 
@@ -226,8 +232,21 @@ def _sections(config: Path) -> Mapping[str, Any]:
 
 def _first_steps(module: EnergyModule) -> dict[str, Any]:
     """What a configured module says about attack and steps, as hyperparameters do."""
-    attack = {"norm": module.threat_model.norm, "eps": module.threat_model.eps}
-    return {"threat_model": attack, "contrastive_step_size": getattr(module, "contrastive_step_size", None)}
+    first: dict[str, Any] = {"threat_model": {"norm": module.threat_model.norm, "eps": module.threat_model.eps}}
+    if isinstance(module, DualAdversarialModule):
+        first["contrastive_step_size"] = module.contrastive_chain.step_size
+    return first
+
+
+def _sampling_step(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The step of the configurations' last PGDSampler, if they have one that says it."""
+    found = {}
+    for section in sections:
+        callbacks = _mapping(section.get("trainer")).get("callbacks")
+        for callback in callbacks if isinstance(callbacks, list) else []:
+            if str(_mapping(callback).get("class_path", "")).rpartition(".")[2] == "PGDSampler":
+                found = {"sampling_step_size": _mapping(callback.get("init_args")).get("step_size")}
+    return found
 
 
 def _checked_device(device: str) -> torch.device:

@@ -75,6 +75,30 @@ def test_a_configuration_says_which_network_bare_weights_belong_to(bare_checkpoi
     assert opened.examples is not None
 
 
+def written(path: Path, **sections: Any) -> Path:
+    path.write_text(yaml.safe_dump(sections), encoding="utf-8")
+    return path
+
+
+def test_a_configuration_s_own_chain_and_attack_come_first(bare_checkpoint: Path, tmp_path: Path) -> None:
+    plain = []
+    for path in (STAGE2, TINY):
+        sections = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        plain.append(written(tmp_path / Path(path).name, model=sections["model"], data=sections["data"]))
+
+    def first(trainer: dict[str, Any] | None = None, **arguments: Any) -> tuple[float, float]:
+        own = written(tmp_path / "own.yaml", model={"init_args": arguments}, trainer=trainer)
+        opened = open_checkpoint(bare_checkpoint, [*plain, own])
+        return opened.step_size, opened.eps
+
+    attack = {"norm": "L2", "eps": 0.75}
+    assert first(contrastive_step_size=0.3, threat_model=attack) == (0.3, 3.0)
+    sampler = {"class_path": "dat_lightning.PGDSampler", "init_args": {"step_size": 0.8}}
+    assert first({"callbacks": [sampler]}, contrastive_step_size=0.3) == (0.8, 4.0)
+    assert first({"callbacks": [{"class_path": "SampleGrid"}]}, contrastive_step_size=0.3) == (0.3, 4.0)
+    assert first(contrastive_step_size=0.3, threat_model={"norm": "Linf", "eps": 0.1}) == (0.3, 4.0)
+
+
 def test_colour_images_with_class_names_come_from_folders(tmp_path: Path) -> None:
     for k, name in enumerate(("train", "test", "ood")):
         write_folders(tmp_path / name, 3, 2, (40, 30), k)
