@@ -3,19 +3,14 @@
 from dataclasses import asdict, dataclass
 
 import torch
-import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from torch import Tensor
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dat_lightning.data import to_uint8_rgb
 from dat_lightning.data.digits import DigitsDataModule, load_images, split_indices
-from dat_lightning.features import DigitsFeatures, FeatureMoments, Gaussian, frechet_distance
+from dat_lightning.features import DigitsFeatures, DigitsJudge, FeatureMoments, Gaussian, frechet_distance
 
 _BATCH_SIZE = 250
-# The side of scikit-learn's own images, which ours are enlarged from.
-_ORIGINAL_SIZE = 8
 
 
 @dataclass(frozen=True)
@@ -46,8 +41,8 @@ class Judge:
 
     The Fréchet distance is that of :class:`~dat_lightning.sampling.FrechetDistance`: features of
     :class:`~dat_lightning.features.DigitsFeatures` on pixels rounded to eight bits. Precision and recall are
-    torch-fidelity's, with 3 neighbours in the same features. The independent classifier is a support vector machine on
-    scikit-learn's original 8×8 images; it has no part in training, and reads samples averaged down to 8×8.
+    torch-fidelity's, with 3 neighbours in the same features. The independent classifier is
+    :class:`~dat_lightning.features.DigitsJudge`.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500); Kynkäänniemi et al. 2019 (arXiv 1904.06991).
     """
@@ -61,9 +56,7 @@ class Judge:
         self.real_features = self.features(self.real_images)
         self.real_moments = _gaussian(self.real_features)
         self.real_spread = spread(self.real_images, self.real_labels)
-        digits = load_digits()
-        train = split_indices(0)["train"]
-        self.classifier = SVC(C=10, gamma="scale").fit(digits.data[train] / 16, digits.target[train])
+        self.reader = DigitsJudge()
 
     def features(self, images: Tensor) -> Tensor:
         """Returns the features (N, D) of uint8 images (N, 3, H, W)."""
@@ -72,8 +65,8 @@ class Judge:
 
     def read(self, images: Tensor) -> Tensor:
         """Returns the digits (N,) that the independent classifier reads in uint8 images (N, 3, H, W)."""
-        grey = F.adaptive_avg_pool2d(images[:, :1].float() / 255, _ORIGINAL_SIZE)
-        return torch.from_numpy(self.classifier.predict(grey.flatten(1).double().numpy())).long()
+        logits: Tensor = self.reader(images.float() / 255)
+        return logits.argmax(1)
 
     def label_agreement(self, images: Tensor, labels: Tensor) -> float:
         """Returns the share of uint8 images (N, 3, H, W) that are read as their labels (N,)."""

@@ -5,6 +5,7 @@ from dat_lightning.evaluation.calibration import Calibration
 from dat_lightning.evaluation.counterfactuals import Counterfactuals
 from dat_lightning.evaluation.energy_statistics import EnergyStatistics
 from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.label_agreement import LabelAgreement
 from dat_lightning.evaluation.ood_detection import OODDetection
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rate
 from dat_lightning.evaluation.reliability import Reliability, fit_temperature, reliability
@@ -16,6 +17,7 @@ __all__ = [
     "Counterfactuals",
     "EnergyStatistics",
     "Evaluator",
+    "LabelAgreement",
     "OODDetection",
     "Reliability",
     "RobustAccuracy",

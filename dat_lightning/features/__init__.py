@@ -1,6 +1,7 @@
-"""Feature extractors, and statistics of features: moments, Fréchet distance, KID, IS, precision and recall."""
+"""Feature extractors, a reader of digits, and statistics of features: moments, Fréchet distance, KID, IS, precision."""
 
 from dat_lightning.features.classifier_features import ClassifierFeatures
+from dat_lightning.features.digits_judge import DigitsJudge
 from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.features.fidelity import FidelitySettings, Metric, Reference, fidelity_scores
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
@@ -10,6 +11,7 @@ from dat_lightning.features.neighbours import nearest_neighbours
 __all__ = [
     "ClassifierFeatures",
     "DigitsFeatures",
+    "DigitsJudge",
     "DigitsLayers",
     "FeatureMoments",
     "FidelitySettings",
