@@ -141,11 +141,6 @@ class ImageFolder(Dataset[Image.Image]):
         check_index(index, len(self))
         return f"{self.root}/{self._paths[index]}"
 
-    def exclusion_entry(self, index: int) -> str:
-        """Returns the path of image ``index`` relative to the root, as ``exclude`` lists it."""
-        check_index(index, len(self))
-        return self._paths[index]
-
 
 class _Paths:
     """Many paths in two arrays: forked workers would copy a list of strings bit by bit, by counting references."""

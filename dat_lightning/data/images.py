@@ -99,25 +99,8 @@ def image_name(dataset: SizedDataset, index: int) -> str:
     return str(name(index)) if callable(name) else f"{type(dataset).__name__} entry {index}"
 
 
-def exclusion_entry(dataset: SizedDataset, index: int) -> str:
-    """Returns how exclusion lists call an image: what the data set's ``exclusion_entry`` says, or else the index.
-
-    Raises:
-        TypeError: If the data set is a view of another one and does not say: the index would be another image there.
-    """
-    entry = getattr(dataset, "exclusion_entry", None)
-    if callable(entry):
-        return str(entry(index))
-    if hasattr(dataset, "dataset"):
-        raise TypeError(
-            f"{type(dataset).__name__} is a view of another data set and has no exclusion_entry(index), so that nobody"
-            " knows what exclusion lists call its images"
-        )
-    return str(index)
-
-
 class ImageView(Dataset[Any]):
-    """Entries of another data set under other indices; names and exclusion entries are the other's.
+    """Entries of another data set under other indices; names are the other's.
 
     Subclasses say how many entries they have, and override :meth:`place` where they are not all in the same order.
 
@@ -143,10 +126,6 @@ class ImageView(Dataset[Any]):
     def name(self, index: int) -> str:
         """Returns where image ``index`` comes from."""
         return image_name(self.dataset, self.place(index))
-
-    def exclusion_entry(self, index: int) -> str:
-        """Returns how exclusion lists call image ``index``."""
-        return exclusion_entry(self.dataset, self.place(index))
 
 
 class ImageSubset(ImageView):

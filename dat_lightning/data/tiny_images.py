@@ -79,10 +79,6 @@ class TinyImages(Dataset[Image.Image]):
         """Returns path and number of image ``index``, as the lists count."""
         return f"{self.path} record {self._record(index) + self.first_record}"
 
-    def exclusion_entry(self, index: int) -> str:
-        """Returns the number of image ``index``, as ``exclude`` lists it."""
-        return str(self._record(index) + self.first_record)
-
     def _record(self, index: int) -> int:
         check_index(index, len(self))
         return index + int(np.searchsorted(self._kept_before, index, side="right"))

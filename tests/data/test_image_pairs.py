@@ -12,18 +12,15 @@ from torch.utils.data import Dataset
 
 from dat_lightning.data import (
     ImageDataModule,
-    ImageFolder,
-    ImageSubset,
     LabelledFolder,
     MixedStream,
     RandomSlice,
-    TinyImages,
     UniformNoise,
     Unlabelled,
 )
 from dat_lightning.data.draws import DrawStream, EvaluationBatches, PairedDraws
 from dat_lightning.data.pixels import CorruptImageError
-from tests.recipes import write_folders, write_tiny_images
+from tests.recipes import write_folders
 
 
 class Flat(Dataset[Any]):
@@ -321,31 +318,6 @@ def test_a_slice_refuses_places_outside_its_data_set() -> None:
         RandomSlice(Flat(60), 3, 61, (0,))
     with pytest.raises(IndexError):
         RandomSlice(Flat(60), 3, 5, (0,))[2]
-
-
-def test_what_a_view_calls_an_image_in_an_exclusion_list_removes_that_image(tmp_path: Path) -> None:
-    write_folders(tmp_path / "photographs", 3, 5, (40, 36), seed=0)
-    data = pairs(ood=ImageFolder(tmp_path / "photographs"), num_held_out=4)
-    seeds: Any = data.out_of_distribution("train")
-    held_out: Any = data.out_of_distribution("held_out")
-    entries = [seeds.exclusion_entry(2), held_out.exclusion_entry(3), Unlabelled(seeds).exclusion_entry(0)]
-    removed = {seeds.name(2), held_out.name(3), seeds.name(0)}
-    (tmp_path / "exclude.txt").write_text("\n".join(entries), encoding="utf-8")
-    left = ImageFolder(tmp_path / "photographs", exclude=[tmp_path / "exclude.txt"])
-    assert set(names(ImageFolder(tmp_path / "photographs"))) - set(names(left)) == removed
-    assert len(removed) == 3
-
-
-@pytest.mark.parametrize("first_record", [0, 1])
-def test_records_of_tiny_images_are_excluded_by_the_number_they_are_called(tmp_path: Path, first_record: Any) -> None:
-    write_tiny_images(tmp_path, 40)
-    (tmp_path / "first.txt").write_text("5\n6\n", encoding="utf-8")
-    tiny = TinyImages(tmp_path / "tiny_images.bin", [tmp_path / "first.txt"], first_record)
-    view = ImageSubset(tiny, [30, 7])
-    (tmp_path / "second.txt").write_text(view.exclusion_entry(1), encoding="utf-8")
-    lists = [tmp_path / "first.txt", tmp_path / "second.txt"]
-    left = TinyImages(tmp_path / "tiny_images.bin", lists, first_record)
-    assert set(names(tiny)) - set(names(left)) == {view.name(1)}
 
 
 class Grey(Flat):
