@@ -13,7 +13,7 @@ from torchvision.utils import make_grid
 from dat_lightning.demo.evaluation import Evaluation
 from dat_lightning.demo.plots import COLORS, NAMES
 from dat_lightning.demo.training import STAGES, Stage
-from dat_lightning.pages.drawing import STYLE
+from dat_lightning.pages.drawing import LIGHT
 
 GRID_ROWS = 10
 _DOTS = 100
@@ -47,7 +47,7 @@ def write_comparison(path: Path, evaluations: Mapping[Stage, Evaluation]) -> Non
     height, width = (_SCALE * side for side in grids["stage2"].shape[-2:])
     margin, gap, top = 24, 48, 84
     total_width, total_height = 2 * width + 2 * margin + gap, height + top + margin
-    with plt.rc_context(STYLE):
+    with plt.style.context(list(LIGHT)):
         figure = plt.figure(figsize=(total_width / _DOTS, total_height / _DOTS), dpi=_DOTS)
         for place, (stage, grid) in enumerate(grids.items()):
             left = margin + place * (width + gap)

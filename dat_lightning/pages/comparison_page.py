@@ -1,15 +1,15 @@
 """The page ``comparison.html``: a table of runs and figures, protocols, and the trade-off plot."""
 
-import html
 import string
+from functools import partial
 from pathlib import Path
+
+from markupsafe import Markup
 
 from dat_lightning.pages.comparison import Column, Comparison, Way
 from dat_lightning.pages.drawing import write_png
-from dat_lightning.pages.page import html_page, number, plot
-from dat_lightning.pages.style import BASE, REPORT
+from dat_lightning.pages.rendering import Plot, plot, write_page
 from dat_lightning.pages.trade_off import trade_off_figure
-from dat_lightning.results.evaluation_file import write_text
 
 
 def write_comparison(path: Path, comparison: Comparison, x: Column | None, y: Column | None) -> list[Path]:
@@ -21,13 +21,27 @@ def write_comparison(path: Path, comparison: Comparison, x: Column | None, y: Co
         x: Figure on the horizontal axis of the plot; without one there is no plot.
         y: Figure on the vertical axis.
     """
-    sections = [_heading(comparison), _table(comparison), _plot(comparison, x, y), _protocols(comparison)]
-    write_text(path, html_page(f"Comparison of {len(comparison.runs)} runs", sections, BASE + REPORT))
+    differing: dict[tuple[str, ...], list[str]] = {}
+    for column in comparison.columns:
+        if not column.comparable:
+            differing.setdefault(column.differing, []).append(column.name)
+    write_page(
+        path,
+        "comparison.html.j2",
+        title=f"Comparison of {len(comparison.runs)} runs",
+        comparison=comparison,
+        runs=list(zip(comparison.runs, comparison.failures, strict=True)),
+        differing=differing,
+        letter_of=way_letter,
+        plot=None if x is None or y is None else _plot(comparison, x, y),
+        ways=[
+            (column, k, _in_words(column, way)) for column in comparison.columns for k, way in enumerate(column.ways)
+        ],
+    )
     if x is None or y is None:
         return [path]
-    picture = path.with_suffix(".png")
-    write_png(picture, lambda: trade_off_figure(comparison, x, y))
-    return [path, picture]
+    write_png(path.with_suffix(".png"), partial(trade_off_figure, comparison, x, y))
+    return [path, path.with_suffix(".png")]
 
 
 def way_letter(group: int) -> str:
@@ -37,87 +51,17 @@ def way_letter(group: int) -> str:
     return (letters[first - 1] if first else "") + letters[last]
 
 
-def _heading(comparison: Comparison) -> str:
-    notes = [
-        f'<p class="note"><b>{html.escape(run)}</b> is incomplete: its test stopped before its end.'
-        f" {html.escape(failure)}</p>"
-        for run, failure in zip(comparison.runs, comparison.failures, strict=True)
-        if failure is not None
-    ]
-    differing: dict[tuple[str, ...], list[str]] = {}
-    for column in comparison.columns:
-        if not column.comparable:
-            differing.setdefault(column.differing, []).append(f"<b>{html.escape(column.name)}</b>")
-    for parts, names in differing.items():
-        notes.append(
-            f'<p class="note">The runs did not measure {", ".join(names)} in the same way: they differ in'
-            f" {html.escape(', '.join(parts))}. Letters mark who did what, the ways are below, and no run is called"
-            " best there.</p>"
-        )
-    return (
-        f'<p class="kicker">Comparison</p><h1>{len(comparison.runs)} runs</h1>'
-        '<p class="lead">A figure is compared where protocol, images and everything else that it was measured with'
-        f' agree; the best run is <span class="best">marked</span>.</p>{"".join(notes)}'
-    )
-
-
-def _table(comparison: Comparison) -> str:
-    heads = "".join(
-        f"<th>{html.escape(column.name)}<small>{f'{column.direction} is better' if column.direction else ''}</small>"
-        "</th>"
-        for column in comparison.columns
-    )
-    rows = "".join(
-        f"<tr><td>{html.escape(run)}{'' if failure is None else '<small>incomplete</small>'}</td>"
-        f"{''.join(_cell(column, k) for column in comparison.columns)}</tr>"
-        for k, (run, failure) in enumerate(zip(comparison.runs, comparison.failures, strict=True))
-    )
-    left_out = ", ".join(html.escape(name) for name in comparison.left_out)
-    why = "one run alone has it, it belongs to one step count of a sweep, or it was not asked for"
-    rest = f"<figcaption>Not in the table ({why}): {left_out}.</figcaption>"
-    return (
-        f'<figure><div class="wide"><table class="runs"><thead><tr><th>Run</th>{heads}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>{rest if left_out else ''}</figure>"
-    )
-
-
-def _cell(column: Column, k: int) -> str:
-    entry, group = column.entries[k], column.groups[k]
-    if entry is None or group is None:
-        return "<td>–</td>"
-    text = number(entry.value)
-    if column.best[k]:
-        text = f'<span class="best">{text}</span>'
-    return f"<td>{text}{'' if column.comparable else f'<sup>{way_letter(group)}</sup>'}</td>"
-
-
-def _plot(comparison: Comparison, x: Column | None, y: Column | None) -> str:
-    if x is None or y is None:
-        return ""
-    flagged = [html.escape(column.name) for column in (x, y) if not column.comparable]
-    caption = "A point for each run that has both figures."
+def _plot(comparison: Comparison, x: Column, y: Column) -> Plot:
+    caption = Markup("A point for each run that has both figures.")
+    flagged = " and ".join(column.name for column in (x, y) if not column.comparable)
     if flagged:
-        caption += (
-            f" <b>Shapes differ where {' and '.join(flagged)} was measured in another way:</b> compare equal ones."
-        )
-    drawn = plot(lambda: trade_off_figure(comparison, x, y), f"{y.name} against {x.name}", caption)
-    title = f"{html.escape(y.name)} against {html.escape(x.name)}"
-    return f'<h2>{title}</h2><div class="narrow">{drawn}</div>'
+        told = Markup(" <b>Shapes differ where {} was measured in another way:</b> compare equal ones.")
+        caption += told.format(flagged)
+    return plot(partial(trade_off_figure, comparison, x, y), f"{y.name} against {x.name}", caption)
 
 
-def _protocols(comparison: Comparison) -> str:
-    rows = "".join(
-        f"<dt>{html.escape(column.name)}{'' if column.comparable else f'<sup>{way_letter(group)}</sup>'}</dt>"
-        f"<dd>{html.escape(way.protocol)} ({way.num_samples} images){_measured_with(column, way)}</dd>"
-        for column in comparison.columns
-        for group, way in enumerate(column.ways)
-    )
-    return f"<h2>How it was measured</h2><dl>{rows}</dl>"
-
-
-def _measured_with(column: Column, way: Way) -> str:
-    """What a way was measured with besides its protocol, and what others were and this one does not say."""
-    named = dict(way.measured_with)
-    missing = [name for name in column.differing if name not in way.parts()]
-    parts = [f"{name} {value}" for name, value in named.items()] + [f"{name} not recorded" for name in missing]
-    return f"; {html.escape(', '.join(parts))}" if parts else ""
+def _in_words(column: Column, way: Way) -> str:
+    """Protocol and number of images of a way of measuring, and with what else it was; or that it does not say so."""
+    used = [f"{name} {value}" for name, value in way.measured_with]
+    used += [f"{name} not recorded" for name in column.differing if name not in way.parts()]
+    return f"{way.protocol} ({way.num_samples} images)" + (f"; {', '.join(used)}" if used else "")

@@ -1,58 +1,15 @@
-"""Diagrams as data URIs, in one style, with matplotlib, which is imported when something is drawn."""
+"""Diagrams as files and data URIs, in one style, with matplotlib, which is imported when something is drawn."""
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-# Any: matplotlib lists every key it knows as a Literal.
-STYLE: Any = {
-    "axes.axisbelow": True,
-    "axes.edgecolor": "#cbd5e1",
-    "axes.grid": True,
-    "axes.labelcolor": "#475569",
-    "axes.labelsize": 9.5,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlecolor": "#0f172a",
-    "axes.titlelocation": "left",
-    "axes.titlepad": 10,
-    "axes.titlesize": 10.5,
-    "axes.titleweight": "bold",
-    "figure.constrained_layout.hspace": 0.08,
-    "figure.facecolor": "white",
-    "font.family": "sans-serif",
-    "font.sans-serif": ["Helvetica Neue", "Helvetica", "Arial", "Liberation Sans", "DejaVu Sans"],
-    "font.size": 9.5,
-    "grid.color": "#eef2f6",
-    "legend.fontsize": 9,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
-    "lines.markersize": 4.5,
-    "svg.fonttype": "none",
-    # Names inside the file would be random otherwise.
-    "svg.hashsalt": "dat_lightning",
-    "xtick.color": "#64748b",
-    "ytick.color": "#64748b",
-}
-
-# Any, for the same reason.
-DARK: Any = {
-    **STYLE,
-    "axes.edgecolor": "#475569",
-    "axes.facecolor": "#0f172a",
-    "axes.labelcolor": "#cbd5e1",
-    "axes.titlecolor": "#f1f5f9",
-    "figure.facecolor": "#0f172a",
-    "grid.color": "#1e293b",
-    "legend.labelcolor": "#cbd5e1",
-    "savefig.facecolor": "#0f172a",
-    "text.color": "#cbd5e1",
-    "xtick.color": "#94a3b8",
-    "ytick.color": "#94a3b8",
-}
+# Style files of this folder, by the names under which matplotlib finds them.
+LIGHT = ("dat_lightning.pages.light",)
+DARK = (*LIGHT, "dat_lightning.pages.dark")
 
 # Told apart on white and on dark blue, and by most people who confuse red and green.
 PALETTE = ("#2b7fd4", "#d9822b", "#2a9d74", "#c2557f", "#8a72d1", "#8b8f2a", "#64748b")
@@ -124,23 +81,22 @@ def write_beside(
         taken.append(box)
 
 
-def svg_uri(draw: Drawing, style: Mapping[str, Any] = STYLE) -> str:
+def svg_uri(draw: Drawing, styles: Sequence[str] = LIGHT) -> str:
     """Returns the figure that ``draw`` makes, as a data URI."""
-    buffer = io.BytesIO()
-    _save(draw, style, buffer, "svg", {"Date": None, "Creator": None})
-    return "data:image/svg+xml;base64," + base64.b64encode(buffer.getvalue()).decode()
+    contents = _drawn(draw, styles, format="svg", metadata={"Date": None, "Creator": None})
+    return "data:image/svg+xml;base64," + base64.b64encode(contents).decode()
 
 
 def write_png(path: Path, draw: Drawing, dots_per_inch: int = 160) -> None:
     """Writes the figure that ``draw`` makes as a PNG on white."""
-    buffer = io.BytesIO()
-    _save(draw, {**STYLE, "savefig.dpi": dots_per_inch}, buffer, "png", {"Software": None})
-    path.write_bytes(buffer.getvalue())
+    path.write_bytes(_drawn(draw, LIGHT, format="png", dpi=dots_per_inch, metadata={"Software": None}))
 
 
-def _save(draw: Drawing, style: Any, buffer: io.BytesIO, form: str, metadata: dict[str, Any]) -> None:
+def _drawn(draw: Drawing, styles: Sequence[str], **options: Any) -> bytes:
     plt = require_matplotlib()
-    with plt.rc_context(style):
+    buffer = io.BytesIO()
+    with plt.style.context(list(styles)):
         figure = draw()
-        figure.savefig(buffer, format=form, metadata=metadata)
+        figure.savefig(buffer, **options)
         plt.close(figure)
+    return buffer.getvalue()

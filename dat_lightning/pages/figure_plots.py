@@ -1,12 +1,14 @@
 """Plots of what figures keep in their details: reliability, histograms, curves."""
 
-import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeGuard
+
+from markupsafe import Markup
 
 from dat_lightning.pages.drawing import NEUTRAL, PALETTE, label, require_matplotlib
-from dat_lightning.pages.page import number, plot
+from dat_lightning.pages.rendering import Plot, number, plot
 from dat_lightning.results.evaluation_file import Entry
 
 Numbers = Sequence[float]
@@ -17,12 +19,12 @@ _MOST_LABELS = 8
 _DIAGONAL: Any = {"color": NEUTRAL, "lw": 1, "ls": (0, (4, 3))}
 
 
-def evaluation_plots(entries: Sequence[Entry]) -> list[str]:
+def evaluation_plots(entries: Sequence[Entry]) -> list[Plot]:
     """Returns the plots of all figures, each once, and those over the radii of figures named ``{name}_eps{ε}``.
 
     Figures of one source may share what there is to draw; the first then stands for all.
     """
-    plots: list[str] = []
+    plots: list[Plot] = []
     seen: set[str] = set()
     for entry in entries:
         for title, part in _parts(entry):
@@ -60,7 +62,7 @@ def _parts(entry: Entry) -> Iterator[tuple[str, Mapping[str, Any]]]:
         yield entry.name, {"steps": entry.details["sweep_steps"], entry.name: entry.details["sweep"]}
 
 
-def _plots(title: str, part: Mapping[str, Any]) -> Iterator[str]:
+def _plots(title: str, part: Mapping[str, Any]) -> Iterator[Plot]:
     """The plots of lists of numbers under these names.
 
     * ``confidence``, ``accuracy`` and ``count``: a reliability diagram;
@@ -68,33 +70,28 @@ def _plots(title: str, part: Mapping[str, Any]) -> Iterator[str]:
     * ``edges`` and a mapping ``counts`` from names of sets to lists one shorter: histograms;
     * ``steps`` or ``eps`` and further lists: curves.
     """
-    named = html.escape(title)
     if _lists(part, "confidence", "accuracy", "count"):
-        caption = f"<b>{named}</b>: accuracy against confidence; dashed is perfect. Bars: how many images."
-        yield plot(lambda: reliability_diagram(part["confidence"], part["accuracy"], part["count"]), title, caption)
+        caption = Markup("<b>{}</b>: accuracy against confidence; dashed is perfect. Bars: how many images.")
+        draw = partial(reliability_diagram, part["confidence"], part["accuracy"], part["count"])
+        yield plot(draw, title, caption.format(title))
     if _lists(part, "fpr", "tpr"):
-        caption = f"<b>{named}</b>: ROC curve; dashed is chance."
-        yield plot(lambda: roc_curve(part["fpr"], part["tpr"]), title, caption)
-    counts = part.get("counts")
-    if _numbers(part.get("edges")) and isinstance(counts, Mapping) and counts:
-        edges = part["edges"]
+        caption = Markup("<b>{}</b>: ROC curve; dashed is chance.").format(title)
+        yield plot(partial(roc_curve, part["fpr"], part["tpr"]), title, caption)
+    edges, counts = part.get("edges"), part.get("counts")
+    if _numbers(edges) and isinstance(counts, Mapping):
         sets = {name: each for name, each in counts.items() if _numbers(each) and len(each) == len(edges) - 1}
-        caption = f"<b>{named}</b>: share of each set's images per bin."
+        caption = Markup("<b>{}</b>: share of each set's images per bin.").format(title)
         if sets:
-            yield plot(lambda: histogram(edges, sets), title, caption, broad=True)
-    for axis in ("steps", "eps"):
-        x: Any = part.get(axis)
+            yield plot(partial(histogram, edges, sets), title, caption, broad=True)
+    for axis, against in (("steps", "the number of steps"), ("eps", "the radius")):
+        x = part.get(axis)
         if not _numbers(x) or len(x) < 2:
             continue
         curves = {name: y for name, y in part.items() if name != axis and _numbers(y) and len(y) == len(x)}
         for name, y in curves.items():
-            whose = "" if name == title else f"<b>{named}</b>: "
-            against = {"steps": "the number of steps", "eps": "the radius"}[axis]
-            yield plot(
-                lambda x=x, y=y, axis=axis, name=name: curve(x, y, axis, name),  # type: ignore[misc]
-                f"{title}: {name} against {against}",
-                f"{whose}<b>{html.escape(name)}</b> against {against}.",
-            )
+            whose = "" if name == title else Markup("<b>{}</b>: ").format(title)
+            caption = whose + Markup("<b>{}</b> against {}.").format(name, against)
+            yield plot(partial(curve, x, y, axis, name), f"{title}: {name} against {against}", caption)
 
 
 def reliability_diagram(confidence: Numbers, accuracy: Numbers, count: Numbers) -> Any:
@@ -159,7 +156,7 @@ def _mappings(details: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
             yield from _mappings(value, f"{place}, ")
 
 
-def _numbers(value: Any) -> bool:
+def _numbers(value: Any) -> TypeGuard[Numbers]:
     return (
         isinstance(value, Sequence)
         and not isinstance(value, str)

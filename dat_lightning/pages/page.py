@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dat_lightning.pages.drawing import DARK, STYLE, Drawing, svg_uri
+from dat_lightning.pages.drawing import DARK, LIGHT, Drawing, svg_uri
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -44,7 +44,7 @@ def plot(draw: Drawing, description: str, caption: str, *, broad: bool = False) 
     kind = ' class="broad"' if broad else ""
     return (
         f'<figure{kind}><picture><source media="(prefers-color-scheme: dark)" srcset="{svg_uri(draw, DARK)}">'
-        f'<img class="plot" alt="{html.escape(description)}" src="{svg_uri(draw, STYLE)}"></picture>'
+        f'<img class="plot" alt="{html.escape(description)}" src="{svg_uri(draw, LIGHT)}"></picture>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
 

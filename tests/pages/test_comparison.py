@@ -159,6 +159,18 @@ def test_a_run_that_was_stopped_is_shown_as_incomplete(tmp_path: Path) -> None:
     assert "incomplete" not in page_of(tmp_path, run("a", fid=1.0), run("b", fid=2.0)).text
 
 
+def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
+    evil = "<script src='https://x.org/'>&$x^$\"</script>"
+    used = {evil: evil}
+    runs = [
+        Evaluation(f"{evil}{k}", [Entry(evil, 1.0, evil, k, evil, measured_with=used)], failure=evil) for k in (1, 2)
+    ]
+    main([*files(tmp_path, *runs), "--output", str(tmp_path / "c.html"), "--x", evil, "--y", evil])
+    page = Page(tmp_path / "c.html")
+    page.assert_self_contained()
+    assert page.text.count(evil) >= 10
+
+
 @pytest.mark.parametrize(
     ("names", "chosen"),
     [
@@ -296,5 +308,5 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
 def test_it_runs_as_a_module(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["compare", "nowhere.json", "neither.json"])
     monkeypatch.delitem(sys.modules, "dat_lightning.pages.compare")
-    with pytest.raises(SystemExit, match=r"^dat_lightning\.reports\.compare: error: .*nowhere\.json$"):
+    with pytest.raises(SystemExit, match=r"^dat_lightning\.pages\.compare: error: .*nowhere\.json$"):
         runpy.run_module("dat_lightning.pages.compare", run_name="__main__")

@@ -12,7 +12,7 @@ from PIL import Image
 
 from dat_lightning.pages import figure_plots, write_evaluation_page
 from dat_lightning.pages.figure_plots import curve, histogram, names_over_radii, reliability_diagram
-from dat_lightning.pages.page import number
+from dat_lightning.pages.rendering import number
 from dat_lightning.results import Entry, Evaluation
 from tests.pages.page import Page
 
