@@ -30,6 +30,7 @@ from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.machine_errors import machine_error
 from dat_lightning.runs.resume import find_checkpoint, protect
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
+from dat_lightning.speed.execution import EXECUTION_SETTINGS
 from dat_lightning.weights.export import logger as export_logger
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
@@ -46,7 +47,9 @@ class DATArgumentParser(LightningArgumentParser):
         """Prints the message and exits with status 2; inner parsers raise instead."""
         if not self.exit_on_error or os.environ.get(DEBUG_VARIABLE):
             super().error(message, ex)
-        sys.stderr.write(f"dat-lightning: error: {one_sentence(message)}\n")
+        moved = [name for name in EXECUTION_SETTINGS if f"Option '{name}' is not accepted" in message]
+        today = f"; it is execution.{moved[0]} now" if moved else ""
+        sys.stderr.write(f"dat-lightning: error: {one_sentence(message)}{today}\n")
         sys.exit(2)
 
 

@@ -153,6 +153,7 @@ def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeyp
     ("args", "said"),
     [
         (["--model.contrastive_step_sizes", "1"], "Option 'contrastive_step_sizes' is not accepted"),
+        (["--model.compile", "true"], "Option 'compile' is not accepted; it is execution.compile now"),
         (["--trainer.max_epoch", "1"], "max_epoch"),
         (["--model.contrastive_step_size", "wide"], "contrastive_step_size: Expected a float. Got value: wide"),
         (["--model.threat_model.norm", "L7"], "threat_model.norm: Expected a Literal['L2', 'Linf']. Got value: L7"),

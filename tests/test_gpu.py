@@ -15,7 +15,7 @@ from dat_lightning import (
     unbounded_ascent,
 )
 from dat_lightning.core import cross_entropy, targeted_logit
-from dat_lightning.speed import CompileMode, NetworkForms
+from dat_lightning.speed import CompileMode, Execution, NetworkForms
 from tests import tiny
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
     [("32-true", False), ("bf16-mixed", False), ("bf16-mixed", True), ("bf16-mixed", "reduce-overhead")],
 )
 def test_stage2_trains_and_samples(precision: str, compile: CompileMode, tmp_path: Path) -> None:
-    module = tiny.stage2(compile=compile, fold_batch_norm=compile is not False)
+    module = tiny.stage2(execution=Execution(compile=compile, fold_batch_norm=compile is not False))
     fid = FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path))
     sampler = PGDSampler(num_samples=100, num_steps=[1, 3], step_size=0.5)
     callbacks = [ExponentialMovingAverage(), sampler, fid]
@@ -63,7 +63,7 @@ def test_compiled_ascents_agree_with_eager_ones(mode: CompileMode, fold: bool) -
 
 def test_passes_of_a_run_with_cuda_graphs_can_be_kept_and_added_up(tmp_path: Path) -> None:
     """Two batches' gradients make one step, and evaluation looks at logits of several passes."""
-    module = tiny.stage2(compile="reduce-overhead", fold_batch_norm=True)
+    module = tiny.stage2(execution=Execution(compile="reduce-overhead", fold_batch_norm=True))
     trainer = tiny.trainer(
         tmp_path, accelerator="gpu", devices=1, accumulate_grad_batches=2, limit_val_batches=2, deterministic=False
     )

@@ -12,13 +12,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, ascend, no_trace
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.speed.network_forms import CompileMode, NetworkForms
+from dat_lightning.speed import Execution, NetworkForms
 from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
 
@@ -46,12 +46,7 @@ class EnergyModule(LightningModule):
         init_from: Checkpoint or state dict with initial weights, averaged ones preferred; loaded when a Trainer starts,
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
-        memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
-        compile: Whether to compile the network with ``torch.compile``, or the mode to compile it in; batches of other
-            sizes than those of training, evaluation and sampling run uncompiled.
-        fold_batch_norm: Whether attacks in eval mode climb a copy in which batch norm is part of the convolutions: the
-            same function up to rounding, and faster.
-        attack_precision: Precision of attacks' passes, in training and evaluation; by default the Trainer's.
+        execution: Layout, compiling, folding and precision: how the network is run.
         seed: Seed of random starts.
 
     Source: DAT (arXiv 2510.13872); Madry et al. 2018 (arXiv 1706.06083).
@@ -68,10 +63,7 @@ class EnergyModule(LightningModule):
         attack_mode: AttackMode = "eval",
         init_from: str | None = None,
         new_head: bool = False,
-        memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: CompileMode = False,
-        fold_batch_norm: bool = False,
-        attack_precision: Precision | None = None,
+        execution: Execution = Execution(),
         seed: int = 0,
     ) -> None:
         super().__init__()
@@ -84,13 +76,13 @@ class EnergyModule(LightningModule):
         self.attack_mode: AttackMode = attack_mode
         self.init_from = init_from
         self.new_head = new_head
-        self.network_forms = NetworkForms(compile, fold_batch_norm)
-        self.attack_precision: Precision | None = attack_precision
+        self.execution = execution
+        self.network_forms = NetworkForms(execution.compile, execution.fold_batch_norm)
         self.seed = seed
         self._initialized = False
         self._labels_checked = False
         self._run_name: str | None = None
-        if memory_format == "channels_last":
+        if execution.memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
 
     # One method per equation.
@@ -121,7 +113,7 @@ class EnergyModule(LightningModule):
             mode=self.attack_mode,
             draws=draws,
             seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
+            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
         )
 
     def ascent_network(self) -> nn.Module:
@@ -154,7 +146,7 @@ class EnergyModule(LightningModule):
             self.eval_threat_model,
             draws=batch.get("index"),
             seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
+            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
         )
         return {
             "loss": cross_entropy(logits, y),

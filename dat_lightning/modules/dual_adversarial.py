@@ -1,21 +1,18 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
 import warnings
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor, distributed
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, Precision, ascend, unbounded_ascent
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, ascend, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import Batch, EnergyModule
-from dat_lightning.speed.network_forms import CompileMode
 from dat_lightning.weights.hub import EnergyModel
 
 
@@ -48,18 +45,7 @@ class DualAdversarialModule(EnergyModule):
         r1_weight: Weight of the R1 penalty on ``x_gen``; 0 leaves it out.
         merge_forwards: Whether the three loss terms share one forward pass; exact with frozen batch norm, at the price
             of three batches' activations at a time.
-        optimizer: See :class:`EnergyModule`, as for all that follow.
-        lr_scheduler: The method keeps a constant rate in Stage 2.
-        lr_interval: What the schedule counts.
-        threat_model: The attack on ``x_clf``.
-        eval_threat_model: The attack of ``robust_accuracy``.
-        init_from: Stage 1's checkpoint, or another robust classifier's.
-        new_head: Whether its classification head may be left out because it has other classes.
-        memory_format: Layout of convolution weights.
-        compile: Whether, or how, to compile the network.
-        fold_batch_norm: Whether both ascents climb a copy without batch norm layers.
-        attack_precision: Precision of both.
-        seed: Seed of random starts.
+        shared: The arguments of :class:`EnergyModule` but ``attack_mode``, which is eval here.
 
     Raises:
         InputError: If a weight is negative.
@@ -76,35 +62,9 @@ class DualAdversarialModule(EnergyModule):
         classification_weight: float = 1.0,
         r1_weight: float = 0.0,
         merge_forwards: bool = True,
-        optimizer: OptimizerCallable = torch.optim.SGD,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["step", "epoch"] = "epoch",
-        threat_model: ThreatModel = ThreatModel(),
-        eval_threat_model: ThreatModel | None = None,
-        init_from: str | None = None,
-        new_head: bool = False,
-        memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: CompileMode = False,
-        fold_batch_norm: bool = False,
-        attack_precision: Precision | None = None,
-        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            energy_model=energy_model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            threat_model=threat_model,
-            eval_threat_model=eval_threat_model,
-            attack_mode="eval",
-            init_from=init_from,
-            new_head=new_head,
-            memory_format=memory_format,
-            compile=compile,
-            fold_batch_norm=fold_batch_norm,
-            attack_precision=attack_precision,
-            seed=seed,
-        )
+        super().__init__(energy_model=energy_model, attack_mode="eval", **shared)
         weights = {"energy": energy_weight, "classification": classification_weight, "r1": r1_weight}
         for name, weight in weights.items():
             if not weight >= 0:
@@ -134,7 +94,7 @@ class DualAdversarialModule(EnergyModule):
             self.contrastive_objective,
             self.contrastive_chain,
             num_steps=num_steps,
-            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
+            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
         )
 
     def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:

@@ -1,20 +1,17 @@
 """TRADES: a robust classifier from a clean loss and the divergence between clean and adversarial predictions."""
 
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, Precision, ascend, no_trace
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, ascend, no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
-from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import Batch, EnergyModule
-from dat_lightning.speed.network_forms import CompileMode
 from dat_lightning.weights.hub import EnergyModel
 
 # Standard deviation of the noise that the attack starts with, in units of [0, 1] pixels.
@@ -40,19 +37,7 @@ class TradesModule(EnergyModule):
     Args:
         energy_model: The network.
         beta: β, the weight of the divergence; 0 trains on clean images alone, larger is more robust and less accurate.
-        optimizer: See :class:`EnergyModule`, as for all that follow.
-        lr_scheduler: Makes the schedule.
-        lr_interval: What the schedule counts.
-        threat_model: The attack in training.
-        eval_threat_model: The attack of ``robust_accuracy`` in evaluation, which climbs the cross-entropy.
-        attack_mode: The network's mode during the attack in training.
-        init_from: Initial weights.
-        new_head: Whether their classification head may be left out.
-        memory_format: Layout of convolution weights.
-        compile: Whether, or how, to compile the network.
-        fold_batch_norm: Whether attacks climb a copy without batch norm layers.
-        attack_precision: Precision of attacks.
-        seed: Seed of the starts.
+        shared: The arguments of :class:`EnergyModule`.
 
     Raises:
         InputError: If ``beta`` is negative.
@@ -64,36 +49,9 @@ class TradesModule(EnergyModule):
         self,
         energy_model: EnergyModel,
         beta: float = 6.0,
-        optimizer: OptimizerCallable = torch.optim.SGD,
-        lr_scheduler: LRSchedulerCallable | None = None,
-        lr_interval: Literal["step", "epoch"] = "epoch",
-        threat_model: ThreatModel = ThreatModel(),
-        eval_threat_model: ThreatModel | None = None,
-        attack_mode: AttackMode = "eval",
-        init_from: str | None = None,
-        new_head: bool = False,
-        memory_format: Literal["contiguous", "channels_last"] = "channels_last",
-        compile: CompileMode = False,
-        fold_batch_norm: bool = False,
-        attack_precision: Precision | None = None,
-        seed: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(
-            energy_model=energy_model,
-            optimizer=optimizer,
-            lr_scheduler=lr_scheduler,
-            lr_interval=lr_interval,
-            threat_model=threat_model,
-            eval_threat_model=eval_threat_model,
-            attack_mode=attack_mode,
-            init_from=init_from,
-            new_head=new_head,
-            memory_format=memory_format,
-            compile=compile,
-            fold_batch_norm=fold_batch_norm,
-            attack_precision=attack_precision,
-            seed=seed,
-        )
+        super().__init__(energy_model=energy_model, **shared)
         if not 0 <= beta < float("inf"):
             raise InputError(f"beta must be a finite weight of at least 0, got {beta}")
         self.beta = beta
@@ -133,7 +91,7 @@ class TradesModule(EnergyModule):
             mode=self.attack_mode,
             draws=draws,
             seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.attack_precision],
+            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
         )
 
     # Lightning's hooks.

@@ -55,7 +55,7 @@ def _of_the_compiler(error: BaseException) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     missing = _NO_COMPILER.search(reason) is not None
     remedy = ", or install the compiler that torch misses (g++ or another one that CXX or CC names)" if missing else ""
-    return f"the network could not be compiled: {reason}; set model.compile to false{remedy}"
+    return f"the network could not be compiled: {reason}; set model.execution.compile to false{remedy}"
 
 
 def _of_a_file(error: OSError) -> str:

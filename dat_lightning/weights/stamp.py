@@ -5,14 +5,15 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.speed.execution import settings_of_today
 
 FORMAT = 1
 """Number of the format that this version writes; it grows when older versions would misread a checkpoint."""
 
 ENTRY = "dat_lightning"
 
-# Of the settings that the command line stores, those that do not decide what is computed.
-_NOT_COMPARED = frozenset({"_class_path", "_instantiator", "compile", "fold_batch_norm", "memory_format"})
+# Of the settings that the command line stores, those that do not decide what is computed; of execution one does.
+_NOT_COMPARED = frozenset({"_class_path", "_instantiator", "execution"})
 
 
 def stamp(checkpoint: MutableMapping[str, Any], kind: str | None = None, run: str | None = None) -> None:
@@ -82,8 +83,14 @@ def changed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any])
     old = checkpoint.get("hyper_parameters")
     if not isinstance(old, Mapping) or not old or not settings:
         return []
-    kept, present = ({k: v for k, v in each.items() if k not in _NOT_COMPARED} for each in (old, settings))
-    return list(_changed(kept, present))
+    return list(_changed(_compared(old), _compared(settings)))
+
+
+def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
+    today = settings_of_today(settings)
+    precision = (today.get("execution") or {}).get("attack_precision")
+    kept = {name: value for name, value in today.items() if name not in _NOT_COMPARED}
+    return {**kept, "execution": {"attack_precision": precision}}
 
 
 def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dat_lightning.backbones import WideResNet, convnext_convstem, resnet50
 from dat_lightning.core import ascend, batch_norm_layers, targeted_logit, unbounded_ascent
-from dat_lightning.speed import CompileMode, NetworkForms
+from dat_lightning.speed import CompileMode, Execution, NetworkForms
 from dat_lightning.weights import EnergyModel
 
 from .cases import MEAN, STD, PackageDAT, calibrated, random_batch
@@ -175,9 +175,7 @@ class Workload:
             dtype,
             task,
             torch.bfloat16 if variant.bfloat16 else None,
-            compile=variant.compile,
-            fold_batch_norm=bool(batch_norm_layers(backbone)),
-            memory_format=memory_format,
+            execution=Execution(memory_format, variant.compile, bool(batch_norm_layers(backbone))),
         )
 
     def call(self, task: Task, variant: Variant, backbone: nn.Module) -> Call:

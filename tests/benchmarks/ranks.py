@@ -56,6 +56,7 @@ from dat_lightning import (
 from dat_lightning.backbones import resnet50
 from dat_lightning.core.ascent import Precision
 from dat_lightning.results.figures import all_ranks
+from dat_lightning.speed import Execution
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 
@@ -164,7 +165,7 @@ def generate(
     torch.manual_seed(0)
     model = EnergyModel(make(), mean=[0.485, 0.456, 0.406], std=[0.229, 0.224, 0.225])
     module = RobustClassifierModule(
-        energy_model=model, optimizer=tiny.SGD, threat_model=tiny.ATTACK, fold_batch_norm=True
+        energy_model=model, optimizer=tiny.SGD, threat_model=tiny.ATTACK, execution=Execution(fold_batch_norm=True)
     )
     pictures = LabelledFolder(folder / "pictures")
     data = ImageDataModule(

@@ -3,7 +3,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from dat_lightning.core import AUCCurriculum, ascend, targeted_logit, unbounded_ascent
+from dat_lightning.speed import Execution
 from dat_lightning.weights import EnergyModel
 
 from .bench import DisagreementError, check_results, main
@@ -43,9 +44,11 @@ def plain_dat(gradient: AttackGradient = "input") -> PlainDAT:
 
 
 @pytest.mark.parametrize(("merge_forwards", "memory_format"), [(True, "channels_last"), (False, "contiguous")])
-def test_three_steps_agree_with_the_plain_implementation(merge_forwards: bool, memory_format: str) -> None:
+def test_three_steps_agree_with_the_plain_implementation(
+    merge_forwards: bool, memory_format: Literal["contiguous", "channels_last"]
+) -> None:
     plain = plain_dat()
-    package = PackageDAT(backbone(), 2, 2, merge_forwards=merge_forwards, memory_format=memory_format)
+    package = PackageDAT(backbone(), 2, 2, merge_forwards=merge_forwards, execution=Execution(memory_format))
     start = copy.deepcopy(plain.model)
     for seed in range(3):
         batch = random_batch(8, 16, seed)
@@ -95,7 +98,10 @@ def test_the_curriculum_of_the_plain_implementation_moves_as_the_package_s() -> 
 
 
 def test_stage_1_agrees_with_the_plain_implementation() -> None:
-    plain, package = plain_dat(), PackageDAT(backbone(), 0, 2, stage="stage1", fold_batch_norm=True)
+    plain, package = (
+        plain_dat(),
+        PackageDAT(backbone(), 0, 2, stage="stage1", execution=Execution(fold_batch_norm=True)),
+    )
     start = copy.deepcopy(plain.model)
     for seed in range(3):
         batch = random_batch(8, 16, seed)

@@ -22,7 +22,7 @@ from dat_lightning import (
 )
 from dat_lightning.core import batch_norm_layers
 from dat_lightning.modules import EnergyModule
-from dat_lightning.speed import CompileMode, FoldedNetwork
+from dat_lightning.speed import CompileMode, Execution, FoldedNetwork
 from tests import tiny
 from tests.replayed import Compiler
 
@@ -86,7 +86,7 @@ def test_folding_changes_nothing_but_the_time(kind: str, tmp_path: Path, monkeyp
     monkeypatch.setattr(FoldedNetwork, "forward", counting)
     expected = trained(tmp_path, build(kind))
     assert not passes
-    found = trained(tmp_path, build(kind, fold_batch_norm=True))
+    found = trained(tmp_path, build(kind, execution=Execution(fold_batch_norm=True)))
     # Attacks of six steps of training, the evaluation's attacks on 360 digits, four steps of sampling.
     in_training = 6 * 16 * (2 + (3 if kind == "stage2" else 0))
     assert sum(passes) == in_training + 2 * 360 + 4 * 8
@@ -94,7 +94,7 @@ def test_folding_changes_nothing_but_the_time(kind: str, tmp_path: Path, monkeyp
 
 
 def test_an_attack_in_train_mode_is_not_folded() -> None:
-    module = build("stage1", fold_batch_norm=True, attack_mode="train")
+    module = build("stage1", execution=Execution(fold_batch_norm=True), attack_mode="train")
     assert module.attacked_network() is module.energy_model
     assert isinstance(module.ascent_network(), FoldedNetwork)
     assert len(batch_norm_layers(module)) == 5
@@ -102,7 +102,7 @@ def test_an_attack_in_train_mode_is_not_folded() -> None:
 
 def test_a_network_without_batch_norm_cannot_be_folded(tmp_path: Path) -> None:
     model = EnergyModel(nn.Sequential(nn.Flatten(), nn.Linear(256, 10)))
-    module = build("stage1", energy_model=model, fold_batch_norm=True)
+    module = build("stage1", energy_model=model, execution=Execution(fold_batch_norm=True))
     with pytest.raises(ValueError, match="EnergyModel has no batch norm to fold: set fold_batch_norm to false"):
         tiny.trainer(tmp_path).fit(module, tiny.digits())
 
@@ -116,7 +116,7 @@ def test_attacks_have_a_precision_of_their_own(kind: str, tmp_path: Path) -> Non
         # Parameters need no gradient inside an attack.
         seen.add((next(layer.parameters()).requires_grad, result.dtype))
 
-    module = build(kind, attack_precision="bfloat16")
+    module = build(kind, execution=Execution(attack_precision="bfloat16"))
     stem = module.energy_model.backbone.get_submodule("stem")
     stem.register_forward_hook(note)
     tiny.trainer(tmp_path).fit(module, tiny.digits())
@@ -131,9 +131,11 @@ def test_a_run_compiles_a_graph_for_each_size_and_stays_the_same(
 ) -> None:
     """T grows in every second step; 8 samples are a whole batch of 5 and a rest."""
     curriculum = {"curriculum": AUCCurriculum(max_steps=3, auc_threshold=0.0, window_samples=32)}
-    expected = trained(tmp_path, build("stage2", fold_batch_norm=fold, **copy.deepcopy(curriculum)))
+    expected = trained(
+        tmp_path, build("stage2", execution=Execution(fold_batch_norm=fold), **copy.deepcopy(curriculum))
+    )
     with Compiler().installed(monkeypatch) as compiler:
-        module = build("stage2", fold_batch_norm=fold, compile=mode, **curriculum)
+        module = build("stage2", execution=Execution(compile=mode, fold_batch_norm=fold), **curriculum)
         assert isinstance(module, DualAdversarialModule)
         found = trained(tmp_path, module)
     assert int(module.curriculum.num_steps) == 3
@@ -155,7 +157,7 @@ def test_stage_1_can_replay_graphs_too(kind: str, tmp_path: Path, monkeypatch: p
     options: dict[str, Any] = {"attack_mode": "train"}
     expected = trained(tmp_path, build(kind, **options))
     with Compiler().installed(monkeypatch) as compiler:
-        found = trained(tmp_path, build(kind, compile="reduce-overhead", **options))
+        found = trained(tmp_path, build(kind, execution=Execution(compile="reduce-overhead"), **options))
     assert_same(found, expected)
     assert (None, (16, 1, 16, 16), True) in compiler.graphs
     assert len(compiler.graphs) <= 8  # torch's limit of graphs for one piece of code
@@ -167,6 +169,6 @@ def test_the_real_compiler_gives_the_same_run(tmp_path: Path) -> None:
     graphs = torch._dynamo.utils.counters["stats"]
     before = graphs["unique_graphs"]
     expected = trained(tmp_path, build("stage2"))
-    found = trained(tmp_path, build("stage2", fold_batch_norm=True, compile=True))
+    found = trained(tmp_path, build("stage2", execution=Execution(compile=True, fold_batch_norm=True)))
     assert_same(found, expected)
     assert graphs["unique_graphs"] - before == 5

@@ -165,9 +165,9 @@ def test_a_compiler_that_is_missing_is_a_sentence(
     original = torch.compile
     torch._dynamo.reset()
     monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend, dynamic=False))
-    said = refusal(capsys, "fit", "--config", STAGE1, "--config", TINY, "--model.compile", "true")
+    said = refusal(capsys, "fit", "--config", STAGE1, "--config", TINY, "--model.execution.compile", "true")
     assert said.startswith("the network could not be compiled: ")
-    assert "No working C++ compiler found; set model.compile to false, or install the compiler that torch" in said
+    assert "No working C++ compiler found; set model.execution.compile to false, or install the compiler that" in said
 
 
 def test_the_ways_in_which_torch_reports_a_killed_process() -> None:

@@ -185,6 +185,10 @@ def settings(**more: Any) -> dict[str, Any]:
 def test_settings_that_differ_are_named_as_on_the_command_line() -> None:
     old = {"hyper_parameters": settings(compile=True, curriculum=None)}
     assert changed_settings(old, settings(compile=False, curriculum=None)) == []
+    faster = settings(execution={"compile": True, "attack_precision": None}, curriculum=None)
+    assert changed_settings(old, faster) == []
+    faster["execution"]["attack_precision"] = "bfloat16"
+    assert changed_settings(old, faster) == ["execution.attack_precision: None → bfloat16"]
     assert changed_settings(old, {}) == []
     assert changed_settings({}, settings()) == []
     new = settings(lr=0.01, curriculum={"class_path": "dat_lightning.AUCCurriculum"}, added=3)

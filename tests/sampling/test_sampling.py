@@ -36,6 +36,7 @@ from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.features import Gaussian
 from dat_lightning.features.gaussian_stats import read_statistics, write_statistics
 from dat_lightning.sampling.frechet import reference_key
+from dat_lightning.speed import Execution
 from tests import tiny
 
 
@@ -328,7 +329,7 @@ CHANGES: dict[str, tuple[Mapping[str, Any], list[int]]] = {
     "precision": ({"precision": "bfloat16"}, [0, 10, 20]),
     "precision of the trainer": ({"trainer": "bf16-mixed"}, [0, 10, 20]),
     "weights": ({"module": lambda: tiny.stage1(energy_model=tiny.energy_model(seed=1))}, [0, 10, 20]),
-    "folded network": ({"module": lambda: tiny.stage1(fold_batch_norm=True)}, [0, 10, 20]),
+    "folded network": ({"module": lambda: tiny.stage1(execution=Execution(fold_batch_norm=True))}, [0, 10, 20]),
     "seeds": ({"change": 1e-3}, [10]),
     "setting of a subclass": ({"extra": 2.0}, [0, 10, 20]),
 }

@@ -1,0 +1,37 @@
+"""How a module's network is run: settings that change the time and the last bits, not what is computed."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from dat_lightning.core.ascent import Precision
+from dat_lightning.speed.network_forms import CompileMode
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How a module runs its network.
+
+    Attributes:
+        memory_format: Layout of convolution weights; ``channels_last`` is faster for most networks.
+        compile: Whether to compile the network with ``torch.compile``, or the mode to compile it in; batches of other
+            sizes than those of training, evaluation and sampling run uncompiled.
+        fold_batch_norm: Whether ascents in eval mode climb a copy in which batch norm is part of the convolutions: the
+            same function up to rounding, and faster.
+        attack_precision: Precision of ascents' passes, in training and evaluation; by default the Trainer's.
+    """
+
+    memory_format: Literal["contiguous", "channels_last"] = "channels_last"
+    compile: CompileMode = False
+    fold_batch_norm: bool = False
+    attack_precision: Precision | None = None
+
+
+EXECUTION_SETTINGS = tuple(field.name for field in fields(Execution))
+
+
+def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a module's stored settings by today's names: those of execution were arguments of the module once."""
+    moved = {name: settings[name] for name in EXECUTION_SETTINGS if name in settings}
+    kept = {name: value for name, value in settings.items() if name not in moved}
+    return {**kept, "execution": moved} if moved else kept
