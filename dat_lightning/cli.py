@@ -2,17 +2,13 @@
 
 import logging
 import os
-import pickle
-import re
 import signal
 import sys
-import traceback
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import Namespace
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,8 +22,8 @@ from dat_lightning.explore.serving import logger as explore_logger
 from dat_lightning.modules import EnergyModule
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_report import EvaluationReport
+from dat_lightning.runs.error_sentences import argument_sentence, constructor_error, error_sentence
 from dat_lightning.runs.exporting import ExportingTrainer
-from dat_lightning.runs.machine_errors import machine_error
 from dat_lightning.runs.resume import find_checkpoint, protect
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
@@ -49,7 +45,7 @@ class DATArgumentParser(LightningArgumentParser):
             super().error(message, ex)
         moved = [name for name in EXECUTION_SETTINGS if f"Option '{name}' is not accepted" in message]
         today = f"; it is execution.{moved[0]} now" if moved else ""
-        sys.stderr.write(f"dat-lightning: error: {one_sentence(message)}{today}\n")
+        sys.stderr.write(f"dat-lightning: error: {argument_sentence(message)}{today}\n")
         sys.exit(2)
 
 
@@ -117,7 +113,7 @@ class DATCLI(LightningCLI):
         page = True
         try:
             require_matplotlib()
-        except ModuleNotFoundError as error:
+        except InputError as error:
             page = False
             rank_zero_warn(f"evaluation.json will have no page beside it: {error}")
         callbacks.append(EvaluationReport(page=page))
@@ -167,10 +163,11 @@ class DATCLI(LightningCLI):
         try:
             super().instantiate_classes()
         except Exception as error:
-            if deliberate_cause(error) is not None:
-                raise
-            # A value of the right type that somebody's constructor stumbles over.
-            raise InputError(f"the configuration cannot be instantiated: {type(error).__name__}: {error}") from error
+            cause = constructor_error(error)
+            if isinstance(cause, ValueError) and not isinstance(cause, InputError):
+                # How anybody's constructor refuses a value of the right type.
+                raise InputError(f"the configuration cannot be instantiated: {cause}") from cause
+            raise cause from None
         protect(self.trainer)
         self._dump_config()
         model = self.config_dump["model"]
@@ -222,16 +219,11 @@ def main(args: ArgsType = None) -> None:
     except SystemExit as stop:
         # Lightning makes a status of 1 from Ctrl-C, as from an error.
         raise (SystemExit(128 + signal.SIGINT) if isinstance(stop.__context__, KeyboardInterrupt) else stop) from None
-    except pickle.UnpicklingError as error:
-        if os.environ.get(DEBUG_VARIABLE):
-            raise
-        sys.stderr.write(f"dat-lightning: error: the checkpoint is no file of ours: {_PICKLE_REFUSED}\n")
-        raise SystemExit(1) from error
     except Exception as error:
-        cause = deliberate_cause(error)
-        if os.environ.get(DEBUG_VARIABLE) or cause is None:
+        sentence = error_sentence(error)
+        if os.environ.get(DEBUG_VARIABLE) or sentence is None:
             raise
-        sys.stderr.write(f"dat-lightning: error: {one_sentence(str(cause))}\n")
+        sys.stderr.write(f"dat-lightning: error: {sentence}\n")
         sys.exit(1)
 
 
@@ -253,53 +245,3 @@ def run_explore(args: list[str]) -> None:
     explore_logger.setLevel(logging.INFO)
     explore_logger.handlers = [logging.StreamHandler(sys.stdout)]
     explore(**vars(explore_parser().parse_args(args)))
-
-
-def deliberate_cause(error: BaseException) -> BaseException | None:
-    """Returns the error about the user's input that is behind an error: one that this package or Lightning raised.
-
-    Errors of disks, folders and killed processes are the machine's. What else a library raises from inside is a bug or
-    a surprise; it gives ``None`` and keeps its traceback.
-    """
-    package = Path(__file__).resolve().parent
-    worker = _WORKER.match(str(error))
-    if worker and package in Path(worker["file"]).resolve().parents:
-        return InputError(worker["message"])
-    current: BaseException | None = error
-    while current is not None:
-        frames = traceback.extract_tb(current.__traceback__)
-        raised_here = bool(frames) and package in Path(frames[-1].filename).resolve().parents
-        if isinstance(current, MisconfigurationException | FileNotFoundError):
-            return current
-        from_system = isinstance(current, OSError) and current.errno is not None
-        deliberate = isinstance(current, ValueError | TypeError | OSError | RuntimeError | ImportError)
-        if raised_here and deliberate and not from_system:
-            return current
-        current = current.__cause__
-    return machine_error(error)
-
-
-# How torch's DataLoader hands over an error of a worker: the type, the traceback as text, the message at its end.
-_WORKER = re.compile(
-    r"Caught (InputError|ValueError|TypeError|FileNotFoundError) in DataLoader worker process .*"
-    r'File "(?P<file>[^"]+)", line \d+, in [^\n]*\n(?:    [^\n]*\n)*'
-    r"(?:dat_lightning\.[\w.]+|\w+): (?P<message>[^\n]*)\s*$",
-    re.DOTALL,
-)
-
-_PICKLE_REFUSED = "it is damaged or holds Python objects, which are not loaded because that could run code"
-
-# What a parser of nested types says besides the point.
-_NOISE = re.compile(
-    r"^(Subtypes:.*|Errors:|Expected a <class 'NoneType'>|Given value type:.*|Given value: (NestedArg|Namespace).*)$"
-)
-
-
-def one_sentence(message: str) -> str:
-    """Returns what matters of a parser's nested message, on one line."""
-    lines = [line.strip().lstrip("- ") for line in message.splitlines()]
-    text = " ".join(line for line in lines if line and not _NOISE.match(line))
-    text = text.replace("Does not validate against any of the Union subtypes ", "")
-    text = re.sub(r"Parser key \"([^\"]+)\":", r"\1:", text)
-    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
-    return re.sub(r"<class '([^']+)'>|typing\.(?=Literal)", lambda match: match[1] or "", text)

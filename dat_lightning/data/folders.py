@@ -84,13 +84,13 @@ class ImageFolder(Dataset[Image.Image]):
     Raises:
         FileNotFoundError: If the root or a list is missing, or no images are left.
         InputError: If the root is a file.
-        TypeError: If ``exclude`` or ``skip_folders`` is one name instead of several.
+        InputError: If ``exclude`` or ``skip_folders`` is one name instead of several.
     """
 
     def __init__(self, root: str | Path, exclude: Sequence[str | Path] = (), skip_folders: Sequence[str] = ()) -> None:
         for argument, value in (("exclude", exclude), ("skip_folders", skip_folders)):
             if isinstance(value, (str, Path)):
-                raise TypeError(f"{argument} must be a list of names, got {value!r}")
+                raise InputError(f"{argument} must be a list of names, got {value!r}")
         self.root = _existing_folder(root)
         lists = {Path(file): _listed_paths(Path(file).expanduser()) for file in exclude}
         excluded = set[str]().union(*lists.values())

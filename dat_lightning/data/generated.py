@@ -147,6 +147,7 @@ def _unpacked(path: Path, archive: zipfile.ZipFile, cache: Path) -> Path:
             error.errno,
             f"could not unpack 'image' of {path}, {size} bytes, to {cache}: {error.strerror or error}; name a folder"
             " with space for it as cache_dir",
+            str(cache),
         ) from error
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise InputError(f"{path}: 'image' is damaged: {error}") from error

@@ -194,7 +194,7 @@ class ImageDataModule(PairedDataModule):
 def _sized(dataset: Any, argument: str) -> SizedDataset:
     """A data set that knows its length, and is not empty."""
     if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
-        raise TypeError(f"{argument} must be a data set with a length, got {type(dataset).__name__}")
+        raise InputError(f"{argument} must be a data set with a length, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise InputError(f"{argument} has no images")
     sized: SizedDataset = dataset

@@ -31,7 +31,7 @@ class TinyImages(Dataset[Image.Image]):
 
     Raises:
         FileNotFoundError: If a file is missing.
-        TypeError: If ``exclude`` is one path instead of several.
+        InputError: If ``exclude`` is one path instead of several.
         InputError: If the file is empty or not made of records, or a list has an entry that is no record's number.
     """
 
@@ -46,7 +46,7 @@ class TinyImages(Dataset[Image.Image]):
                 " the file is another"
             )
         if isinstance(exclude, (str, Path)):
-            raise TypeError(f"exclude must be a list of paths, got {exclude!r}")
+            raise InputError(f"exclude must be a list of paths, got {exclude!r}")
         if first_record not in (0, 1):
             raise InputError(f"first_record must be 0 or 1, got {first_record}")
         self.first_record = first_record

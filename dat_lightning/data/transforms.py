@@ -63,7 +63,7 @@ class ToUnitRange(v2.Transform):  # type: ignore[misc]
     since bicubic interpolation overshoots.
 
     Raises:
-        TypeError: If a tensor is of another type.
+        InputError: If a tensor is of another type.
     """
 
     _transformed_types = (Tensor,)
@@ -73,7 +73,7 @@ class ToUnitRange(v2.Transform):  # type: ignore[misc]
         if inpt.is_floating_point():
             return inpt.clamp(0, 1)
         if inpt.dtype != torch.uint8:
-            raise TypeError(f"images must be PIL images, uint8 tensors or float tensors in [0, 1], got {inpt.dtype}")
+            raise InputError(f"images must be PIL images, uint8 tensors or float tensors in [0, 1], got {inpt.dtype}")
         return inpt.float().div_(255)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dat_lightning.cli import deliberate_cause
 from dat_lightning.core import AUCCurriculum
 from dat_lightning.core.errors import InputError
 from dat_lightning.data import DigitsDataModule, to_uint8_rgb
@@ -20,6 +19,7 @@ from dat_lightning.demo.plots import NAMES
 from dat_lightning.demo.report import write_report
 from dat_lightning.demo.results import Outcome, write_results
 from dat_lightning.demo.training import STAGES, Stage
+from dat_lightning.runs.error_sentences import error_sentence
 
 
 def parser() -> argparse.ArgumentParser:
@@ -53,10 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run(options.out, options.configs, train=not options.skip_training, quick=options.quick)
     except Exception as error:
-        cause = deliberate_cause(error)
-        if cause is None:
+        sentence = error_sentence(error)
+        if sentence is None:
             raise
-        sys.exit(f"dat_lightning.demo: error: {cause}")
+        sys.exit(f"dat_lightning.demo: error: {sentence}")
 
 
 def run(out: Path, configs: Path, *, train: bool = True, quick: bool = False) -> Outcome:
@@ -70,7 +70,7 @@ def run(out: Path, configs: Path, *, train: bool = True, quick: bool = False) ->
 
     Raises:
         FileNotFoundError: If a configuration or a checkpoint is missing.
-        OSError: If ``out`` cannot be written to.
+        InputError: If ``out`` cannot be written to.
     """
     check_writable(out)
     settings = {stage: training.read_config(configs, stage, out, quick=quick) for stage in STAGES}
@@ -149,14 +149,14 @@ def check_writable(out: Path) -> None:
     """Makes the folder, and tries to write to it before minutes of training.
 
     Raises:
-        OSError: If that fails.
+        InputError: If that fails.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise OSError(f"--out {out} cannot be written to: {error.strerror}") from error
+        raise InputError(f"--out {out} cannot be written to: {error.strerror}") from error
 
 
 def summary(out: Path, outcome: Outcome) -> str:

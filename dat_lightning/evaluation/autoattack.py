@@ -65,7 +65,7 @@ class AutoAttack(Evaluator):
     Raises:
         InputError: If a number is outside its range or a choice is unknown; in a test, if the network has too few
             classes or images are too small for the attacks.
-        ModuleNotFoundError: In a test, if the package is not installed.
+        InputError: In a test, if the package is not installed.
 
     Source: Croce & Hein 2020 (arXiv 2003.01690).
     """
@@ -290,5 +290,5 @@ def _pyautoattack() -> Any:
     try:
         import pyautoattack
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("AutoAttack needs pyautoattack: pip install 'dat-lightning[eval]'") from error
+        raise InputError("AutoAttack needs pyautoattack: pip install 'dat-lightning[eval]'") from error
     return pyautoattack

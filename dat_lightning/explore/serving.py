@@ -56,15 +56,15 @@ def explore(
         device: Where to compute, such as cpu or cuda.
 
     Raises:
-        ModuleNotFoundError: If the extra ``explore`` is not installed.
+        InputError: If the extra ``explore`` is not installed.
         FileNotFoundError: If a file is missing.
-        OSError: If the address cannot be listened on.
-        InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+        InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong, or its
+            address cannot be listened on.
     """
     try:
         from streamlit.web import bootstrap
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("explore needs its page's library: pip install 'dat-lightning[explore]'") from error
+        raise InputError("explore needs its page's library: pip install 'dat-lightning[explore]'") from error
     port = free_port(host, port)
     opened = open_checkpoint(ckpt_path, config, image_size, device)
     if not is_loopback(host):
@@ -87,10 +87,10 @@ def served() -> Opened:
     """Returns the checkpoint that this process serves.
 
     Raises:
-        RuntimeError: If it serves none: the page was started in another way than by :func:`explore`.
+        InputError: If it serves none: the page was started in another way than by :func:`explore`.
     """
     if not _served:
-        raise RuntimeError("the page belongs to a command: dat-lightning explore --ckpt_path ...")
+        raise InputError("the page belongs to a command: dat-lightning explore --ckpt_path ...")
     return _served[0]
 
 
@@ -98,8 +98,7 @@ def free_port(host: str, port: int) -> int:
     """Returns the port, or a free one for 0.
 
     Raises:
-        OSError: If the address cannot be listened on.
-        InputError: If it is no port.
+        InputError: If it is no port, or the address cannot be listened on.
     """
     if not 0 <= port <= 65535:
         raise InputError(f"port must lie in 0 … 65535, got {port}")
@@ -112,7 +111,7 @@ def free_port(host: str, port: int) -> int:
             chosen: int = listener.getsockname()[1]
             return chosen
     except OSError as error:
-        raise OSError(
+        raise InputError(
             f"cannot listen on host {host!r}, port {port}: {error.strerror}; choose another with --port (0 for any)"
         ) from error
 

@@ -26,7 +26,7 @@ class ClassifierFeatures(nn.Module):
         grey: Whether the network takes one channel; it gets the first one.
 
     Raises:
-        TypeError: If the network is no :class:`~dat_lightning.weights.EnergyModel`.
+        InputError: If the network is no :class:`~dat_lightning.weights.EnergyModel`.
         InputError: If the network has no linear layer or the size is not positive; on first use, if the file does not
             fit the network, or no images passed the layer.
         FileNotFoundError: On first use, if there is no file ``init_from``.
@@ -39,7 +39,7 @@ class ClassifierFeatures(nn.Module):
     ) -> None:
         super().__init__()
         if not isinstance(energy_model, EnergyModel):
-            raise TypeError(f"energy_model must be an EnergyModel, got {type(energy_model).__name__}")
+            raise InputError(f"energy_model must be an EnergyModel, got {type(energy_model).__name__}")
         if image_size is not None and image_size < 1:
             raise InputError(f"image_size must be at least 1, got {image_size}")
         self.energy_model = copy.deepcopy(energy_model)

@@ -138,7 +138,7 @@ def named_layers(extractor: nn.Module, output: object) -> dict[str, Tensor]:
     """Returns an extractor's output as layers by name, a tuple's by torch-fidelity's names or else by position.
 
     Raises:
-        TypeError: If it is no tensor, nor a tuple or a dictionary of tensors.
+        InputError: If it is no tensor, nor a tuple or a dictionary of tensors.
     """
     named: dict[str, Tensor] = {}
     if isinstance(output, Mapping):
@@ -152,5 +152,5 @@ def named_layers(extractor: nn.Module, output: object) -> dict[str, Tensor]:
         named = {"0": output}  # type: ignore[dict-item]
     if not named or not all(isinstance(layer, Tensor) for layer in named.values()):
         kinds = {name: type(layer).__name__ for name, layer in named.items()}
-        raise TypeError(f"{type(extractor).__name__} must give a tensor, or a tuple or dict of tensors, got {kinds}")
+        raise InputError(f"{type(extractor).__name__} must give a tensor, or a tuple or dict of tensors, got {kinds}")
     return named

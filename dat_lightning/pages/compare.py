@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         written = run(
             options.files, options.output, options.columns, options.x, options.y, options.higher, options.lower
         )
-    except (ValueError, OSError, ModuleNotFoundError) as error:
+    except (InputError, OSError) as error:
         sys.exit(f"dat_lightning.pages.compare: error: {error}")
     sys.stdout.write(f"wrote {' and '.join(path.as_posix() for path in written)}\n")
     if len(written) == 1:

@@ -7,6 +7,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from dat_lightning.core.errors import InputError
+
 # Style files of this folder, by the names under which matplotlib finds them.
 LIGHT = ("dat_lightning.pages.light",)
 DARK = (*LIGHT, "dat_lightning.pages.dark")
@@ -25,12 +27,12 @@ def require_matplotlib(extra: str = "reports") -> ModuleType:
         extra: The extra of this package that brings it.
 
     Raises:
-        ModuleNotFoundError: If it is not installed.
+        InputError: If it is not installed.
     """
     try:
         import matplotlib.pyplot as plt
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"plots need matplotlib: pip install 'dat-lightning[{extra}]'") from error
+        raise InputError(f"plots need matplotlib: pip install 'dat-lightning[{extra}]'") from error
     return plt
 
 

@@ -64,7 +64,7 @@ class EvaluationReport(Callback):
 
     Raises:
         InputError: If ``path`` does not end in ``.json``; at the end of a test that has measured nothing.
-        ModuleNotFoundError: Before a test, if matplotlib is not installed and there is to be a page.
+        InputError: Before a test, if matplotlib is not installed and there is to be a page.
     """
 
     def __init__(self, path: str | None = None, name: str | None = None, page: bool = True) -> None:

@@ -63,7 +63,7 @@ class Memorisation(SampleConsumer):
     Raises:
         InputError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
             no snapshot at ``num_steps``, training images are too few, or test batches lack ``x`` or ``index``.
-        TypeError: When sampling starts, if the DataModule has no ``reference_data()``.
+        InputError: When sampling starts, if the DataModule has no ``reference_data()``.
     """
 
     def __init__(

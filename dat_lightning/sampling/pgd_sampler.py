@@ -128,7 +128,7 @@ class PGDSampler(Callback):
 
     Raises:
         InputError: If a number is outside its range.
-        TypeError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
+        InputError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
             primitive.
         OSError: With a batch, if it cannot be kept.
 
@@ -169,7 +169,7 @@ class PGDSampler(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that there are seeds to start from."""
         if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
-            raise TypeError(
+            raise InputError(
                 "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"
                 " (image, label or None), as PairedDataModule has it"
             )

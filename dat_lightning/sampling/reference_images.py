@@ -9,6 +9,7 @@ from lightning.pytorch import Trainer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.results.figures import all_ranks
 from dat_lightning.results.progress import is_silent
 
@@ -23,11 +24,11 @@ def reference_data(trainer: Trainer, need: str) -> Any:
         need: Who needs it, and what else would do; begins the error's message.
 
     Raises:
-        TypeError: If the DataModule cannot say.
+        InputError: If the DataModule cannot say.
     """
     data = getattr(trainer.datamodule, "reference_data", None)  # type: ignore[attr-defined]
     if not callable(data):
-        raise TypeError(f"{need} use a DataModule with reference_data(), as PairedDataModule has it")
+        raise InputError(f"{need} use a DataModule with reference_data(), as PairedDataModule has it")
     return data()
 
 

@@ -9,8 +9,8 @@ from typing import Any, Literal
 import yaml
 from jsonargparse import ArgumentParser
 
-from dat_lightning.cli import one_sentence
 from dat_lightning.core.errors import InputError
+from dat_lightning.runs.error_sentences import argument_sentence
 from dat_lightning.studies.configurations import CHECKPOINT, merged, read_mapping, strings
 
 PlotKind = Literal["steps", "scatter", "curve", "radii", "values"]
@@ -180,7 +180,7 @@ def read_study(path: Path) -> Study:
         instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
         study = Study(**instantiate(parsed).as_dict())
     except Exception as error:  # whatever the parser says of a wrong type, name or value
-        raise InputError(f"{path}: {one_sentence(_short(str(error)))}") from error
+        raise InputError(f"{path}: {argument_sentence(_short(str(error)))}") from error
     # Values of arguments stay what they are in the file.
     raw: Any = contents
     study = replace(

@@ -10,9 +10,10 @@ from torch import Tensor
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import EnergyModel, batch_norm_layers, marginal_energy
+from dat_lightning.core.errors import InputError
 
 
-class TrainingFailureError(RuntimeError):
+class TrainingFailureError(InputError):
     """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""
 
 

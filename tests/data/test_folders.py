@@ -244,9 +244,9 @@ def test_empty_and_unknown_classes_are_named(tree: Path) -> None:
 def test_wrong_exclusions_are_named(tree: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=f"exclude names {tmp_path}/none.txt"):
         ImageFolder(tree, [tmp_path / "none.txt"])
-    with pytest.raises(TypeError, match=r"exclude must be a list of names, got 'a\.txt'"):
+    with pytest.raises(ValueError, match=r"exclude must be a list of names, got 'a\.txt'"):
         ImageFolder(tree, "a.txt")
-    with pytest.raises(TypeError, match="skip_folders must be a list of names, got 'cat'"):
+    with pytest.raises(ValueError, match="skip_folders must be a list of names, got 'cat'"):
         ImageFolder(tree, skip_folders="cat")
     with pytest.raises(FileNotFoundError, match=r"no images below .* the folders \['Dog', 'cat', 'n02', 'ähre'\]"):
         ImageFolder(tree, skip_folders=["Dog", "cat", "n02", "ähre"])

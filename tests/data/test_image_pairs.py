@@ -188,7 +188,7 @@ def test_a_wrong_argument_is_named(kwargs: dict[str, Any], message: str) -> None
 
 
 def test_a_data_set_without_a_length_is_refused() -> None:
-    with pytest.raises(TypeError, match="train must be a data set with a length, got list_iterator"):
+    with pytest.raises(ValueError, match="train must be a data set with a length, got list_iterator"):
         pairs(train=iter([1]))
 
 

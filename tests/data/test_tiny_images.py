@@ -138,7 +138,7 @@ def test_wrong_files_are_named(file: Path, tmp_path: Path) -> None:
         short.write_bytes(bytes(size))
         with pytest.raises(ValueError, match=f"{short} has {size} bytes, expected a multiple of 3072"):
             TinyImages(short)
-    with pytest.raises(TypeError, match="exclude must be a list of paths, got 'cifar10'"):
+    with pytest.raises(ValueError, match="exclude must be a list of paths, got 'cifar10'"):
         TinyImages(file, "cifar10")
     wrong: Any = 2
     with pytest.raises(ValueError, match="first_record must be 0 or 1, got 2"):

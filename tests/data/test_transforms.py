@@ -128,7 +128,7 @@ def test_tensors_are_taken_as_images_are() -> None:
     edge[..., 4:] = 1
     enlarged = evaluation_resize(32)(edge)
     assert [enlarged.min(), enlarged.max()] == [0, 1]
-    with pytest.raises(TypeError, match=r"images must be PIL images, .* got torch.int32"):
+    with pytest.raises(ValueError, match=r"images must be PIL images, .* got torch.int32"):
         ToUnitRange()(torch.zeros(3, 2, 2, dtype=torch.int32))
 
 

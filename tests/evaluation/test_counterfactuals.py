@@ -353,7 +353,7 @@ def test_without_enough_images_there_is_no_fid(tmp_path: Path) -> None:
 
 def test_fid_needs_training_images(tmp_path: Path) -> None:
     evaluator = Counterfactuals([0.2], extractor=DigitsFeatures(), min_class_images=2)
-    with pytest.raises(TypeError, match=r"Counterfactuals compares with training images: use a DataModule with"):
+    with pytest.raises(ValueError, match=r"Counterfactuals compares with training images: use a DataModule with"):
         run(tmp_path, evaluator)
 
 

@@ -616,7 +616,7 @@ def test_two_processes_are_one(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_before_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'dat-lightning\[eval\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'dat-lightning\[eval\]'"):
         evaluate(tmp_path, Margin(), linear_data(), AutoAttack())
 
 

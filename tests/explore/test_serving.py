@@ -89,7 +89,7 @@ def test_a_port_that_is_taken_is_named() -> None:
         listener.listen()
         port = listener.getsockname()[1]
         with pytest.raises(
-            OSError, match=rf"cannot listen on host '127\.0\.0\.1', port {port}: .* --port \(0 for any\)"
+            ValueError, match=rf"cannot listen on host '127\.0\.0\.1', port {port}: .* --port \(0 for any\)"
         ):
             free_port("127.0.0.1", port)
     assert free_port("127.0.0.1", 0) > 0

@@ -185,7 +185,7 @@ def test_arguments_that_cannot_be_are_refused() -> None:
         ClassifierFeatures(colours(), image_size=0)
     with pytest.raises(ValueError, match=r"must have a linear layer.*Flatten has none"):
         ClassifierFeatures(EnergyModel(nn.Flatten()))
-    with pytest.raises(TypeError, match="energy_model must be an EnergyModel, got ColourNet"):
+    with pytest.raises(ValueError, match="energy_model must be an EnergyModel, got ColourNet"):
         ClassifierFeatures(ColourNet())  # type: ignore[arg-type]
 
 

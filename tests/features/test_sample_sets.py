@@ -453,7 +453,7 @@ def test_layers_are_found_by_position_and_by_name() -> None:
         def forward(self, images: Tensor) -> dict[str, float]:
             return {"mean": 0.5}
 
-    with pytest.raises(TypeError, match=r"Nothing must give a tensor, or a tuple or dict of tensors, got \{'mean'"):
+    with pytest.raises(ValueError, match=r"Nothing must give a tensor, or a tuple or dict of tensors, got \{'mean'"):
         LayerReader(Nothing()).read(pixels)
 
 

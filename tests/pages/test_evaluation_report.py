@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dat_lightning import DigitsDataModule, DigitsFeatures, FrechetDistance, PGDSampler, SampleConsumer, SampleGrid, cli
 from dat_lightning.cli import main
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.digits import Digits, split_indices
 from dat_lightning.data.draws import EvaluationBatches
 from dat_lightning.data.fingerprint import file_digest
@@ -237,11 +238,11 @@ def test_paths_and_packages_are_checked_before_the_test(tmp_path: Path, monkeypa
         EvaluationReport("report.html")
 
     def missing() -> None:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'dat-lightning[reports]'")
+        raise InputError("plots need matplotlib: pip install 'dat-lightning[reports]'")
 
     monkeypatch.setattr(evaluation_report, "require_matplotlib", missing)
     brightness = Brightness()
-    with pytest.raises(ModuleNotFoundError, match=r"dat-lightning\[reports\]"):
+    with pytest.raises(ValueError, match=r"dat-lightning\[reports\]"):
         evaluate(tmp_path, [brightness, report(tmp_path)])
     assert brightness.figures == []
     evaluate(tmp_path, [brightness, EvaluationReport(page=False)])
@@ -523,7 +524,7 @@ def test_the_command_line_writes_both_files(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "runs" / "evaluation.html").unlink()
 
     def missing() -> None:
-        raise ModuleNotFoundError("plots need matplotlib: pip install 'dat-lightning[reports]'")
+        raise InputError("plots need matplotlib: pip install 'dat-lightning[reports]'")
 
     with monkeypatch.context() as without:
         without.setattr(cli, "require_matplotlib", missing)

@@ -20,7 +20,6 @@ from torch import Tensor
 from dat_lightning import DualAdversarialModule
 from dat_lightning.cli import main
 from dat_lightning.data import ImageFolder
-from dat_lightning.runs.machine_errors import machine_error
 from dat_lightning.training import load_post_mortem
 from dat_lightning.weights.files import written_whole
 from tests.recipes import write_folders
@@ -154,41 +153,6 @@ def test_a_loader_process_that_is_killed_is_a_sentence(tmp_path: Path, capsys: p
     assert said.startswith("a loader process (pid ")
     assert "lower data.num_workers" in said
     assert said.endswith("with --ckpt_path")
-
-
-def test_a_compiler_that_is_missing_is_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        raise RuntimeError("No working C++ compiler found")
-
-    original = torch.compile
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", lambda function, **_: original(function, backend=backend, dynamic=False))
-    said = refusal(capsys, "fit", "--config", STAGE1, "--config", TINY, "--model.execution.compile", "true")
-    assert said.startswith("the network could not be compiled: ")
-    assert "No working C++ compiler found; set model.execution.compile to false, or install the compiler that" in said
-
-
-def test_the_ways_in_which_torch_reports_a_killed_process() -> None:
-    for message, expected in (
-        ("DataLoader worker (pid(s) 12, 13) exited unexpectedly", "a loader process (pid 12) was killed, mostly"),
-        ("DataLoader worker (pid 7) is killed by signal: Killed. ", "(pid 7) was killed by signal Killed, mostly"),
-        ("DataLoader worker (pid 7) is killed by signal: Bus error. It", "killed by signal Bus, mostly because memory"),
-    ):
-        assert expected in str(machine_error(RuntimeError(message)))
-    assert machine_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
-    assert machine_error(OSError("without a number")) is None
-    gone = "[gloo/transport] Connection reset\nprocess 0 of 2 has lost contact with another one, start again."
-    assert str(machine_error(RuntimeError(gone))) == "process 0 of 2 has lost contact with another one, start again."
-
-
-def test_a_write_that_torch_hides_is_found() -> None:
-    hidden = RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0")
-    hidden.__context__ = OSError(28, "No space left on device", "a.ckpt")
-    assert str(machine_error(hidden)).startswith("a.ckpt: a file could not be written: No space left on device")
-    alone = RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
-    assert str(machine_error(alone)).startswith("a file could not be written, mostly because the disk is full")
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_training_images_are_needed(tmp_path: Path) -> None:
     class Without(Planted):
         reference_data = None  # type: ignore[assignment]
 
-    with pytest.raises(TypeError, match=r"Memorisation compares with training images: use a DataModule with"):
+    with pytest.raises(ValueError, match=r"Memorisation compares with training images: use a DataModule with"):
         run(tmp_path, Memorisation(Pixels()), Without(planted()[0]))
 
 

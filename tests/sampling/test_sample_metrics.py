@@ -261,7 +261,7 @@ def test_the_inception_score_alone_needs_no_reference(tmp_path: Path, monkeypatc
     metric = SampleMetrics(DigitsLayers(), ["isc"], SETTINGS)
     run(tmp_path, metric, sampler())
     assert values(metric)["inception_score"] > 1
-    with pytest.raises(TypeError, match="SampleMetrics needs reference images: name a folder"):
+    with pytest.raises(ValueError, match="SampleMetrics needs reference images: name a folder"):
         run(tmp_path, SampleMetrics(DigitsLayers(), ["fid"]), sampler())
 
 

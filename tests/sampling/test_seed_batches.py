@@ -25,7 +25,7 @@ from dat_lightning.data.draws import DrawStream
 from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.paired import OODSplit
 from dat_lightning.data.pixels import CorruptImageError
-from dat_lightning.runs.machine_errors import machine_error
+from dat_lightning.runs.error_sentences import error_sentence
 from dat_lightning.sampling.reference_images import ReferenceImages
 from dat_lightning.sampling.seed_batches import SeedBatches, Seeds
 from tests import tiny
@@ -376,7 +376,7 @@ def test_a_killed_loader_process_is_an_error_that_says_so() -> None:
         closing(iter(SeedBatches(Failing(killed), BATCHES, torch.empty(0), 2))) as batches,
     ):
         list(batches)
-    assert "a loader process (pid" in str(machine_error(caught.value))
+    assert "a loader process (pid" in (error_sentence(caught.value) or "")
 
 
 # Start methods.
