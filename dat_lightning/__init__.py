@@ -12,7 +12,19 @@ from dat_lightning.backbones import (
     wide_resnet50_2,
     wide_resnet50_4,
 )
-from dat_lightning.core import AUCCurriculum, ThreatModel, ascend, ascend_snapshots, unbounded_ascent
+from dat_lightning.core import (
+    Ascent,
+    AUCCurriculum,
+    Langevin,
+    Momentum,
+    PixelAdam,
+    Steepest,
+    ThreatModel,
+    UpdateRule,
+    ascend,
+    ascend_snapshots,
+    unbounded_ascent,
+)
 from dat_lightning.data import (
     CIFARImages,
     CorruptImageError,
@@ -57,6 +69,7 @@ from dat_lightning.weights import EnergyModel
 
 __all__ = [
     "AUCCurriculum",
+    "Ascent",
     "AtomicCheckpointIO",
     "AutoAttack",
     "CIFARImages",
@@ -81,10 +94,13 @@ __all__ = [
     "ImageDataModule",
     "ImageFolder",
     "LabelledFolder",
+    "Langevin",
     "Memorisation",
+    "Momentum",
     "OODDetection",
     "PGDSampler",
     "PairedDataModule",
+    "PixelAdam",
     "RobustAccuracy",
     "RobustClassifierModule",
     "SampleBatch",
@@ -95,6 +111,7 @@ __all__ = [
     "SamplingPlan",
     "SignalCheckpoint",
     "SmallResNet",
+    "Steepest",
     "ThreatModel",
     "TinyImages",
     "TorchFidelityFeatures",
@@ -102,6 +119,7 @@ __all__ = [
     "TradesModule",
     "UniformNoise",
     "Unlabelled",
+    "UpdateRule",
     "WideResNet",
     "__version__",
     "architecture_of",

@@ -2,6 +2,7 @@
 
 from dat_lightning.core.ascent import (
     AUTOCAST_DTYPES,
+    Ascent,
     AttackMode,
     Logits,
     Precision,
@@ -28,18 +29,26 @@ from dat_lightning.core.random_streams import (
     stream_seed,
     uniform_noise,
 )
-from dat_lightning.core.threat_model import Norm, ThreatModel, project, random_start, steepest_step
+from dat_lightning.core.threat_model import Norm, ThreatModel, project, random_start, steepest_step, vanishes
+from dat_lightning.core.update_rules import Langevin, Momentum, PixelAdam, Steepest, Step, UpdateRule
 
 __all__ = [
     "AUTOCAST_DTYPES",
     "AUCCurriculum",
+    "Ascent",
     "AttackMode",
+    "Langevin",
     "Logits",
+    "Momentum",
     "Norm",
     "Objective",
+    "PixelAdam",
     "Precision",
     "RandomPermutation",
+    "Steepest",
+    "Step",
     "ThreatModel",
+    "UpdateRule",
     "ascend",
     "ascend_snapshots",
     "auc",
@@ -64,4 +73,5 @@ __all__ = [
     "targeted_logit",
     "unbounded_ascent",
     "uniform_noise",
+    "vanishes",
 ]

@@ -1,8 +1,9 @@
 """The one ascent loop: it attacks, draws contrastive samples, generates images and builds counterfactuals."""
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Literal
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor, nn
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import Objective
 from dat_lightning.core.random_streams import normal_noise, uniform_noise
-from dat_lightning.core.threat_model import ThreatModel, project, random_start, steepest_step
+from dat_lightning.core.threat_model import ThreatModel, project, random_start
+from dat_lightning.core.update_rules import STEEPEST, State, Step, UpdateRule
 
 Logits = Callable[[Tensor], Tensor]
 """Maps images (N, C, H, W) in [0, 1] to logits (N, K); an ``nn.Module`` or any function."""
@@ -26,7 +28,7 @@ AUTOCAST_DTYPES: dict[Precision | None, torch.dtype | None] = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
 }
-"""A precision as :func:`ascend` takes it; ``None`` is the surrounding one."""
+"""A precision as :class:`Ascent` takes it; ``None`` is the surrounding one."""
 
 
 @contextmanager
@@ -73,6 +75,131 @@ def input_gradient(logits: Logits, x: Tensor, y: Tensor, objective: Objective) -
     return gradient
 
 
+@dataclass(frozen=True)
+class Ascent:
+    """A projected ascent, as a value: what is climbed, where it may go, and how a step is made.
+
+    Calling it walks. Each step moves every image by what the rule makes of the gradient of its own objective, and
+    projects it back onto the ball around ``x`` and into [0, 1].
+
+    A walk is self-contained: it works under ``no_grad`` and ``inference_mode``, from any hook of any Trainer, and if
+    ``logits`` is a module it leaves no trace on it (see :func:`no_trace`). ``x`` and ``y`` are not modified.
+
+    Attributes:
+        objective: What to climb.
+        threat_model: Ball, step, norm and number of steps.
+        rule: How a step is made; all rules take their step size from the threat model.
+    """
+
+    objective: Objective
+    threat_model: ThreatModel
+    rule: UpdateRule = STEEPEST
+
+    def network_evaluations(self, num_steps: int | None = None) -> int:
+        """Returns how often the network is evaluated for one image: twice for each input gradient.
+
+        Args:
+            num_steps: Of the number of steps; by default the threat model's.
+        """
+        steps = self.threat_model.num_steps if num_steps is None else num_steps
+        return 2 * self.rule.gradients_per_step * steps
+
+    def __call__(
+        self,
+        logits: Logits,
+        x: Tensor,
+        y: Tensor,
+        *,
+        start: Tensor | None = None,
+        mode: AttackMode = "eval",
+        draws: Tensor | None = None,
+        seed: int = 0,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Returns the end of the walk, shape of ``x``, detached; its arguments are those of :meth:`snapshots`."""
+        steps = self.threat_model.num_steps
+        return self.snapshots(
+            logits, x, y, (steps,), start=start, mode=mode, draws=draws, seed=seed, autocast_dtype=autocast_dtype
+        )[steps]
+
+    def snapshots(
+        self,
+        logits: Logits,
+        x: Tensor,
+        y: Tensor,
+        steps: Collection[int],
+        *,
+        start: Tensor | None = None,
+        mode: AttackMode = "eval",
+        draws: Tensor | None = None,
+        seed: int = 0,
+        autocast_dtype: torch.dtype | None = None,
+    ) -> dict[int, Tensor]:
+        """Returns the states of one walk after the given numbers of steps, whatever the threat model's number is.
+
+        Args:
+            logits: The network, images to logits.
+            x: Centre of the ball and, unless told otherwise, start; shape (N, C, H, W), in [0, 1].
+            y: Labels, shape (N,): the true class for an attack, the target class for generation.
+            steps: Numbers of steps after which to keep the state; 0 is the start.
+            start: Where the walk begins instead, shape of ``x``; it is projected onto the ball around ``x`` first.
+            mode: Whether a module is attacked in eval mode or in the mode that it is in.
+            draws: Global index of each example, shape (N,), for random start and noise; by default its place in the
+                batch.
+            seed: Seed of their streams.
+            autocast_dtype: Precision of the forward and backward passes, ``None`` for the surrounding one.
+
+        Returns:
+            Steps → images, shape of ``x``, detached.
+
+        Raises:
+            InputError: If there are no steps or one number is negative, a start has another shape than ``x``, or there
+                is one although the threat model asks for a random start.
+        """
+        if not steps or min(steps) < 0:
+            raise InputError(f"snapshots must be step counts of at least 0, got {sorted(steps)}")
+        if start is not None and start.shape != x.shape:
+            raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
+        if start is not None and self.threat_model.random_start:
+            raise InputError("start and threat_model.random_start exclude each other: a walk has one start")
+        norm, eps = self.threat_model.norm, self.threat_model.eps
+        with ExitStack() as stack:
+            # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            if isinstance(logits, nn.Module):
+                stack.enter_context(no_trace(logits, mode))
+            if autocast_dtype is not None:
+                enabled = autocast_dtype != torch.float32
+                stack.enter_context(
+                    torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
+                )
+            center, y = x.detach().clone(), y.clone()
+            streams = _Streams(center, draws, seed)
+            if start is not None:
+                first = project(start.detach().clone(), center, norm, eps)
+            else:
+                first = _random_start(center, self.threat_model, streams)
+            chain = self._chain(logits, first, center, y, streams, max(steps))
+            return {number: state for number, state in enumerate(chain) if number in steps}
+
+    def _chain(
+        self, logits: Logits, start: Tensor, center: Tensor, y: Tensor, streams: "_Streams", steps: int
+    ) -> Iterator[Tensor]:
+        """The states of the walk, its start first."""
+
+        def gradient(z: Tensor) -> Tensor:
+            return input_gradient(logits, z, y, self.objective)
+
+        x, state = start, State()
+        yield x
+        for number in range(steps):
+            noise = partial(streams.normal, f"noise of step {number}")
+            moved, state = self.rule.move(Step(x, gradient, noise, self.threat_model), state)
+            x = project(x + moved, center, self.threat_model.norm, self.threat_model.eps)
+            yield x
+
+
 def ascend_snapshots(
     logits: Logits,
     x: Tensor,
@@ -81,64 +208,20 @@ def ascend_snapshots(
     threat_model: ThreatModel,
     snapshots: Collection[int],
     *,
+    rule: UpdateRule = STEEPEST,
     start: Tensor | None = None,
     mode: AttackMode = "eval",
     draws: Tensor | None = None,
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
 ) -> dict[int, Tensor]:
-    """Returns the states of one projected ascent after the given numbers of steps.
+    """Returns the states of an :class:`Ascent` after the given numbers of steps, from one walk, in one call.
 
-    Each step moves every image by ``step_size`` along the steepest direction of its own objective and projects it back
-    onto the ball around ``x`` and into [0, 1]. The chain is walked once, however many snapshots are asked for.
-
-    The call is self-contained: it works under ``no_grad`` and ``inference_mode``, from any hook of any Trainer, and if
-    ``logits`` is a module it leaves no trace on it (see :func:`no_trace`). ``x`` and ``y`` are not modified.
-
-    Args:
-        logits: The network, images to logits.
-        x: Centre of the ball and, unless told otherwise, start; shape (N, C, H, W), in [0, 1].
-        y: Labels, shape (N,): the true class for an attack, the target class for generation.
-        objective: What to climb.
-        threat_model: Ball, step and norm; its ``num_steps`` is replaced by the largest snapshot.
-        snapshots: Numbers of steps after which to keep the state; 0 is the start.
-        start: Where the walk begins instead, shape of ``x``; it is projected onto the ball around ``x`` first.
-        mode: Whether a module is attacked in eval mode or in the mode that it is in.
-        draws: Global index of each example, shape (N,), for the random start; by default its place in the batch.
-        seed: Seed of the random start's streams.
-        autocast_dtype: Precision of the forward and backward passes, ``None`` for the surrounding one.
-
-    Returns:
-        Steps → images, shape of ``x``, detached.
-
-    Raises:
-        InputError: If there are no snapshots or one is negative, a start has another shape than ``x``, or there is one
-            although the threat model asks for a random start.
+    Its arguments are those of :class:`Ascent` and of :meth:`Ascent.snapshots`.
     """
-    if not snapshots or min(snapshots) < 0:
-        raise InputError(f"snapshots must be step counts of at least 0, got {sorted(snapshots)}")
-    if start is not None and start.shape != x.shape:
-        raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
-    if start is not None and threat_model.random_start:
-        raise InputError("start and threat_model.random_start exclude each other: a walk has one start")
-    with ExitStack() as stack:
-        # Tensors made in inference mode cannot be saved for backward: leave it first, then clone.
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        if isinstance(logits, nn.Module):
-            stack.enter_context(no_trace(logits, mode))
-        if autocast_dtype is not None:
-            enabled = autocast_dtype != torch.float32
-            stack.enter_context(
-                torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
-            )
-        center, y = x.detach().clone(), y.clone()
-        if start is not None:
-            first = project(start.detach().clone(), center, threat_model.norm, threat_model.eps)
-        else:
-            first = _start(center, threat_model, draws, seed) if threat_model.random_start else center
-        chain = _chain(logits, first, center, y, objective, threat_model, max(snapshots))
-        return {step: state for step, state in enumerate(chain) if step in snapshots}
+    return Ascent(objective, threat_model, rule).snapshots(
+        logits, x, y, snapshots, start=start, mode=mode, draws=draws, seed=seed, autocast_dtype=autocast_dtype
+    )
 
 
 def ascend(
@@ -148,6 +231,7 @@ def ascend(
     objective: Objective,
     threat_model: ThreatModel,
     *,
+    rule: UpdateRule = STEEPEST,
     num_steps: int | None = None,
     start: Tensor | None = None,
     mode: AttackMode = "eval",
@@ -155,66 +239,47 @@ def ascend(
     seed: int = 0,
     autocast_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Returns the end of the projected ascent, shape of ``x``, detached.
+    """Returns the end of an :class:`Ascent`, shape of ``x``, detached, in one call.
 
-    Args:
-        logits: See :func:`ascend_snapshots`, as for all arguments not named here.
-        x: Centre of the ball, shape (N, C, H, W), in [0, 1].
-        y: Labels, shape (N,).
-        objective: What to climb.
-        threat_model: Ball, step, norm and number of steps.
-        num_steps: Takes the place of the threat model's, as the curriculum of Stage 2 does.
-        start: Where the walk begins, if not at ``x``.
-        mode: Eval mode, or the mode that the module is in.
-        draws: Global indices for the random start.
-        seed: Seed of the random start.
-        autocast_dtype: Precision of the passes.
+    Its arguments are those of :class:`Ascent` and of :meth:`Ascent.snapshots`; ``num_steps`` takes the place of the
+    threat model's.
     """
-    steps = threat_model.num_steps if num_steps is None else num_steps
-    states = ascend_snapshots(
-        logits,
-        x,
-        y,
-        objective,
-        threat_model,
-        (steps,),
-        start=start,
-        mode=mode,
-        draws=draws,
-        seed=seed,
-        autocast_dtype=autocast_dtype,
+    if num_steps is not None:
+        threat_model = replace(threat_model, num_steps=num_steps)
+    return Ascent(objective, threat_model, rule)(
+        logits, x, y, start=start, mode=mode, draws=draws, seed=seed, autocast_dtype=autocast_dtype
     )
-    return states[steps]
 
 
 def unbounded_ascent(step_size: float, num_steps: int) -> ThreatModel:
-    """Returns the unbounded L2 ascent of contrastive samples and of generation: no ball, no random start."""
+    """Returns the threat model of contrastive samples and of generation: L2, no ball, no random start."""
     return replace(ThreatModel(), eps=float("inf"), step_size=step_size, num_steps=num_steps)
 
 
-def _start(center: Tensor, threat_model: ThreatModel, draws: Tensor | None, seed: int) -> Tensor:
-    """A random point of each example's ball, from streams named by the example's global index."""
-    indices = range(len(center)) if draws is None else draws.tolist()
-    draw = normal_noise if threat_model.norm == "L2" else uniform_noise
-    shape = tuple(center.shape[1:])
-    noise = draw(seed, "random start", indices, shape).to(center)
-    radius = uniform_noise(seed, "random start radius", indices, ()).to(center)
+class _Streams:
+    """Random numbers of the examples ``x``, each from streams named by the example's global index."""
+
+    def __init__(self, x: Tensor, draws: Tensor | None, seed: int) -> None:
+        self.x, self.draws, self.seed = x, draws, seed
+
+    @cached_property
+    def indices(self) -> Sequence[int]:
+        # Not before they are needed: a device is waited for.
+        return range(len(self.x)) if self.draws is None else self.draws.tolist()
+
+    def normal(self, name: str) -> Tensor:
+        return normal_noise(self.seed, name, self.indices, tuple(self.x.shape[1:])).to(self.x)
+
+    def uniform(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return uniform_noise(self.seed, name, self.indices, shape).to(self.x)
+
+
+def _random_start(center: Tensor, threat_model: ThreatModel, streams: _Streams) -> Tensor:
+    """A random point of each example's ball, if the threat model asks for one, or its centre."""
+    if not threat_model.random_start:
+        return center
+    name = "random start"
+    flat = threat_model.norm == "Linf"
+    noise = streams.uniform(name, tuple(center.shape[1:])) if flat else streams.normal(name)
+    radius = streams.uniform(f"{name} radius", ())
     return random_start(center, threat_model.norm, threat_model.eps, noise, radius)
-
-
-def _chain(
-    logits: Logits,
-    start: Tensor,
-    center: Tensor,
-    y: Tensor,
-    objective: Objective,
-    threat_model: ThreatModel,
-    steps: int,
-) -> Iterator[Tensor]:
-    """The states of the walk, its start first."""
-    x = start
-    yield x
-    for _ in range(steps):
-        direction = steepest_step(input_gradient(logits, x, y, objective), threat_model.norm)
-        x = project(x + threat_model.step_size * direction, center, threat_model.norm, threat_model.eps)
-        yield x

@@ -14,6 +14,9 @@ Norm = Literal["L2", "Linf"]
 # Keeps the direction finite where a gradient vanishes (the method's step is g / (‖g‖₂ + 1e-10)).
 _TINY = 1e-10
 
+# From where on that constant would shorten the step by more than a hundredth.
+_SMALL = 1e-8
+
 
 @dataclass(frozen=True)
 class ThreatModel:
@@ -56,17 +59,20 @@ class ThreatModel:
             raise InputError("random_start needs a finite eps: there is no uniform point in an infinite ball")
 
 
-def per_example_norm(x: Tensor) -> Tensor:
-    """Returns the L2 norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …), at least in float32."""
+def per_example_norm(x: Tensor, order: float = 2) -> Tensor:
+    """Returns the norm of each example, shape (N, 1, …, 1), of a tensor of shape (N, …), at least in float32."""
     flat = x.flatten(1) if x.dim() > 1 else x.unsqueeze(1)
     # In float16 the sum of squares overflows soon, and the constant that keeps a step finite is 0.
     dtype = torch.promote_types(x.dtype, torch.float32)
-    norms: Tensor = torch.linalg.vector_norm(flat, dim=1, dtype=dtype).view(-1, *([1] * (x.dim() - 1)))
+    norms: Tensor = torch.linalg.vector_norm(flat, order, dim=1, dtype=dtype).view(-1, *([1] * (x.dim() - 1)))
     return norms
 
 
 def steepest_step(gradient: Tensor, norm: Norm) -> Tensor:
-    """Returns the unit step of steepest ascent for each example: g/‖g‖₂ for L2, sign(g) for Linf.
+    """Returns the unit step of steepest ascent for each example: g/(‖g‖₂ + 1e-10) for L2, sign(g) for Linf.
+
+    Where ‖g‖₂ is below 1e-8, or overflows, g is divided by its largest value first: the step is a whole one, however
+    flat or steep the network.
 
     Args:
         gradient: Shape (N, …). An example whose gradient is zero does not move. A NaN is not hidden, which would pass
@@ -76,7 +82,19 @@ def steepest_step(gradient: Tensor, norm: Norm) -> Tensor:
     if norm == "Linf":
         # The sign of NaN is 0.
         return torch.where(gradient.isnan(), gradient, gradient.sign())
-    return (gradient / (per_example_norm(gradient) + _TINY)).to(gradient.dtype)
+    length, largest = per_example_norm(gradient), per_example_norm(gradient, math.inf)
+    odd = ((length < _SMALL) | length.isinf()) & (largest > 0)
+    # Division by 1 changes no bit, so that all other steps are those of the formula alone.
+    scaled = gradient / torch.where(odd, largest, 1)
+    return (scaled / (per_example_norm(scaled) + _TINY)).to(gradient.dtype)
+
+
+def vanishes(gradient: Tensor) -> Tensor:
+    """Returns whether each example's gradient, of shape (N, …), is shorter than 1e-10 in L2, (N,).
+
+    What is left of it is rounding as much as direction: an attack that follows it says little of the network.
+    """
+    return per_example_norm(gradient).flatten() < _TINY
 
 
 def project(x: Tensor, center: Tensor, norm: Norm, eps: float) -> Tensor:

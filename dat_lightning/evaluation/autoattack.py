@@ -18,7 +18,7 @@ from dat_lightning.core.ascent import Logits, input_gradient, no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
-from dat_lightning.core.threat_model import Norm, per_example_norm
+from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
 from dat_lightning.evaluation.robustness import float_logits
@@ -58,9 +58,9 @@ class AutoAttack(Evaluator):
         seed: Seed of each attack.
 
     Attributes:
-        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient is
-            zero), ``broken_{attack}`` for each attack, and ``distance`` from the image to what broke it, 0 if nothing
-            did.
+        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient
+            vanishes), ``broken_{attack}`` for each attack, and ``distance`` from the image to what broke it, 0 if
+            nothing did.
 
     Raises:
         InputError: If a number is outside its range or a choice is unknown; in a test, if the network has too few
@@ -173,7 +173,7 @@ class AutoAttack(Evaluator):
             correct = output.argmax(1) == y
             adversary = self._adversary(logits, x, output.shape[1])
             with torch.enable_grad():
-                vanished = input_gradient(logits, x, y, cross_entropy).flatten(1).abs().amax(1) == 0
+                vanished = vanishes(input_gradient(logits, x, y, cross_entropy))
             broken, distance = {}, torch.zeros(len(x), device=x.device)
             left = correct.clone()
             for attack in adversary.attacks_to_run:

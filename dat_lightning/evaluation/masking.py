@@ -34,12 +34,12 @@ def masking_signs(
     - a weaker attack, of fewer steps or smaller ε, breaks more images than it, beyond two standard errors;
     - twice the reach of a weaker one breaks not one of more than 50 images, or twice the steps where that broke none;
     - it can get from any image to plain grey, where all images are alike, and leaves more than 5 % correct;
-    - the gradient is zero at more than 5 % of the correct images.
+    - the gradient vanishes at more than 5 % of the correct images.
 
     Args:
         correct: Whether images are classified correctly, (N,).
         robust: Whether they are after each attack, (N,).
-        vanished: Whether the gradient is zero at the image, (N,).
+        vanished: Whether the gradient vanishes at the image, (N,), see :func:`~dat_lightning.core.vanishes`.
         dimensions: Number of values in an image.
 
     Source: Athalye et al. 2018 (arXiv 1802.00420), Section 3.1.
@@ -71,14 +71,16 @@ def masking_signs(
 
 
 def vanished_signs(correct: Tensor, vanished: Tensor) -> list[str]:
-    """Returns a sentence if the gradient is zero at more than 5 % of the correct images.
+    """Returns a sentence if the gradient vanishes at more than 5 % of the correct images.
 
     Args:
         correct: Whether images are classified correctly, (N,).
-        vanished: Whether the gradient is zero at the image, (N,).
+        vanished: Whether the gradient vanishes at the image, (N,), see :func:`~dat_lightning.core.vanishes`.
     """
     lost = share_of(vanished[correct]) if correct.any() else 0.0
-    return [f"the gradient is zero at {lost:.1%} of the correct images."] if lost > _LEFT_OVER else []
+    if lost <= _LEFT_OVER:
+        return []
+    return [f"the gradient vanishes (its length is below 1e-10) at {lost:.1%} of the correct images."]
 
 
 def square_signs(hits: Mapping[str, Tensor]) -> list[str]:

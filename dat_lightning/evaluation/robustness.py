@@ -15,7 +15,7 @@ from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
-from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.core.threat_model import ThreatModel, vanishes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
 from dat_lightning.results.figures import Figure, Values
@@ -42,8 +42,8 @@ class RobustAccuracy(Evaluator):
         seed: Seed of the random starts.
 
     Attributes:
-        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient is
-            zero at the image), and under each name whether it is robust after 1, 2, … restarts (N, restarts).
+        results: After a test, per image in the order of ``index``: ``correct``, ``vanished`` (whether the gradient
+            vanishes at the image), and under each name whether it is robust after 1, 2, … restarts (N, restarts).
 
     Raises:
         InputError: If there are no restarts or no threat models, or two of the same name.
@@ -91,7 +91,7 @@ class RobustAccuracy(Evaluator):
                 gradient = input_gradient(logits, x, y, cross_entropy)
             values = {
                 "correct": correct,
-                "vanished": gradient.flatten(1).abs().amax(1) == 0,
+                "vanished": vanishes(gradient),
                 "dimensions": torch.full_like(y, x[0].numel()),
             }
             for threat_model in self.threat_models:

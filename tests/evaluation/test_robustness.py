@@ -237,7 +237,9 @@ def test_a_network_without_gradients_is_noticed(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="gradient masking: the figure may be too high") as caught:
         evaluate(tmp_path, Margin(rounded), linear_data(), evaluator)
     small, large, unbounded = (figure.details["warnings"] for figure in evaluator.figures[1:])
-    assert [w.split(": ", 1)[1] for w in small] == ["the gradient is zero at 100.0% of the correct images."]
+    assert [w.split(": ", 1)[1] for w in small] == [
+        "the gradient vanishes (its length is below 1e-10) at 100.0% of the correct images."
+    ]
     assert "breaks no image that the weaker robust_accuracy_L2_0.1_10x0.025 does not break" in large[0]
     assert any("can turn any image into any other, and leaves" in w for w in unbounded)
     told = [str(w.message) for w in caught]
@@ -293,12 +295,37 @@ def test_signs(weak: ThreatModel, strong: ThreatModel, left_weak: int, left_stro
     assert [sign in found for found in signs[strong]] == [True] if sign else signs[strong] == []
 
 
-def test_zero_gradients_count_at_correct_images_only() -> None:
+def test_vanishing_gradients_count_at_correct_images_only() -> None:
     attack = ThreatModel()
     wrong = ~flags(90)
     assert masking_signs(flags(90), {attack: flags(50)}, wrong | flags(4), 100) == {attack: []}
     (found,) = masking_signs(flags(90), {attack: flags(50)}, wrong | flags(5), 100)[attack]
-    assert found == "the gradient is zero at 5.6% of the correct images."
+    assert found == "the gradient vanishes (its length is below 1e-10) at 5.6% of the correct images."
+
+
+@pytest.mark.parametrize("norm", ["L2", "Linf"])
+def test_large_logits_make_no_network_robust(norm: Any, tmp_path: Path) -> None:
+    """Their gradients are small, many below the step's constant of 1e-10, and point where those of the others do."""
+    large = DigitsNetwork()
+    large[3].get_parameter("weight").data.mul_(5)
+    data, eps = digits_data(200), 0.2 if norm == "L2" else 0.02
+    attack = ThreatModel(norm, eps, eps / 4, 10)
+    usual, scaled = RobustAccuracy(attack), RobustAccuracy(attack)
+    name = usual.name(attack)
+    expected = evaluate(tmp_path, DigitsNetwork(), data, usual)[f"test/{name}"]
+    with pytest.warns(UserWarning, match="gradient vanishes .* of the correct images"):
+        found = evaluate(tmp_path, large, data, scaled)[f"test/{name}"]
+    assert 0.2 < expected < 0.8
+    assert abs(found - expected) < 0.02
+    x = data.x.double().requires_grad_(True)
+    loss = nn.functional.cross_entropy(large.double()(x), data.y, reduction="sum")
+    (gradient,) = torch.autograd.grad(loss, x)
+    length = gradient.flatten(1).square().sum(1).sqrt()
+    assert (length > 0).all()
+    # Float32 loses what is left of p(y) − 1 at some.
+    assert int((scaled.results["vanished"] != (length < 1e-10)).sum()) <= 4
+    assert 20 < int(scaled.results["vanished"].sum()) < 180
+    assert not usual.results["vanished"].any()
 
 
 @pytest.mark.usefixtures("quick")
@@ -308,7 +335,7 @@ def test_autoattack_notices_that_square_beats_the_gradient(tmp_path: Path) -> No
         evaluate(tmp_path, Margin(rounded), linear_data(), evaluator)
     square, zero = evaluator.figures[0].details["warnings"]
     assert square.startswith("Square, which needs no gradient, breaks ")
-    assert zero == "the gradient is zero at 100.0% of the correct images."
+    assert zero == "the gradient vanishes (its length is below 1e-10) at 100.0% of the correct images."
     assert bool(evaluator.results["vanished"].all())
 
 
