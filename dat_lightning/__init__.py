@@ -1,71 +1,12 @@
-"""PyTorch Lightning modules for Dual Adversarial Training: a robust classifier and a generator in one network."""
+"""PyTorch Lightning modules for Dual Adversarial Training: a robust classifier and a generator in one network.
 
-from dat_lightning.backbones import (
-    SmallResNet,
-    WideResNet,
-    architecture_of,
-    build_architecture,
-    convnext_convstem,
-    register_architecture,
-    resnet50,
-    timm_model,
-    wide_resnet50_2,
-    wide_resnet50_4,
-)
-from dat_lightning.core import (
-    Ascent,
-    AUCCurriculum,
-    Langevin,
-    Momentum,
-    PixelAdam,
-    Steepest,
-    ThreatModel,
-    UpdateRule,
-    ascend,
-    ascend_snapshots,
-    unbounded_ascent,
-)
-from dat_lightning.data import (
-    CIFARImages,
-    CorruptImageError,
-    DigitsDataModule,
-    GeneratedImages,
-    ImageDataModule,
-    ImageFolder,
-    LabelledFolder,
-    PairedDataModule,
-    TinyImages,
-    UniformNoise,
-    Unlabelled,
-)
-from dat_lightning.evaluation import (
-    AutoAttack,
-    Calibration,
-    Counterfactuals,
-    EnergyStatistics,
-    Evaluator,
-    OODDetection,
-    RobustAccuracy,
-)
-from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
-from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
-from dat_lightning.pages import EvaluationReport
-from dat_lightning.results import Figure
-from dat_lightning.runs import AtomicCheckpointIO, SignalCheckpoint
-from dat_lightning.sampling import (
-    FrechetDistance,
-    Memorisation,
-    PGDSampler,
-    SampleBatch,
-    SampleConsumer,
-    SampleGrid,
-    SampleMetrics,
-    SampleWriter,
-    SamplingPlan,
-)
-from dat_lightning.training import Diagnostics, DivergenceGuard, ExponentialMovingAverage, load_post_mortem
+Names are loaded when they are asked for: a published model needs no training stack, and this file no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
 from dat_lightning.version import __version__
-from dat_lightning.weights import EnergyModel
 
 __all__ = [
     "AUCCurriculum",
@@ -135,3 +76,154 @@ __all__ = [
     "wide_resnet50_2",
     "wide_resnet50_4",
 ]
+
+# The room that each name comes from.
+_ROOMS = {
+    "SmallResNet": "backbones",
+    "WideResNet": "backbones",
+    "architecture_of": "backbones",
+    "build_architecture": "backbones",
+    "convnext_convstem": "backbones",
+    "register_architecture": "backbones",
+    "resnet50": "backbones",
+    "timm_model": "backbones",
+    "wide_resnet50_2": "backbones",
+    "wide_resnet50_4": "backbones",
+    "AUCCurriculum": "core",
+    "Ascent": "core",
+    "Langevin": "core",
+    "Momentum": "core",
+    "PixelAdam": "core",
+    "Steepest": "core",
+    "ThreatModel": "core",
+    "UpdateRule": "core",
+    "ascend": "core",
+    "ascend_snapshots": "core",
+    "unbounded_ascent": "core",
+    "CIFARImages": "data",
+    "CorruptImageError": "data",
+    "DigitsDataModule": "data",
+    "GeneratedImages": "data",
+    "ImageDataModule": "data",
+    "ImageFolder": "data",
+    "LabelledFolder": "data",
+    "PairedDataModule": "data",
+    "TinyImages": "data",
+    "UniformNoise": "data",
+    "Unlabelled": "data",
+    "AutoAttack": "evaluation",
+    "Calibration": "evaluation",
+    "Counterfactuals": "evaluation",
+    "EnergyStatistics": "evaluation",
+    "Evaluator": "evaluation",
+    "OODDetection": "evaluation",
+    "RobustAccuracy": "evaluation",
+    "ClassifierFeatures": "features",
+    "DigitsFeatures": "features",
+    "TorchFidelityFeatures": "features",
+    "TorchFidelityLayers": "features",
+    "DualAdversarialModule": "modules",
+    "EnergyModule": "modules",
+    "RobustClassifierModule": "modules",
+    "TradesModule": "modules",
+    "EvaluationReport": "pages",
+    "Figure": "results",
+    "AtomicCheckpointIO": "runs",
+    "SignalCheckpoint": "runs",
+    "FrechetDistance": "sampling",
+    "Memorisation": "sampling",
+    "PGDSampler": "sampling",
+    "SampleBatch": "sampling",
+    "SampleConsumer": "sampling",
+    "SampleGrid": "sampling",
+    "SampleMetrics": "sampling",
+    "SampleWriter": "sampling",
+    "SamplingPlan": "sampling",
+    "Diagnostics": "training",
+    "DivergenceGuard": "training",
+    "ExponentialMovingAverage": "training",
+    "load_post_mortem": "training",
+    "EnergyModel": "weights",
+}
+
+if TYPE_CHECKING:  # the same for type checkers, editors and the reference
+    from dat_lightning.backbones import (
+        SmallResNet,
+        WideResNet,
+        architecture_of,
+        build_architecture,
+        convnext_convstem,
+        register_architecture,
+        resnet50,
+        timm_model,
+        wide_resnet50_2,
+        wide_resnet50_4,
+    )
+    from dat_lightning.core import (
+        Ascent,
+        AUCCurriculum,
+        Langevin,
+        Momentum,
+        PixelAdam,
+        Steepest,
+        ThreatModel,
+        UpdateRule,
+        ascend,
+        ascend_snapshots,
+        unbounded_ascent,
+    )
+    from dat_lightning.data import (
+        CIFARImages,
+        CorruptImageError,
+        DigitsDataModule,
+        GeneratedImages,
+        ImageDataModule,
+        ImageFolder,
+        LabelledFolder,
+        PairedDataModule,
+        TinyImages,
+        UniformNoise,
+        Unlabelled,
+    )
+    from dat_lightning.evaluation import (
+        AutoAttack,
+        Calibration,
+        Counterfactuals,
+        EnergyStatistics,
+        Evaluator,
+        OODDetection,
+        RobustAccuracy,
+    )
+    from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
+    from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
+    from dat_lightning.pages import EvaluationReport
+    from dat_lightning.results import Figure
+    from dat_lightning.runs import AtomicCheckpointIO, SignalCheckpoint
+    from dat_lightning.sampling import (
+        FrechetDistance,
+        Memorisation,
+        PGDSampler,
+        SampleBatch,
+        SampleConsumer,
+        SampleGrid,
+        SampleMetrics,
+        SampleWriter,
+        SamplingPlan,
+    )
+    from dat_lightning.training import Diagnostics, DivergenceGuard, ExponentialMovingAverage, load_post_mortem
+    from dat_lightning.weights import EnergyModel
+else:  # hidden from type checkers, to whom any name would exist otherwise
+
+    def __getattr__(name: str) -> object:
+        if name in _ROOMS:
+            value = getattr(import_module(f"dat_lightning.{_ROOMS[name]}"), name)
+        elif name in _ROOMS.values():
+            value = import_module(f"dat_lightning.{name}")
+        else:
+            raise AttributeError(f"module 'dat_lightning' has no attribute {name!r}")
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+import dat_lightning
 from dat_lightning.core.errors import InputError
 from dat_lightning.explore import explore
 from dat_lightning.explore.serving import logger as explore_logger
@@ -196,6 +197,9 @@ def main(args: ArgsType = None) -> None:
         if isinstance(arguments, list) and arguments[:1] == ["explore"]:
             run_explore(arguments[1:])
             return
+        # A class path without dots is looked for among the classes that are loaded.
+        for name in dat_lightning.__all__:
+            getattr(dat_lightning, name)
         DATCLI(
             EnergyModule,
             LightningDataModule,

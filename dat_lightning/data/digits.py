@@ -7,8 +7,6 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import Dataset, TensorDataset
 from torchvision.transforms import v2
@@ -26,6 +24,9 @@ NUM_TEST = 360
 @lru_cache(maxsize=1)
 def load_images() -> tuple[Tensor, Tensor]:
     """Returns the 1 797 digits as images (N, 1, 16, 16) in [0, 1], and labels (N,)."""
+    # Importing scikit-learn takes seconds.
+    from sklearn.datasets import load_digits
+
     digits = load_digits()
     images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
@@ -35,6 +36,8 @@ def load_images() -> tuple[Tensor, Tensor]:
 @lru_cache(maxsize=8)
 def split_indices(validation_size: int) -> dict[Split, np.ndarray]:
     """Returns the places of each split: 360 fixed test images, and the other 1 437 less ``validation_size``."""
+    from sklearn.model_selection import train_test_split
+
     labels = load_images()[1].numpy()
     train, test = train_test_split(np.arange(len(labels)), test_size=NUM_TEST, stratify=labels, random_state=0)
     validation = train[:0]

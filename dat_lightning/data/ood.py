@@ -7,7 +7,6 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_sample_images
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.transforms.v2.functional import gaussian_blur
@@ -131,6 +130,9 @@ def _blurred(image: Tensor, sigma: float) -> Tensor:
 @lru_cache(maxsize=2)
 def _photographs(part: Literal["train", "held_out"]) -> list[Tensor]:
     """The photographs' parts as grey images (1, H, W) in [0, 1]."""
+    # Importing scikit-learn takes seconds.
+    from sklearn.datasets import load_sample_images
+
     parts = []
     weights = torch.tensor([0.299, 0.587, 0.114])  # ITU-R BT.601 luma
     for photograph in load_sample_images().images:

@@ -3,6 +3,7 @@
 import copy
 
 import torch.nn.functional as F
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from dat_lightning.core.energy import EnergyModel
@@ -93,7 +94,8 @@ class ClassifierFeatures(nn.Module):
 
     def _load(self) -> None:
         if not self._loaded and self.init_from is not None:
-            load_weights(self.energy_model, self.init_from)
+            loaded = load_weights(self.energy_model, self.init_from)
+            rank_zero_info(f"features: weights from {self.init_from}: {loaded}")
         self._loaded = True
 
 

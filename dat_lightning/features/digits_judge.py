@@ -2,8 +2,6 @@
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.svm import SVC
 from torch import Tensor, nn
 
 from dat_lightning.data.digits import split_indices
@@ -23,6 +21,10 @@ class DigitsJudge(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        # Importing scikit-learn takes seconds.
+        from sklearn.datasets import load_digits
+        from sklearn.svm import SVC
+
         digits = load_digits()
         train = split_indices(0)["train"]
         self._machine = SVC(C=10, gamma="scale").fit(digits.data[train] / 16, digits.target[train])

@@ -6,6 +6,7 @@ from typing import Any, Literal, cast
 from uuid import uuid4
 
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
@@ -283,7 +284,8 @@ class EnergyModule(LightningModule):
 
     def _load_initial_weights(self) -> None:
         if not self._initialized and self.init_from is not None:
-            load_weights(self.energy_model, self.init_from, new_head=self.new_head)
+            loaded = load_weights(self.energy_model, self.init_from, new_head=self.new_head)
+            rank_zero_info(f"weights from {self.init_from}: {loaded}")
         self._initialized = True
 
     def _expect_whole_batches(self, batch: Any, batch_idx: int) -> None:

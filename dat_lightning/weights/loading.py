@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from dat_lightning.core.energy import EnergyModel
@@ -54,7 +53,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
         new_head: Whether the last linear layer keeps its initial values if it has other classes than in the file.
 
     Returns:
-        What was loaded; it is logged too.
+        What was loaded.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -80,9 +79,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
     if not found.strict:
         kept |= {name: own[name] for name in ("mean", "std") if name in own}
     model.load_state_dict({**weights, **kept})
-    report = LoadedWeights(found.layout, found.ignored, head if new_head else (), _about_normalisation(found, own))
-    rank_zero_info(f"weights from {path}: {report}")
-    return report
+    return LoadedWeights(found.layout, found.ignored, head if new_head else (), _about_normalisation(found, own))
 
 
 def _with_counters(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -68,12 +68,14 @@ def test_predictions(tmp_path: Path) -> None:
     torch.testing.assert_close(confidence, logits.softmax(1).amax(1))
 
 
-def test_initial_weights_come_from_a_file_once(tmp_path: Path) -> None:
+def test_initial_weights_come_from_a_file_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     source = tiny.energy_model(seed=3)
     torch.save(source.state_dict(), tmp_path / "weights.pt")
     module = tiny.stage2(init_from=str(tmp_path / "weights.pt"))
     trainer = tiny.trainer(tmp_path, limit_train_batches=1, limit_val_batches=1)
-    trainer.validate(module, datamodule=tiny.digits(), verbose=False)
+    with caplog.at_level("INFO"):
+        trainer.validate(module, datamodule=tiny.digits(), verbose=False)
+    assert f"weights from {tmp_path / 'weights.pt'}: plain state dict; same input normalisation" in caplog.messages
     torch.testing.assert_close(module.energy_model.state_dict(), source.state_dict())
     trainer.fit(module, datamodule=tiny.digits())
     trained = {name: value.clone() for name, value in module.energy_model.state_dict().items()}
