@@ -36,6 +36,7 @@ __all__ = [
     "ImageFolder",
     "LabelledFolder",
     "Langevin",
+    "Measurement",
     "Memorisation",
     "Momentum",
     "OODDetection",
@@ -128,6 +129,7 @@ _ROOMS = {
     "TradesModule": "modules",
     "EvaluationReport": "pages",
     "Figure": "results",
+    "Measurement": "results",
     "AtomicCheckpointIO": "runs",
     "SignalCheckpoint": "runs",
     "FrechetDistance": "sampling",
@@ -197,7 +199,7 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
     from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
     from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
     from dat_lightning.pages import EvaluationReport
-    from dat_lightning.results import Figure
+    from dat_lightning.results import Figure, Measurement
     from dat_lightning.runs import AtomicCheckpointIO, SignalCheckpoint
     from dat_lightning.sampling import (
         FrechetDistance,

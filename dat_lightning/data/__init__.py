@@ -3,7 +3,7 @@
 from dat_lightning.data.cifar import CIFARImages
 from dat_lightning.data.digits import DigitsDataModule
 from dat_lightning.data.draws import DrawStream, Transform
-from dat_lightning.data.fingerprint import SizedDataset, data_fingerprint, module_fingerprint, shared_images
+from dat_lightning.data.fingerprint import SizedDataset, shared_images
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
 from dat_lightning.data.generated import GeneratedImages
 from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice
@@ -34,8 +34,6 @@ __all__ = [
     "Transform",
     "UniformNoise",
     "Unlabelled",
-    "data_fingerprint",
-    "module_fingerprint",
     "read_image",
     "shared_images",
     "to_uint8_rgb",

@@ -1,13 +1,10 @@
-"""Hashes of images, data sets and networks: to find data that are equal, and caches that are stale."""
+"""Hashes of images, to find data that are equal."""
 
 import hashlib
-import os
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dat_lightning.data.pixels import CorruptImageError
 
@@ -27,33 +24,12 @@ def image_digest(entry: Any) -> str:
     return hashlib.sha256(repr((array.shape, array.dtype.str)).encode() + array.tobytes()).hexdigest()
 
 
-def data_fingerprint(dataset: SizedDataset, whole_up_to: int = 20_000, num_samples: int = 2_000) -> str:
-    """Returns a hash of a data set's images: of all up to a size, beyond it of evenly spaced ones and the length."""
-    size = len(dataset)
-    count = size if size <= whole_up_to else num_samples
-    digest = hashlib.sha256(f"{size}".encode())
-    for k in range(count):
-        digest.update((_readable_digest(dataset, k * size // count) or "unreadable").encode())
-    return digest.hexdigest()
-
-
 def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
     """The hash of an entry; ``None`` if its image is corrupt."""
     try:
         return image_digest(dataset[index])
     except CorruptImageError:
         return None
-
-
-def module_fingerprint(module: nn.Module) -> str:
-    """Returns a hash of a network's class, structure, weights and buffers, those outside its state dict among them."""
-    digest = hashlib.sha256(f"{type(module).__module__}.{type(module).__qualname__}\n{module}".encode())
-    # First the state dict, for which a module may load its weights.
-    tensors = {**module.state_dict(), **dict(module.named_buffers())}
-    for name, value in sorted(tensors.items()):
-        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole_up_to: int = 20_000) -> float:
@@ -79,26 +55,3 @@ def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole
     few = digests(b, min(len(b), num_samples))
     many = digests(a, len(a) if len(a) <= whole_up_to else min(len(a), num_samples))
     return len(many & few) / max(1, len(few))
-
-
-def file_digest(path: Path, whole_up_to: int = 20_000, num_samples: int = 2_000) -> str:
-    """Returns a digest of a file, or of the files in a folder: of all up to a number, beyond it of evenly spaced ones.
-
-    Folders with the same files in them are alike, wherever they lie.
-    """
-    if path.is_file():
-        return _sha256(path)[:16]
-    files = sorted(Path(where) / name for where, _, names in os.walk(path) for name in names)
-    count = len(files) if len(files) <= whole_up_to else num_samples
-    digest = hashlib.sha256(f"{len(files)}".encode())
-    for file in (files[k * len(files) // count] for k in range(count)):
-        digest.update(f"{file.relative_to(path).as_posix()} {_sha256(file)}\n".encode())
-    return digest.hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    sha256 = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            sha256.update(block)
-    return sha256.hexdigest()

@@ -22,7 +22,8 @@ from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
 from dat_lightning.evaluation.robustness import float_logits
-from dat_lightning.results.figures import Figure, Values, all_ranks
+from dat_lightning.results.gathering import Values, all_ranks
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 
 AttackName = Literal["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square"]
@@ -192,7 +193,7 @@ class AutoAttack(Evaluator):
         return {"correct": correct, "distance": distance, "vanished": vanished, **broken}
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the robust accuracy, and warns if Square alone breaks images."""
         self.results = values
         left, total = values["correct"].clone(), len(values["correct"])
@@ -204,18 +205,17 @@ class AutoAttack(Evaluator):
         warnings = square_signs(hits) + vanished_signs(values["correct"], values["vanished"])
         for warning in warnings:
             rank_zero_warn(f"AutoAttack: {warning} This is a sign of gradient masking: the figure may be too high.")
-        which = "" if self.max_images is None else f" of a subset chosen by seed {self.seed}"
-        protocol = (
-            f"share of images{which} classified correctly, also after AutoAttack {self.norm} ε {self.eps:g},"
-            f" {self.version if self.attacks is None else 'custom'} ({', '.join(hits)}), each on"
-            f" {'all correct images' if self.individual else 'what the ones before left'}, in chunks of"
-            f" {self.batch_size}; pyautoattack {metadata.version('pyautoattack')}, eval mode"
-        )
-        details = {
+        whom = "all correct images" if self.individual else "what the ones before left"
+        settings = {
             **self.settings(),
             "attacks": list(hits),
             "batch_size": self.batch_size,
             "max_images": self.max_images,
+            # Noise is no setting, the choice of images is.
+            "seed": None if self.max_images is None else self.seed,
+        }
+        details = {
+            "seed": self.seed,
             "clean_accuracy": share_of(values["correct"]),
             "confidence_interval": wilson_interval(int(left.sum()), total),
             "accuracy_after": after,
@@ -225,7 +225,8 @@ class AutoAttack(Evaluator):
             "broken": {attack: values["index"][hit].tolist() for attack, hit in hits.items()},
             "warnings": warnings,
         }
-        return [Figure(self.name, share_of(left), protocol, total, details, "higher")]
+        words = f"share of images classified correctly, also after AutoAttack, each attack on {whom}"
+        return [Measurement(self.name, share_of(left), words, total, details, "higher", settings)]
 
     def _chosen(self, indices: Iterable[int]) -> list[int]:
         """The sorted indices that are attacked."""

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import image_digest
 from dat_lightning.evaluation.evaluator import Evaluator, numbered, require_parts
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
@@ -24,8 +23,9 @@ from dat_lightning.evaluation.reliability import (
     reliability,
     require_finite,
 )
-from dat_lightning.results.figures import Figure, Values, gather
-from dat_lightning.results.measured_with import set_digest
+from dat_lightning.results.digests import image_digests, set_identity
+from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 
 
@@ -78,45 +78,45 @@ class Calibration(Evaluator):
             raise InputError(
                 f"Calibration: labels must lie in 0 … {logits.shape[1] - 1}, got {int(y.min())} … {int(y.max())}"
             )
-        digests = [int(image_digest(image)[:15], 16) for image in batch["x"].float()]
-        return {"logits": logits, "y": y, "digest": torch.tensor(digests)}
+        # The images alone: what is a test image stays one under another label.
+        return {"logits": logits, "y": y, "digest": image_digests(batch["x"], torch.zeros_like(y))}
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the figures without and with scaling."""
         logits, y = values["logits"].double(), values["y"].long()
         require_finite(logits, "Calibration")
-        figures = self._scores(logits, y, "", "", {})
+        found = self._scores(logits, y, "", {}, {})
         if not self.temperature:
-            return figures
+            return found
         held_out = self._held_out(trainer, pl_module)
         new = None if held_out is None else ~torch.isin(held_out["digest"], values["digest"])
         if held_out is not None and new is not None and 2 * int(new.sum()) > len(new):
-            where = f"on {int(new.sum())} validation images that are no test images"
+            where = f"{int(new.sum())} validation images that are no test images"
             temperatures = [fit_temperature(held_out["logits"][new], held_out["y"][new].long())]
-            used = {"validation images": set_digest(held_out["digest"][new])}
+            settings = {"temperature_of": where, "validation_images": set_identity(held_out["digest"][new])}
         else:
             why = "there are no validation images" if new is None else "the validation images are test images"
-            where = f"on each half of the test images and applied to the other half, for {why}"
+            where = f"each half of the test images, applied to the other half, for {why}"
             temperatures = [fit_temperature(logits[1 - k :: 2], y[1 - k :: 2]) for k in (0, 1)]
-            used = {}
+            settings = {"temperature_of": where}
         # Example i has the T of the half that it does not belong to.
         each = torch.tensor(temperatures, dtype=torch.float64)[torch.arange(len(y)) % len(temperatures)]
-        details: dict[str, Any] = {"temperatures": temperatures, "fitted": where}
+        details: dict[str, Any] = {"temperatures": temperatures}
         if any(not LOWEST_TEMPERATURE < t < HIGHEST_TEMPERATURE for t in temperatures):
             details["warnings"] = [
                 f"T is at the end of {LOWEST_TEMPERATURE} … {HIGHEST_TEMPERATURE}: the images that it was fitted on are"
                 " all right, or read no better than by chance, so that figures with scaling say nothing."
             ]
         t = math.exp(sum(map(math.log, temperatures)) / len(temperatures))
-        protocol = f"T of the least negative log-likelihood, fitted {where}"
-        mean = " (geometric mean of both)" if len(temperatures) > 1 else ""
-        words = f"; logits divided by T, fitted {where}"
-        scaled = self._scores(logits / each.unsqueeze(1), y, "_scaled", words, details)
-        scaled.append(Figure("temperature", t, protocol + mean, len(y), details))
-        return figures + [replace(figure, measured_with=used) for figure in scaled]
+        mean = "geometric mean of both T" if len(temperatures) > 1 else "T"
+        words = f"{mean} of the least negative log-likelihood"
+        scaled = self._scores(logits / each.unsqueeze(1), y, "_scaled", settings, details)
+        return [*found, *scaled, Measurement("temperature", t, words, len(y), details, settings=settings)]
 
-    def _scores(self, logits: Tensor, y: Tensor, suffix: str, scaling: str, more: dict[str, Any]) -> list[Figure]:
+    def _scores(
+        self, logits: Tensor, y: Tensor, suffix: str, scaling: dict[str, Any], more: dict[str, Any]
+    ) -> list[Measurement]:
         """All figures of some logits."""
         probabilities = logits.softmax(1)
         confidence, prediction = probabilities.max(1)
@@ -125,19 +125,21 @@ class Calibration(Evaluator):
         mass = reliability(confidence, correct, self.num_bins, "equal_mass")
         nll = float(F.cross_entropy(logits, y))
         brier = float((probabilities - F.one_hot(y, logits.shape[1])).square().sum(1).mean())
-        gap = "mean |accuracy − confidence| over"
-        overall = {"test_accuracy": float(correct.double().mean()), "mean_confidence": float(confidence.mean())}
-        binned = {"num_bins": self.num_bins, **overall, **more}
+        gap = "mean |accuracy − confidence| over bins, weighted by their images"
+        overall = {"test_accuracy": float(correct.double().mean()), "mean_confidence": float(confidence.mean()), **more}
         edges = [m / self.num_bins for m in range(self.num_bins + 1)]
-        wide = f"{gap} {self.num_bins} bins of equal width (lower, upper], weighted by their images{scaling}"
-        equal = f"{gap} {self.num_bins} bins of equally many images{scaling}"
-        chosen = [
-            ("ece", width.error, wide, {**binned, "bin_edges": edges, "reliability": asdict(width)}),
-            ("ece_equal_mass", mass.error, equal, {**binned, "reliability": asdict(mass)}),
-            ("nll", nll, f"mean of −log p(y){scaling}", more),
-            ("brier", brier, f"mean over images of the sum over classes of (p(k) − 1[k = y])²{scaling}", more),
+        of_width, of_mass = ({"num_bins": self.num_bins, "bins_of": what} for what in ("equal width", "equal mass"))
+        chosen: list[tuple[str, float, str, dict[str, Any], dict[str, Any]]] = [
+            ("ece", width.error, gap, {**overall, "bin_edges": edges, "reliability": asdict(width)}, of_width),
+            ("ece_equal_mass", mass.error, gap, {**overall, "reliability": asdict(mass)}, of_mass),
+            ("nll", nll, "mean of −log p(y)", more, {}),
+            ("brier", brier, "mean over images of the sum over classes of (p(k) − 1[k = y])²", more, {}),
         ]
-        return [Figure(name + suffix, value, words, len(y), said, "lower") for name, value, words, said in chosen]
+        end = ", logits divided by T" if suffix else ""
+        return [
+            Measurement(name + suffix, value, words + end, len(y), said, "lower", {**bins, **scaling})
+            for name, value, words, said, bins in chosen
+        ]
 
     def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> Values | None:
         """Values of the DataModule's validation images; ``None`` if it has no such loader."""

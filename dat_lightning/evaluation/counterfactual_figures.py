@@ -1,8 +1,8 @@
-"""What is told and shown of counterfactuals: figures with their protocols, distances by class, pictures."""
+"""What is told and shown of counterfactuals: numbers with their settings, distances by class, pictures."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.results.figures import Figure, Values
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.picture_grids import Tile, signed_difference, write_captioned_grid
 from dat_lightning.sampling.training_features import class_gaussians, frechet_distances
 
@@ -39,11 +40,11 @@ ClassDistances = dict[int, tuple[float, int, int]]
 
 
 class Judge(NamedTuple):
-    """An independent classifier: its name, its accuracy on the originals, and a digest of it and its input."""
+    """An independent classifier: which it is, what images it takes, and its accuracy on the originals."""
 
-    name: str
+    identity: str
+    input: str
     accuracy: float
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -69,28 +70,24 @@ class Search:
         """Tells it from others, in names of files."""
         return f"counterfactuals_{self.targets}_eps{self.eps:g}"
 
-    def figure(
-        self,
-        name: str,
-        value: float,
-        words: str,
-        count: int,
-        details: Mapping[str, Any],
-        measured_with: Mapping[str, str] | None = None,
-    ) -> Figure:
-        """Returns a figure whose protocol says how the images were found."""
-        protocol = (
-            f"{words}; targeted ascent on f(x)[target] from real test images, L2 ball of radius {self.eps:g},"
-            f" {self.num_steps} steps of {self.step_size:g}; target: {_TARGETS[self.targets]}"
-        )
-        settings = {**asdict(self), "norm": "L2", **details}
-        used = dict(measured_with or {})
-        if self.targets == "uniform":
-            used["seed of targets"] = str(self.seed)
+    def measurement(
+        self, name: str, value: float, words: str, count: int, details: Mapping[str, Any], settings: Mapping[str, Any]
+    ) -> Measurement:
+        """Returns a number about the images of this search."""
         whole = f"counterfactual_{name}_{self.targets}_eps{self.eps:g}"
-        return Figure(whole, value, protocol, count, settings, _BETTER.get(name), used)
+        words = f"{words}; targeted ascent on f(x)[target] from real test images inside an L2 ball"
+        search = {
+            "target": _TARGETS[self.targets],
+            "eps": self.eps,
+            "num_steps": self.num_steps,
+            "step_size": self.step_size,
+            "seed": self.seed if self.targets == "uniform" else None,
+        }
+        return Measurement(whole, value, words, count, details, _BETTER.get(name), {**search, **settings})
 
-    def figures(self, values: Values, changed_level: int, judge: Judge | None, picture: Path | None) -> list[Figure]:
+    def figures(
+        self, values: Values, changed_level: int, judge: Judge | None, picture: Path | None
+    ) -> list[Measurement]:
         """Returns the figures of this search but for the Fréchet distance.
 
         Args:
@@ -101,42 +98,44 @@ class Search:
         """
         before = float(values["success_before"].double().mean())
         pictures = [] if picture is None else [str(picture)]
-        told: dict[str, tuple[str, dict[str, Any]]] = {
+        told: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "success": (
                 "share that the network classifies as the target",
                 {"share_before": before, "pictures": pictures},
+                {},
             ),
-            "confidence": ("mean of p(target|x)", {}),
-            "l2": ("mean L2 distance from the original", {}),
-            "linf": ("mean Linf distance from the original", {}),
+            "confidence": ("mean of p(target|x)", {}, {}),
+            "l2": ("mean L2 distance from the original", {}, {}),
+            "linf": ("mean Linf distance from the original", {}, {}),
             "changed_pixels": (
-                f"mean share of pixels of which some channel moved by more than {changed_level}/255",
+                "mean share of pixels of which some channel moved by more levels of 255 than the changed level",
+                {},
                 {"changed_level": changed_level},
             ),
         }
         if judge is not None:
-            details = {"judge": judge.name, "judge_accuracy_on_originals": judge.accuracy}
-            told["plausibility"] = ("share that an independent classifier reads as the target", details)
-        figures = []
-        for name, (words, details) in told.items():
+            words = "share that an independent classifier reads as the target"
+            settings = {"judge": judge.identity, "judge_input": judge.input}
+            told["plausibility"] = (words, {"judge_accuracy_on_originals": judge.accuracy}, settings)
+        found = []
+        for name, (words, details, settings) in told.items():
             column = values[name].flatten().double()
             if values[name].dtype != torch.bool:
                 quantiles = torch.quantile(column, torch.tensor(_QUANTILES, dtype=column.dtype)).tolist()
                 details = {"quantile_levels": list(_QUANTILES), "quantiles": quantiles, **details}
-            used = {"judge": judge.digest} if judge is not None and name == "plausibility" else {}
-            figures.append(self.figure(name, float(column.mean()), words, len(column), details, used))
-        return figures
+            found.append(self.measurement(name, float(column.mean()), words, len(column), details, settings))
+        return found
 
     def fid(
-        self, distances: ClassDistances, left_out: list[int], min_images: int, measured_with: Mapping[str, str]
-    ) -> list[Figure]:
+        self, distances: ClassDistances, left_out: list[int], min_images: int, settings: Mapping[str, Any]
+    ) -> list[Measurement]:
         """Returns the mean distance over classes; nothing if there is no class.
 
         Args:
             distances: Of the classes.
             left_out: Target classes with fewer images than ``min_images``.
             min_images: Images that a class needed.
-            measured_with: Extractor and training images.
+            settings: Extractor and training images.
         """
         if not distances:
             return []
@@ -144,14 +143,12 @@ class Search:
             {"class": label, "fid": fid, "num_counterfactuals": count, "num_training_images": real}
             for label, (fid, count, real) in distances.items()
         ]
-        words = (
-            "mean over target classes of the Fréchet distance to the training images of that class"
-            f" ({len(rows)} classes; {len(left_out)} left out, with fewer than {min_images} images)"
-        )
+        words = "mean over target classes of the Fréchet distance to the training images of that class"
         value = sum(fid for fid, _, _ in distances.values()) / len(distances)
         count = sum(n for _, n, _ in distances.values())
-        details = {"classes": rows, "left_out": left_out, "min_class_images": min_images}
-        return [self.figure("fid", value, words, count, details, measured_with)]
+        # Which classes have enough images is part of what was measured.
+        settings = {**settings, "min_class_images": min_images, "target_classes": list(distances)}
+        return [self.measurement("fid", value, words, count, {"classes": rows, "left_out": left_out}, settings)]
 
 
 def class_distances(

@@ -16,12 +16,12 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.data.fingerprint import module_fingerprint
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, Target, class_distances, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.results.figures import Figure, Values
-from dat_lightning.results.measured_with import network_digest, reference_digest
+from dat_lightning.results.digests import identity, network_digest, network_identity, reference_digest
+from dat_lightning.results.gathering import Values, on_rank_zero
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.picture_grids import Shortlist
@@ -229,7 +229,7 @@ class Counterfactuals(Evaluator):
             "judge_input": self.judge_input,
             "changed_level": self.changed_level,
             "seed": self.seed,
-            **{name: None if part is None else module_fingerprint(part) for name, part in parts.items()},
+            **{name: None if part is None else network_digest(part) for name, part in parts.items()},
         }
 
     # Lightning's hooks.
@@ -263,7 +263,7 @@ class Counterfactuals(Evaluator):
         self._shown.add(keys, indices, {"x": batch["x"], "y": batch["y"]})
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns all figures, and draws."""
         shown = self._shown.gathered()
         searches = {
@@ -278,26 +278,29 @@ class Counterfactuals(Evaluator):
             batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Counterfactuals")
             distances = class_distances(trainer, pl_module, batches, chosen, features, self.min_class_images)
             data = reference_data(trainer, "Counterfactuals")
-            used = {"extractor": network_digest(self.extractor), "reference": reference_digest(trainer, data)}
-        figures = []
+            seen = on_rank_zero(trainer, lambda: reference_digest(data))
+            used = {
+                "extractor": network_identity(self.extractor),
+                "reference": identity("training images", seen),
+            }
+        found: list[Measurement] = []
         for (kind, place), search in searches.items():
             picture = None if self.picture_dirpath is None else Path(self.picture_dirpath) / f"{search.name}.png"
             if picture is not None and trainer.is_global_zero:
                 self._draw(picture, pl_module, search, shown)
-            accuracy = None
+            judge = None
             if self.judge is not None:
                 share = float(values["original_read"].double().mean())
-                digest = f"{network_digest(self.judge)}, {self.judge_input} images"
-                accuracy = Judge(type(self.judge).__name__, share, digest)
-            found = {
+                judge = Judge(network_identity(self.judge), self.judge_input, share)
+            measured = {
                 name.removeprefix(f"{kind}_"): value[:, :, place] if value.dim() > 2 else value
                 for name, value in values.items()
                 if name.startswith(f"{kind}_")
             }
-            figures += search.figures(found, self.changed_level, accuracy, picture)
+            found += search.figures(measured, self.changed_level, judge, picture)
             if (kind, place) in distances:
-                figures += search.fid(*distances[kind, place], self.min_class_images, used)
-        return figures
+                found += search.fid(*distances[kind, place], self.min_class_images, used)
+        return found
 
     def _draw(self, path: Path, pl_module: LightningModule, search: Search, shown: Values) -> None:
         """Walks from the images shown once more: values are kept of all images, counterfactuals of none."""

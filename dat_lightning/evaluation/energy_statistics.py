@@ -1,6 +1,7 @@
 """Energies of training, test, out-of-distribution, adversarial and generated images, and their gradients."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -20,14 +21,14 @@ from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_detection import (
     Transform,
-    attack_words,
     choose,
     evaluate_images,
     evaluation_transform,
     ood_datasets,
 )
-from dat_lightning.results.figures import Figure, Values, gather
-from dat_lightning.results.measured_with import set_digest
+from dat_lightning.results.digests import set_identity
+from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.pgd_sampler import PGDSampler, SampleBatch, SampleConsumer, SamplingPlan
 
 _LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
@@ -149,35 +150,33 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         return values
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns mean energy and mean squared gradient norm of each set."""
         sets: dict[str, Values] = {"test": values}
-        words = {"test": "test images"}
+        settings: dict[str, dict[str, Any]] = {"test": {}}
         details: dict[str, dict[str, Any]] = {}
-        images: dict[str, str] = {}
         left_out: dict[str, str] = {}
         if self._attack is None:
             left_out["adversarial"] = "the module has no eval_threat_model, and no attack was given"
         else:
             sets["adversarial"] = {name: values[f"{name}_adversarial"] for name in ("energy", "r1")}
-            words["adversarial"] = f"test images attacked to raise the cross-entropy: {attack_words(self._attack)}"
+            settings["adversarial"] = {"attack": "PGD on the cross-entropy", "threat_model": asdict(self._attack)}
         for name, dataset, transform in self._data(trainer, left_out):
             chosen = choose(len(dataset), self.num_images, self.seed, name)
             compute = partial(_batch_values, pl_module)
             found, skipped = evaluate_images(
                 self, trainer, pl_module, name, dataset, transform, chosen, self.batch_size, compute
             )
-            sets[name], words[name] = found, f"images of {name}, chosen by seed {self.seed}"
+            sets[name], settings[name] = found, {"images": set_identity(found["digest"])}
             details[name] = {"seed": self.seed, "num_skipped": len(skipped)}
-            images[name] = set_digest(found["digest"])
         if not self._samples:
             left_out["generated"] = "no PGDSampler of the Trainer samples in test"
         for steps, batches in self._samples.items():
             name = f"generated_{steps}_steps"
             sets[name] = gather(batches, "the sampler gave no batch")
-            words[name] = f"samples after {steps} steps"
+            settings[name] = {"step_size": None if self._plan is None else self._plan.step_size}
         self._samples = {}
-        return self._figures(sets, words, details, left_out, images)
+        return self._figures(sets, settings, details, left_out)
 
     def _data(self, trainer: Trainer, left_out: dict[str, str]) -> list[tuple[str, SizedDataset, Transform]]:
         """Name, data and transform of training and OOD images; notes in ``left_out`` what there is not."""
@@ -197,30 +196,26 @@ class EnergyStatistics(Evaluator, SampleConsumer):
     def _figures(
         self,
         sets: Mapping[str, Values],
-        words: Mapping[str, str],
+        settings: Mapping[str, Mapping[str, Any]],
         details: Mapping[str, Mapping[str, Any]],
         left_out: Mapping[str, str],
-        images: Mapping[str, str],
-    ) -> list[Figure]:
+    ) -> list[Measurement]:
         for name, values in sets.items():
             wrong = sum(int((~values[quantity].isfinite()).sum()) for quantity in ("energy", "r1"))
             if wrong:
                 raise InputError(f"EnergyStatistics: {wrong} energies or gradients of {name} are NaN or infinite")
         edges, counts = _histograms({name: values["energy"] for name, values in sets.items()}, self.num_bins)
-        figures: list[Figure] = []
+        found: list[Measurement] = []
         meaning = {"energy": "E(x) = −logsumexp f(x)", "r1": "‖∇ₓE(x)‖²"}
         for name, values in sets.items():
             for quantity in ("energy", "r1"):
-                spread = _spread(values[quantity])
-                more = dict(details.get(name, {}))
+                more = {**_spread(values[quantity]), **details.get(name, {})}
                 if quantity == "energy" and name == "test":
                     more |= {"histogram": {"edges": edges, "counts": counts}, "left_out": dict(left_out)}
-                protocol = f"mean of {meaning[quantity]} over {words[name]}; network in eval mode"
+                words = f"mean of {meaning[quantity]} over {name.replace('_', ' ')} images"
                 mean, size = float(values[quantity].mean()), len(values[quantity])
-                used = {"images": images[name]} if name in images else {}
-                figure = Figure(f"{quantity}_{name}", mean, protocol, size, {**spread, **more}, measured_with=used)
-                figures.append(figure)
-        return figures
+                found.append(Measurement(f"{quantity}_{name}", mean, words, size, more, settings=settings[name]))
+        return found
 
 
 def energy_values(pl_module: LightningModule, x: Tensor) -> Values:

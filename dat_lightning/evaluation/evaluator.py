@@ -14,9 +14,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.digests import image_digests, set_identity
+from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues
-from dat_lightning.results.measured_with import image_digests, set_digest
+from dat_lightning.results.measurement import Measurement
 
 
 class Evaluator(Callback, ABC):
@@ -46,7 +47,7 @@ class Evaluator(Callback, ABC):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self.figures: list[Figure] = []
+        self.figures: list[Measurement] = []
         self._values: list[Values] = []
         self._kept: KeptValues | None = None
         self._num_seen = 0
@@ -59,7 +60,7 @@ class Evaluator(Callback, ABC):
         """Returns values per example, (N, …) each."""
 
     @abstractmethod
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the figures from the values of all examples, sorted by index; called on every rank alike."""
 
     def settings(self) -> dict[str, Any]:
@@ -152,10 +153,10 @@ class Evaluator(Callback, ABC):
         """Gathers the values of all ranks, and logs the figures."""
         values = gather(self._values)
         self._values = []
-        images = set_digest(gather(self._digests)["digest"])
+        images = set_identity(gather(self._digests)["digest"])
         self._digests = []
         self.figures = [
-            replace(figure, measured_with={"test images": images, **figure.measured_with})
+            replace(figure, settings={**figure.settings, "test_images": images})
             for figure in self.summarize(trainer, pl_module, values)
         ]
         for figure in self.figures:

@@ -9,8 +9,9 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.results.figures import Figure, Values, gather
-from dat_lightning.results.measured_with import network_digest
+from dat_lightning.results.digests import network_identity
+from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.sample_metrics import SampleMetrics
 
@@ -41,27 +42,33 @@ class LabelAgreement(SampleConsumer):
         self._shares: dict[int, float] = {}
 
     @property
-    def figures(self) -> list[Figure]:
+    def figures(self) -> list[Measurement]:
         """Results of the last sampling, on every rank; chosen when read, because other callbacks may come later."""
         if self._plan is None or not self._shares:
             return []
         chosen = self._chooser.figures if self._chooser is not None else []
         best = int(chosen[0].details["num_steps"]) if chosen else max(self._shares)
-        words = (
-            f"share of generated images that an independent classifier, {type(self.judge).__name__}, reads as the"
-            f" class asked for; step_size={self._plan.step_size:g}"
-        )
+        words = "share of generated images that an independent classifier reads as the class asked for"
+        settings = {
+            "judge": network_identity(self.judge),
+            "judge_input": self.judge_input,
+            "step_size": self._plan.step_size,
+        }
         curve = {"sweep_steps": list(self._shares), "sweep": list(self._shares.values())}
-        count = self._plan.num_samples
-        used = {"judge": network_digest(self.judge)}
-        chosen_share = Figure(
-            "label_agreement", self._shares[best], words, count, {"num_steps": best, **curve}, "higher", used
-        )
-        figures = [chosen_share]
-        for steps, share in self._shares.items():
-            name = f"label_agreement_{steps}_steps"
-            figures.append(Figure(name, share, words, count, {"num_steps": steps}, "higher", used))
-        return figures
+        shares = {"label_agreement": (best, curve)}
+        shares |= {f"label_agreement_{steps}_steps": (steps, {}) for steps in self._shares}
+        return [
+            Measurement(
+                name,
+                self._shares[steps],
+                words,
+                self._plan.num_samples,
+                {"num_steps": steps, **more},
+                "higher",
+                settings,
+            )
+            for name, (steps, more) in shares.items()
+        ]
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:

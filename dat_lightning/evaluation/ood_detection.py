@@ -20,8 +20,9 @@ from dat_lightning.data.fingerprint import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rate
-from dat_lightning.results.figures import Figure, Values, all_ranks, gather
-from dat_lightning.results.measured_with import image_digests, set_digest
+from dat_lightning.results.digests import image_digests, set_identity
+from dat_lightning.results.gathering import Values, all_ranks, gather
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 
 Transform = Callable[[Any], Tensor]
@@ -192,9 +193,9 @@ class OODDetection(Evaluator):
         return self._scores(pl_module, batch["x"])
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the figures of all data sets and scores, clean before attacked."""
-        figures: list[Figure] = []
+        measured: list[Measurement] = []
         transform = evaluation_transform(trainer, self.transform)
         for name, dataset in ood_datasets(trainer, self.datasets, "OODDetection").items():
             chosen = choose(len(dataset), self.num_ood, self.seed, name)
@@ -202,12 +203,19 @@ class OODDetection(Evaluator):
             found, skipped = evaluate_images(
                 self, trainer, pl_module, name, dataset, transform, chosen, self.batch_size, compute
             )
-            common = {"data": name, "num_ood": len(found["index"]), "seed": self.seed, "num_skipped": len(skipped)}
+            images = set_identity(found["digest"])
             for attack in (None, self.attack) if self.attack is not None else (None,):
                 for score in self.scores:
+                    settings = {
+                        "data": f"{name} {images}",
+                        "num_ood": len(found["index"]),
+                        "score": score,
+                        "attack": None if attack is None else asdict(attack),
+                    }
+                    details = {"seed": self.seed, "num_skipped": len(skipped)}
                     scores = found[score if attack is None else f"{score}_attacked"]
-                    figures += _figures(name, score, attack, values[score], scores, common, set_digest(found["digest"]))
-        return figures
+                    measured += _measured(f"{name}_{score}", values[score], scores, settings, details)
+        return measured
 
     def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:
         with torch.no_grad():
@@ -226,44 +234,28 @@ class OODDetection(Evaluator):
         return values
 
 
-def _figures(
-    data: str,
-    score: Score,
-    attack: ThreatModel | None,
-    inside: Tensor,
-    outside: Tensor,
-    common: Mapping[str, Any],
-    images: str,
-) -> list[Figure]:
+def _measured(
+    name: str, inside: Tensor, outside: Tensor, settings: Mapping[str, Any], more: Mapping[str, Any]
+) -> list[Measurement]:
     """AUROC and FPR@95 of one score on one data set."""
     rate, threshold = false_positive_rate(inside, outside)
     accepted = [k / 100 for k in range(1, 101)]
     details = {
-        **common,
-        "score": score,
-        "attack": None if attack is None else asdict(attack),
+        **more,
         "threshold": threshold,
         "mean_score_test": float(inside.mean()),
         "mean_score_ood": float(outside.mean()),
         "roc": {"tpr": accepted, "fpr": [false_positive_rate(inside, outside, share)[0] for share in accepted]},
     }
-    end = "" if attack is None else "_attacked"
-    how = "clean" if attack is None else f"OOD images attacked to raise it: {attack_words(attack)}"
-    against = f"{len(inside)} test images against {len(outside)} OOD images ({data}), score {score}, {how}"
+    clean = settings["attack"] is None
+    end, which = ("", "OOD images") if clean else ("_attacked", "OOD images that were attacked to raise the score")
     total = len(inside) + len(outside)
-    area, name = auroc(inside, outside), f"{data}_{score}{end}"
-    reach = f"share of OOD images at or above the score that 95 % of test images reach; {against}"
-    used = {"OOD images": images}
+    area = f"area under the ROC curve of test images against {which}"
+    reach = f"share of {which} at or above the score that 95 % of test images reach"
     return [
-        Figure(f"ood_auroc_{name}", area, f"AUROC of {against}", total, details, "higher", used),
-        Figure(f"ood_fpr95_{name}", rate, reach, total, details, "lower", used),
+        Measurement(f"ood_auroc_{name}{end}", auroc(inside, outside), area, total, details, "higher", settings),
+        Measurement(f"ood_fpr95_{name}{end}", rate, reach, total, details, "lower", settings),
     ]
-
-
-def attack_words(attack: ThreatModel) -> str:
-    """Returns an attack in words, for protocols."""
-    start = " from a random start" if attack.random_start else ""
-    return f"{attack.norm}, ε {attack.eps:g}, {attack.num_steps} steps of {attack.step_size:g}{start}"
 
 
 def _image(dataset: SizedDataset, index: int, transform: Transform, part: str) -> Tensor | CorruptImageError:

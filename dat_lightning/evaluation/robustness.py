@@ -18,7 +18,8 @@ from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel, vanishes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
-from dat_lightning.results.figures import Figure, Values
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import Measurement
 
 
 class RobustAccuracy(Evaluator):
@@ -116,7 +117,7 @@ class RobustAccuracy(Evaluator):
         return torch.stack(columns, 1)
 
     @override
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the accuracies with their confidence intervals, and warns of signs of gradient masking."""
         self.results = values
         correct = values["correct"]
@@ -124,35 +125,28 @@ class RobustAccuracy(Evaluator):
         signs = masking_signs(correct, robust, values["vanished"], int(values["dimensions"].max()))
         clean = {"confidence_interval": wilson_interval(int(correct.sum()), len(correct))}
         words = "share of images classified correctly"
-        figures = [Figure("accuracy", share_of(correct), words, len(correct), clean, "higher")]
+        found = [Measurement("accuracy", share_of(correct), words, len(correct), clean, "higher")]
         for threat_model, survived in robust.items():
             name = self.name(threat_model)
-            found = [f"{name}: {sign}" for sign in signs[threat_model]]
-            for sign in found:
-                rank_zero_warn(f"{sign} This is a sign of gradient masking: the figure may be too high.")
+            warnings = [f"{name}: {sign}" for sign in signs[threat_model]]
+            for warning in warnings:
+                rank_zero_warn(f"{warning} This is a sign of gradient masking: the figure may be too high.")
+            settings = {
+                "attack": "PGD on the cross-entropy",
+                "threat_model": asdict(threat_model),
+                # An unbounded walk has no other start.
+                "restarts": 1 if math.isinf(threat_model.eps) else self.restarts,
+            }
             details = {
-                "threat_model": {k: v if v != math.inf else "inf" for k, v in asdict(threat_model).items()},
-                "restarts": self.restarts,
                 "seed": self.seed,
                 "confidence_interval": wilson_interval(int(survived.sum()), len(survived)),
                 "accuracy_after_restarts": values[name].double().mean(0).tolist(),
                 "vanishing_gradients": share_of(values["vanished"]),
-                "warnings": found,
+                "warnings": warnings,
             }
-            protocol = self._protocol(threat_model)
-            figures.append(Figure(name, share_of(survived), protocol, len(survived), details, "higher"))
-        return figures
-
-    def _protocol(self, threat_model: ThreatModel) -> str:
-        t = threat_model
-        ball = "unbounded" if math.isinf(t.eps) else f"ε {t.eps:g}"
-        restarts = 1 if math.isinf(t.eps) else self.restarts
-        start = "a random point of the ball" if t.random_start else "the image"
-        later = f" and {restarts - 1} more from random points" if restarts > 1 else ""
-        return (
-            f"share of images classified correctly, also after PGD on the cross-entropy: {t.norm}, {ball},"
-            f" {t.num_steps} steps of {t.step_size:g}, a walk from {start}{later}; network in eval mode"
-        )
+            also, share = f"{words}, also after the attack", share_of(survived)
+            found.append(Measurement(name, share, also, len(survived), details, "higher", settings))
+        return found
 
 
 def float_logits(module: LightningModule) -> Logits:

@@ -1,20 +1,21 @@
 """Fréchet and kernel distance, Inception score, precision and recall of features, by torch-fidelity's definitions."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import module_fingerprint
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.features.layers import LayerReader
-from dat_lightning.results.figures import Figure, Values
+from dat_lightning.results.digests import identity
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import Measurement
 
 Metric = Literal["fid", "kid", "isc", "prc"]
 METRICS: tuple[Metric, ...] = ("fid", "kid", "isc", "prc")
@@ -57,12 +58,15 @@ class FidelitySettings:
                 raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
 
-_BETTER: Mapping[str, Literal["higher", "lower"]] = {
-    "fid": "lower",
-    "kid": "lower",
-    "inception_score": "higher",
-    "precision": "higher",
-    "recall": "higher",
+_DEFINITIONS: Mapping[str, tuple[str, Literal["higher", "lower"]]] = {
+    "fid": ("Fréchet distance between features of samples and of {reference}", "lower"),
+    "kid": (
+        "mean kernel distance (cubic polynomial) between random subsets of samples and of {reference}",
+        "lower",
+    ),
+    "inception_score": ("Inception score, mean over splits of the shuffled samples", "higher"),
+    "precision": ("share of samples inside the k-nearest-neighbour manifold of {reference}", "higher"),
+    "recall": ("share of {reference} inside the k-nearest-neighbour manifold of the samples", "higher"),
 }
 
 
@@ -71,7 +75,7 @@ class Reference:
     """What samples are compared with.
 
     Attributes:
-        name: For protocols: which images, or which file.
+        name: For people: which images, or which file.
         num_images: How many; 0 where a file of statistics does not say.
         gaussian: For FID; ``None`` for that of the features.
         features: (N, D) in a fixed order, for KID, precision and recall; ``None`` where only statistics are known.
@@ -215,71 +219,40 @@ def gaussian_of(features: Tensor) -> Gaussian:
     return moments.gaussian()
 
 
-def protocol(score: str, settings: FidelitySettings, reference: str, features: str, logits: str) -> str:
-    """Returns how a score is measured, in words.
-
-    Args:
-        score: One of the names that :func:`fidelity_scores` gives, without ``_std``.
-        settings: Its settings.
-        reference: Name of the reference.
-        features: Which features.
-        logits: Which class logits.
-    """
-    against = f"{features}, against {reference}"
-    neighbours = f"k-nearest-neighbour manifold of the {{}}, k = {settings.prc_neighborhood}, {against}"
-    subsets = f"{settings.kid_subsets} subsets of {settings.kid_subset_size}"
-    words = {
-        "fid": f"Fréchet distance, {against}",
-        "kid": f"kernel distance (cubic polynomial), mean over {subsets}, {against}",
-        "inception_score": f"Inception score, mean over {settings.isc_splits} splits of the shuffled samples, {logits}",
-        "precision": f"share of samples inside the {neighbours.format('reference')}",
-        "recall": f"share of the reference inside the {neighbours.format('samples')}",
-    }
-    return words[score]
-
-
-def make_figures(
+def measurements(
     scores: Mapping[str, float],
     settings: FidelitySettings,
     reader: LayerReader,
     reference: Reference,
     num_samples: int,
-    origin: str,
-) -> list[Figure]:
-    """Returns a figure for each score of :func:`~dat_lightning.features.fidelity.fidelity_scores`.
+    samples: Mapping[str, Any],
+) -> list[Measurement]:
+    """Returns a measurement for each score of :func:`fidelity_scores`; deviations go into the details.
 
     Args:
-        scores: What it gave; deviations go into the figures' details.
-        settings: Its settings, which go there, too.
-        reader: Says what features and logits are.
+        scores: What it gave.
+        settings: Its settings.
+        reader: Knows what features and logits are.
         reference: What was compared with.
         num_samples: Number of samples.
-        origin: Where the samples come from, in words.
+        samples: Settings by which the samples came about.
     """
-    features, logits = reader.describe()
-    extractor = _named(reader.extractor)
-    of_logits = {"extractor": extractor} if reader.classifier is None else {"classifier": _named(reader.classifier)}
-    of_features = {"extractor": extractor, **({"reference": reference.digest} if reference.digest else {})}
-    figures: list[Figure] = []
+    of_features, of_logits = reader.settings()
+    against = {**of_features, "reference": identity("", reference.digest)}
+    known = {"reference": reference.name, "num_reference": reference.num_images}
+    found: list[Measurement] = []
     for name, value in scores.items():
         if name.endswith("_std"):
             continue
-        all_settings = asdict(settings)
-        details = {key: all_settings[key] for key in _SETTINGS[name]}
-        if name != "inception_score":
-            details |= {"reference": reference.name, "num_reference": reference.num_images}
-        if f"{name}_std" in scores:
-            details["std"] = scores[f"{name}_std"]
-        words = protocol(name, settings, reference.name, features, logits)
-        words = f"{words}; {num_samples} samples, {origin}"
-        used = of_logits if name == "inception_score" else of_features
-        figures.append(Figure(name, value, words, num_samples, details, _BETTER[name], used))
-    return figures
-
-
-def _named(network: nn.Module) -> str:
-    """A network's class, and a digest that tells it from others of that class."""
-    return f"{type(network).__name__} {module_fingerprint(network)[:16]}"
+        given = {key: getattr(settings, key) for key in _SETTINGS[name]}
+        given |= of_logits if name == "inception_score" else against
+        details: dict[str, Any] = {} if name == "inception_score" else dict(known)
+        details |= {"std": scores[f"{name}_std"]} if f"{name}_std" in scores else {}
+        words, better = _DEFINITIONS[name]
+        # Where a reference lies is no setting, what is in it is.
+        words = words.format(reference=reference.name)
+        found.append(Measurement(name, value, words, num_samples, details, better, {**given, **samples}))
+    return found
 
 
 def by_class(values: Values) -> Values:

@@ -17,7 +17,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.features.gaussian_stats import Gaussian, read_statistics
 from dat_lightning.features.layers import LayerReader
-from dat_lightning.results.figures import Values
+from dat_lightning.results.gathering import Values
 
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 

@@ -9,6 +9,7 @@ from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
+from dat_lightning.results.digests import network_identity
 
 
 class TorchFidelityLayers(nn.Module):
@@ -110,14 +111,13 @@ class LayerReader:
                 found["logits"] = self._layer(layers, self.logit_layer, "logits")
         return {name: value.detach().flatten(1).float().cpu() for name, value in found.items()}
 
-    def describe(self) -> tuple[str, str]:
-        """Returns what features and logits are, for protocols."""
-        name = type(self.extractor).__name__
-        shown = self.extractor.extra_repr()
-        network = f"{name}({shown})" if shown else name
-        layer = f", layer {self.feature_layer}" if self.feature_layer else ""
-        logits = network if self.classifier is None else f"the classifier {type(self.classifier).__name__}"
-        return f"features of {network}{layer}", f"class probabilities of {logits}"
+    def settings(self) -> tuple[dict[str, str | None], dict[str, str | None]]:
+        """Returns what features and what logits depend on."""
+        extractor = network_identity(self.extractor)
+        of_features = {"extractor": extractor, "feature_layer": self.feature_layer}
+        if self.classifier is not None:
+            return of_features, {"classifier": network_identity(self.classifier)}
+        return of_features, {"extractor": extractor, "logit_layer": self.logit_layer}
 
     def _layer(self, layers: Mapping[str, Tensor], name: str | None, part: str) -> Tensor:
         if name is None:

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import file_digest
 from dat_lightning.features.fidelity import (
     METRICS,
     FidelitySettings,
@@ -27,11 +26,13 @@ from dat_lightning.features.fidelity import (
     check_metrics,
     check_sizes,
     fidelity_scores,
-    make_figures,
+    measurements,
 )
 from dat_lightning.features.image_sets import ImageSet, read_images, read_set
 from dat_lightning.features.layers import DigitsLayers, LayerReader, TorchFidelityLayers
-from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.digests import file_digest
+from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.measurement import Measurement
 
 
 def measure_sample_set(
@@ -46,7 +47,7 @@ def measure_sample_set(
     batch_size: int = 64,
     device: str = "cpu",
     silent: bool = False,
-) -> list[Figure]:
+) -> list[Measurement]:
     """Returns figures of the images in files, as :class:`~dat_lightning.SampleMetrics` has them for generated ones.
 
     Args:
@@ -93,7 +94,7 @@ def measure_sample_set(
     digest = "" if reference is None else file_digest(Path(reference))
     against = Reference(str(reference), 0 if known is None else len(known), gaussian, features, digest)
     scores = fidelity_scores(metrics, settings, read(images, "isc" in metrics), against)
-    return make_figures(scores, settings, reader, against, len(images), f"from {samples}")
+    return measurements(scores, settings, reader, against, len(images), {})
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -127,7 +128,8 @@ def main(args: Sequence[str] | None = None) -> None:
         )
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    text = json.dumps({"figures": [asdict(figure) for figure in figures]}, indent=2, ensure_ascii=False) + "\n"
+    told = [{**asdict(figure), "protocol": figure.protocol} for figure in figures]
+    text = json.dumps({"figures": told}, indent=2, ensure_ascii=False) + "\n"
     if given.out is None:
         sys.stdout.write(text)
     else:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Literal
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.results.evaluation_file import Entry, Evaluation, is_of_one_step_count, read_evaluation
+from dat_lightning.results.evaluation_file import Evaluation, is_of_one_step_count, read_evaluation
+from dat_lightning.results.measurement import Measurement, canonical, differing
 
 Direction = Literal["higher", "lower"]
 
@@ -22,30 +23,6 @@ _NEUTRAL = re.compile(r"(^|_)(steps|temperature|energy|r1|epoch|step)(_|$)")
 
 
 @dataclass(frozen=True)
-class Way:
-    """A way of measuring a figure.
-
-    Attributes:
-        protocol: In words.
-        num_samples: Number of images.
-        measured_with: Name → digest or name of what else decides the number, sorted.
-    """
-
-    protocol: str
-    num_samples: int
-    measured_with: tuple[tuple[str, str], ...] = ()
-
-    def parts(self) -> dict[str, str]:
-        """Returns name → value of everything that must agree."""
-        return {"protocol": self.protocol, "number of images": str(self.num_samples), **dict(self.measured_with)}
-
-
-def way_of(entry: Entry) -> Way:
-    """Returns how a figure was measured."""
-    return Way(entry.protocol, entry.num_samples, tuple(sorted(entry.measured_with.items())))
-
-
-@dataclass(frozen=True)
 class Column:
     """A figure over all runs.
 
@@ -53,30 +30,28 @@ class Column:
         name: The figure.
         entries: Its entry in each run; ``None`` where a run lacks it.
         direction: What is better, if that is known.
-        groups: Number of the way of measuring of each run, from 0 on in the order of the runs; ``None`` without an
-            entry.
-        ways: The ways by their numbers. More than one means that the numbers cannot be compared.
+        groups: Runs whose settings and number of images are equal have the same number here, from 0 on in the order of
+            the runs; ``None`` without an entry.
+        examples: An entry of each group. More than one means that the numbers cannot be compared.
         best: Whether a run has the best number; nowhere, if numbers cannot be compared.
     """
 
     name: str
-    entries: tuple[Entry | None, ...]
+    entries: tuple[Measurement | None, ...]
     direction: Direction | None
     groups: tuple[int | None, ...]
-    ways: tuple[Way, ...]
+    examples: tuple[Measurement, ...]
     best: tuple[bool, ...]
 
     @property
     def comparable(self) -> bool:
         """Whether all runs have measured it in the same way, on the same images."""
-        return len(self.ways) <= 1
+        return len(self.examples) <= 1
 
     @property
     def differing(self) -> tuple[str, ...]:
-        """Names of the parts in which the ways of measuring differ, such as ``protocol`` or ``test images``."""
-        parts = [way.parts() for way in self.ways]
-        names = dict.fromkeys(name for each in parts for name in each)
-        return tuple(name for name in names if len({each.get(name) for each in parts}) > 1)
+        """Names of the settings in which the groups differ, such as ``test_images`` or ``threat_model.eps``."""
+        return differing([example.compared_by for example in self.examples])
 
 
 @dataclass(frozen=True)
@@ -131,7 +106,7 @@ def compare(
 ) -> Comparison:
     """Returns the comparison of several evaluations.
 
-    Numbers are compared only if protocol, number of images and all that they were measured with agree. What is better
+    Numbers are compared only if settings and number of images are equal. What is better
     is in the files; those of earlier versions, and figures whose evaluator does not say it, have no best.
 
     Args:
@@ -183,15 +158,20 @@ def direction(name: str) -> Direction | None:
     return None
 
 
-def _column(name: str, entries: Sequence[Entry | None], known: Direction | None) -> Column:
-    ways: dict[Way, int] = {}
-    groups = [None if entry is None else ways.setdefault(way_of(entry), len(ways)) for entry in entries]
+def _column(name: str, entries: Sequence[Measurement | None], known: Direction | None) -> Column:
+    examples: dict[str, Measurement] = {}
+    groups: list[int | None] = []
+    for entry in entries:
+        key = None if entry is None else canonical(entry.compared_by)
+        if entry is not None and key is not None:
+            examples.setdefault(key, entry)
+        groups.append(None if key is None else list(examples).index(key))
     said = {entry.better for entry in entries if entry is not None}
     better = known or (said.pop() if len(said) == 1 else None)
     best = [False] * len(entries)
     values = [math.nan if entry is None else entry.value for entry in entries]
     numbers = [value for value in values if not math.isnan(value)]
-    if better is not None and len(ways) == 1 and len(numbers) > 1:
+    if better is not None and len(examples) == 1 and len(numbers) > 1:
         winner = max(numbers) if better == "higher" else min(numbers)
         best = [value == winner for value in values]
-    return Column(name, tuple(entries), better, tuple(groups), tuple(ways), tuple(best))
+    return Column(name, tuple(entries), better, tuple(groups), tuple(examples.values()), tuple(best))

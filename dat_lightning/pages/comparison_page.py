@@ -6,10 +6,11 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from dat_lightning.pages.comparison import Column, Comparison, Way
+from dat_lightning.pages.comparison import Column, Comparison
 from dat_lightning.pages.drawing import write_png
 from dat_lightning.pages.rendering import Plot, plot, write_page
 from dat_lightning.pages.trade_off import trade_off_figure
+from dat_lightning.results.measurement import Measurement, flat
 
 
 def write_comparison(path: Path, comparison: Comparison, x: Column | None, y: Column | None) -> list[Path]:
@@ -35,7 +36,9 @@ def write_comparison(path: Path, comparison: Comparison, x: Column | None, y: Co
         letter_of=way_letter,
         plot=None if x is None or y is None else _plot(comparison, x, y),
         ways=[
-            (column, k, _in_words(column, way)) for column in comparison.columns for k, way in enumerate(column.ways)
+            (column, k, _in_words(column, example))
+            for column in comparison.columns
+            for k, example in enumerate(column.examples)
         ],
     )
     if x is None or y is None:
@@ -60,8 +63,8 @@ def _plot(comparison: Comparison, x: Column, y: Column) -> Plot:
     return plot(partial(trade_off_figure, comparison, x, y), f"{y.name} against {x.name}", caption)
 
 
-def _in_words(column: Column, way: Way) -> str:
-    """Protocol and number of images of a way of measuring, and with what else it was; or that it does not say so."""
-    used = [f"{name} {value}" for name, value in way.measured_with]
-    used += [f"{name} not recorded" for name in column.differing if name not in way.parts()]
-    return f"{way.protocol} ({way.num_samples} images)" + (f"; {', '.join(used)}" if used else "")
+def _in_words(column: Column, example: Measurement) -> str:
+    """Protocol and number of images of a group, and what it has in the settings in which the groups differ."""
+    known = dict(flat(example.compared_by))
+    told = [f"{name} {known.get(name, 'not recorded')}" for name in column.differing]
+    return "; ".join([f"{example.protocol} ({example.num_samples} images)", *([", ".join(told)] if told else [])])

@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 from dat_lightning.pages.figure_plots import evaluation_plots, names_over_radii
 from dat_lightning.pages.rendering import Picture, picture, write_page
-from dat_lightning.results.evaluation_file import Entry, Evaluation, is_of_one_step_count
+from dat_lightning.results.evaluation_file import Evaluation, is_of_one_step_count
+from dat_lightning.results.measurement import Measurement
 
 # Shown elsewhere on the page.
 _APART = ("pictures", "captions", "warnings")
@@ -15,7 +16,7 @@ _APART = ("pictures", "captions", "warnings")
 class _Row(NamedTuple):
     """A figure in the table: with the ends of its confidence interval, if it has one, and what unfolds below it."""
 
-    entry: Entry
+    entry: Measurement
     interval: Sequence[float]
     details: Mapping[str, Any]
 
@@ -63,16 +64,16 @@ def _lead(evaluation: Evaluation) -> str:
     return " ".join(parts)
 
 
-def _warned(entry: Entry) -> list[str]:
+def _warned(entry: Measurement) -> list[str]:
     texts = entry.details.get("warnings", [])
     return [texts] if isinstance(texts, str) else [str(text) for text in texts]
 
 
-def _row(entry: Entry) -> _Row:
+def _row(entry: Measurement) -> _Row:
     details = {name: value for name, value in entry.details.items() if name not in _APART}
     interval = details.get("confidence_interval")
-    if entry.measured_with:
-        details["measured with"] = entry.measured_with
+    # Sentences have no digests.
+    details |= {name: value for name, value in entry.settings.items() if "sha256:" in str(value)}
     return _Row(entry, interval if isinstance(interval, Sequence) and len(interval) == 2 else (), details)
 
 

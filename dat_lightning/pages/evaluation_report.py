@@ -28,9 +28,10 @@ from dat_lightning.pages.reported_figures import (
     results_of,
     sampled,
 )
-from dat_lightning.results.evaluation_file import Entry, Evaluation, path_for, primitive, write_evaluation
-from dat_lightning.results.figures import Figure, all_ranks
-from dat_lightning.results.measured_with import image_digests, set_digest
+from dat_lightning.results.digests import image_digests, set_identity
+from dat_lightning.results.evaluation_file import Evaluation, path_for, primitive, write_evaluation
+from dat_lightning.results.gathering import all_ranks
+from dat_lightning.results.measurement import Measurement, primitives
 from dat_lightning.results.provenance import checkpoint_path, provenance, run_folder
 from dat_lightning.sampling.sample_grid import SampleGrid
 from dat_lightning.version import __version__
@@ -130,12 +131,12 @@ class EvaluationReport(Callback):
         """
         images = torch.tensor(float(self._num_images), device=pl_module.device)
         num_images = int(trainer.strategy.reduce(images, reduce_op="sum"))
-        used = self._images_of_all_ranks()
+        seen = self._images_of_all_ranks()
         entries = self._entries(trainer)
         logged = logged_by_callbacks(trainer)
         for key, value in sorted(trainer.callback_metrics.items()):
             if key not in logged:
-                figure = module_figure(key, float(value), pl_module, num_images, used)
+                figure = module_figure(key, float(value), pl_module, num_images, seen)
                 entries.append(self._entry(type(pl_module).__name__, figure))
         if not entries:
             raise InputError(
@@ -161,7 +162,7 @@ class EvaluationReport(Callback):
 
     # The figures.
 
-    def _entries(self, trainer: Trainer, of_this_test: bool = False) -> list[Entry]:
+    def _entries(self, trainer: Trainer, of_this_test: bool = False) -> list[Measurement]:
         """Figures of callbacks, by source and name, whatever their order."""
         callbacks = callbacks_of(trainer)
         if of_this_test:
@@ -172,20 +173,19 @@ class EvaluationReport(Callback):
         found = [self._entry(source, figure) for source, figures in sources for figure in figures]
         counts = Counter(entry.name for entry in found)
         taken: Counter[str] = Counter()
-        unique: list[Entry] = []
+        unique: list[Measurement] = []
         for entry in found:
             name = entry.name if counts[entry.name] == 1 else f"{entry.name} [{entry.source}]"
             taken[name] += 1
             unique.append(replace(entry, name=name if taken[name] == 1 else f"{name} {taken[name]}"))
         return unique
 
-    def _entry(self, source: str, figure: Figure) -> Entry:
+    def _entry(self, source: str, figure: Measurement) -> Measurement:
         details = dict(primitive(figure.details))
         if "pictures" in details:
             details["pictures"] = [self._located(Path(name)) for name in details["pictures"]]
-        value, num_samples = float(figure.value), int(figure.num_samples)
-        used = {name: str(part) for name, part in figure.measured_with.items()}
-        return Entry(figure.name, value, figure.protocol, num_samples, source, details, figure.better, used)
+        value, num_samples, settings = float(figure.value), int(figure.num_samples), primitives(figure.settings)
+        return replace(figure, value=value, num_samples=num_samples, source=source, details=details, settings=settings)
 
     def _located(self, picture: Path) -> str:
         """A picture's path from the folder of the report, if it is below, so that both can move; else in full."""
@@ -201,14 +201,14 @@ class EvaluationReport(Callback):
         now = results_of(callback)
         return now is not then or bool(now != content)
 
-    def _images_of_all_ranks(self) -> dict[str, str]:
-        """A digest of the test images, that of evaluators; nothing if some batch does not say which they are."""
+    def _images_of_all_ranks(self) -> str | None:
+        """The identity of the test images, that of evaluators; none if some batch does not say which they are."""
         parts = all_ranks(self._images)
         if any(part is None for part in parts):
-            return {}
+            return None
         images = dict(sorted((index, digest) for part in parts for index, digest in part.items()))
         digests = torch.tensor(list(images.values()), dtype=torch.int64)
-        return {"test images": set_digest(digests)} if images else {}
+        return set_identity(digests) if images else None
 
     def _sample_grids(self, trainer: Trainer) -> dict[str, str]:
         """Pictures of generated samples that this test has drawn → what they show."""
@@ -231,7 +231,9 @@ class EvaluationReport(Callback):
         folder = run if run is not None and os.access(run, os.W_OK) else Path(trainer.default_root_dir)
         return folder / "evaluation.json"
 
-    def _write(self, trainer: Trainer, pl_module: LightningModule, entries: list[Entry], failure: str | None) -> None:
+    def _write(
+        self, trainer: Trainer, pl_module: LightningModule, entries: list[Measurement], failure: str | None
+    ) -> None:
         known = primitive(provenance(trainer, pl_module, time.perf_counter() - self._start))
         known["versions"] = {"dat_lightning": __version__, **known["versions"]}
         checkpoint = checkpoint_path(trainer, pl_module)

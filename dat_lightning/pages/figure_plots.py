@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from dat_lightning.pages.drawing import NEUTRAL, PALETTE, label, require_matplotlib
 from dat_lightning.pages.rendering import Plot, number, plot
-from dat_lightning.results.evaluation_file import Entry
+from dat_lightning.results.measurement import Measurement
 
 Numbers = Sequence[float]
 
@@ -19,7 +19,7 @@ _MOST_LABELS = 8
 _DIAGONAL: Any = {"color": NEUTRAL, "lw": 1, "ls": (0, (4, 3))}
 
 
-def evaluation_plots(entries: Sequence[Entry]) -> list[Plot]:
+def evaluation_plots(entries: Sequence[Measurement]) -> list[Plot]:
     """Returns the plots of all figures, each once, and those over the radii of figures named ``{name}_eps{ε}``.
 
     Figures of one source may share what there is to draw; the first then stands for all.
@@ -38,12 +38,12 @@ def evaluation_plots(entries: Sequence[Entry]) -> list[Plot]:
     return plots
 
 
-def names_over_radii(entries: Sequence[Entry]) -> set[str]:
+def names_over_radii(entries: Sequence[Measurement]) -> set[str]:
     """Returns the names of those figures that differ from others in the radius alone."""
     return {name for points in _over_radii(entries).values() for _, _, name in points}
 
 
-def _over_radii(entries: Sequence[Entry]) -> dict[str, list[tuple[float, float, str]]]:
+def _over_radii(entries: Sequence[Measurement]) -> dict[str, list[tuple[float, float, str]]]:
     """What a figure is → radius, value and whole name, where there are several radii."""
     found: dict[str, list[tuple[float, float, str]]] = {}
     for entry in entries:
@@ -53,7 +53,7 @@ def _over_radii(entries: Sequence[Entry]) -> dict[str, list[tuple[float, float, 
     return {name: points for name, points in found.items() if len(points) > 1}
 
 
-def _parts(entry: Entry) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _parts(entry: Measurement) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Title and contents of whatever in a figure's details may be a plot."""
     yield entry.name, entry.details
     for place, part in _mappings(entry.details):

@@ -6,47 +6,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.weights.files import written_whole
 
 FORMAT = "dat_lightning evaluation"
-SCHEMA_VERSION = 1
-
-_ADDED_LATER = ("better", "measured_with")
+SCHEMA_VERSION = 2
 
 # JSON has no numbers for these.
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A figure of an evaluation file.
-
-    Attributes:
-        name: What it is, such as ``fid``; no two entries of a file share one.
-        value: The number; it may be NaN or infinite.
-        protocol: How it was measured, in words.
-        num_samples: Number of images that entered.
-        source: Class of the callback or module that measured it.
-        details: Further primitives. ``pictures`` lists PNG files, absolute or relative to the file's folder,
-            ``captions`` says what is on them, ``warnings`` lists sentences.
-        better: Which of two values is the better one; ``None`` if the evaluator does not say.
-        measured_with: Name → short digest or name of what decides the number besides the model and the protocol.
-    """
-
-    name: str
-    value: float
-    protocol: str
-    num_samples: int
-    source: str
-    details: Mapping[str, Any] = field(default_factory=dict)
-    better: Literal["higher", "lower"] | None = None
-    measured_with: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -55,18 +28,18 @@ class Evaluation:
 
     Attributes:
         name: Label of the run in tables and plots.
-        entries: The figures.
+        entries: The measurements, no two of a name.
         provenance: Where they come from: checkpoint, weights, versions, seeds, device, date.
         failure: What stopped the test before all figures were measured; ``None`` if nothing did.
     """
 
     name: str
-    entries: Sequence[Entry]
+    entries: Sequence[Measurement]
     provenance: Mapping[str, Any] = field(default_factory=dict)
     failure: str | None = None
 
-    def entry(self, name: str) -> Entry | None:
-        """Returns the figure of that name, if there is one."""
+    def entry(self, name: str) -> Measurement | None:
+        """Returns the measurement of that name, if there is one."""
         return next((entry for entry in self.entries if entry.name == name), None)
 
 
@@ -78,7 +51,7 @@ def write_evaluation(path: Path, evaluation: Evaluation) -> None:
         "note": "NaN, Infinity and -Infinity are written as strings",
         "name": evaluation.name,
         "failure": evaluation.failure,
-        "figures": [asdict(entry) for entry in evaluation.entries],
+        "figures": [{**asdict(entry), "protocol": entry.protocol} for entry in evaluation.entries],
         "provenance": evaluation.provenance,
     }
     write_text(path, json.dumps(primitive(contents), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
@@ -148,7 +121,7 @@ def _evaluation_or_none(path: Path) -> Evaluation | None:
 
 
 def is_of_one_step_count(name: str) -> bool:
-    """Returns whether a figure belongs to one number of sampling steps of a sweep, such as ``fid_20_steps``."""
+    """Returns whether a measurement belongs to one number of sampling steps of a sweep, such as ``fid_20_steps``."""
     return re.search(r"_\d+_steps$", name) is not None
 
 
@@ -190,20 +163,18 @@ def restored(value: Any) -> Any:
     return value
 
 
-def _entry(figure: Mapping[str, Any]) -> Entry:
-    """A figure of a file; files of earlier versions lack some of its parts."""
-    names = [each.name for each in fields(Entry) if each.name in figure or each.name not in _ADDED_LATER]
-    return Entry(**{name: restored(figure[name]) for name in names})
+def _entry(figure: Mapping[str, Any]) -> Measurement:
+    """A measurement of a file; the protocol there is for people, and made of the rest."""
+    return Measurement(**{each.name: restored(figure[each.name]) for each in fields(Measurement)})
 
 
-def _well_formed(entry: Entry) -> bool:
-    texts = (entry.name, entry.protocol, entry.source)
+def _well_formed(entry: Measurement) -> bool:
+    texts = (entry.name, entry.definition, entry.source)
     numbers = (entry.value, entry.num_samples)
     return (
         all(isinstance(text, str) for text in texts)
         and all(isinstance(number, int | float) and not isinstance(number, bool) for number in numbers)
         and isinstance(entry.details, dict)
         and entry.better in (None, "higher", "lower")
-        and isinstance(entry.measured_with, dict)
-        and all(isinstance(part, str) for part in entry.measured_with.values())
+        and isinstance(entry.settings, dict)
     )

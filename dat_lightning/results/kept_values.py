@@ -1,9 +1,7 @@
 """Values of batches in files, so that an evaluation that was interrupted goes on where it stopped."""
 
-import dataclasses
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.ascent import no_trace
-from dat_lightning.data.fingerprint import module_fingerprint
-from dat_lightning.results.figures import Values
+from dat_lightning.results.digests import digest, network_digest
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import settings_key
 from dat_lightning.version import __version__
 from dat_lightning.weights.files import written_whole
 
@@ -75,23 +74,17 @@ class KeptValues:
 
     def path(self, network: nn.Module, batch: Mapping[str, Tensor], part: str) -> Path:
         """Returns the file of a batch."""
-        seen = hashlib.sha256()
-        for name in ("x", "y", "index"):
-            if name in batch:
-                value = batch[name].detach().cpu().contiguous()
-                seen.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-                seen.update(value.flatten().view(torch.uint8).numpy().tobytes())
+        seen = digest(each for name in ("x", "y", "index") if name in batch for each in (name, batch[name]))
         index = batch["index"]
-        file = f"{part}-{int(index.min())}-{int(index.max())}-{seen.hexdigest()[:16]}.values"
+        file = f"{part}-{int(index.min())}-{int(index.max())}-{seen[:16]}.values"
         return self.own_folder(network) / file
 
     def own_folder(self, network: nn.Module) -> Path:
         """Returns the folder of this network's values, which is made if there is none."""
         if self._own is None:
-            weights = {"weights": module_fingerprint(network), "version": __version__}
-            key = {"name": self.name, "settings": dict(self.settings), **weights}
-            digest = hashlib.sha256(json.dumps(key, sort_keys=True, default=_primitive).encode()).hexdigest()
-            self._own = self.folder / f"{self.name.rpartition('.')[2]}-{digest[:16]}"
+            weights = {"weights": network_digest(network), "version": __version__}
+            key = settings_key({"name": self.name, "settings": dict(self.settings), **weights})
+            self._own = self.folder / f"{self.name.rpartition('.')[2]}-{key[:16]}"
             self._own.mkdir(parents=True, exist_ok=True)
         return self._own
 
@@ -125,12 +118,3 @@ def _alike(kept: Tensor, probe: Tensor) -> bool:
     # NaN logits are nobody's.
     largest = float(probe.abs().max()) if probe.numel() else 0.0
     return bool(((kept - probe).abs() <= 1e-3 * largest).all())
-
-
-def _primitive(value: Any) -> Any:
-    """A setting as primitives; what may print differently in each process, or alike for different values, is none."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {type(value).__name__: dataclasses.asdict(value)}
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"settings() must return primitives, got {type(value).__name__}: {value!r}")

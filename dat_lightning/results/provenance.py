@@ -1,6 +1,5 @@
 """Where the figures of a test come from: checkpoint, weights, seeds, versions, device."""
 
-import hashlib
 import os
 import platform
 from collections.abc import Mapping
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from dat_lightning.data.fingerprint import module_fingerprint
+from dat_lightning.results.digests import file_digest, network_digest
 
 _PACKAGES = (
     "torch",
@@ -35,7 +34,7 @@ def provenance(trainer: Trainer, pl_module: LightningModule, seconds: float) -> 
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "seconds": round(seconds, 1),
         "checkpoint": _checkpoint(trainer, pl_module),
-        "weights_sha256": module_fingerprint(getattr(pl_module, "energy_model", pl_module)),
+        "weights_sha256": network_digest(getattr(pl_module, "energy_model", pl_module)),
         "seeds": _seeds(trainer, pl_module),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "num_processes": trainer.world_size,
@@ -80,14 +79,7 @@ def _checkpoint(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any] 
     path = checkpoint_path(trainer, pl_module)
     if path is None:
         return None
-    digest: str | None = None
-    if path.is_file():
-        sha256 = hashlib.sha256()
-        with path.open("rb") as file:
-            while block := file.read(1 << 20):
-                sha256.update(block)
-        digest = sha256.hexdigest()
-    return {"path": str(path), "sha256": digest}
+    return {"path": str(path), "sha256": file_digest(path) if path.is_file() else None}
 
 
 def _seeds(trainer: Trainer, pl_module: LightningModule) -> dict[str, int]:

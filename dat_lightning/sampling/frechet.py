@@ -1,6 +1,5 @@
 """The Fréchet distance between generated samples and reference data, for every step count of the sweep."""
 
-import hashlib
 import itertools
 import os
 from collections.abc import Mapping
@@ -14,7 +13,6 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import data_fingerprint, image_digest, module_fingerprint
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.gaussian_stats import (
     FeatureMoments,
@@ -23,6 +21,7 @@ from dat_lightning.features.gaussian_stats import (
     read_statistics,
     write_statistics,
 )
+from dat_lightning.results.digests import data_digest, digest, network_digest, probe_images
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.reference_images import ReferenceImages, reference_data
 
@@ -197,14 +196,18 @@ def reference_key(data: Any, extractor: nn.Module) -> str:
         data: Has ``dataset`` and ``transform``, as the DataModule's ``reference_data()``.
         extractor: The feature extractor.
     """
-    size = len(data.dataset)
-    images = data[sorted({k * size // 16 for k in range(16)})]["x"]
+    images = probe_images(data)
     features = extract_features(extractor, images.to(_device(extractor))).cpu()
     # A device's last bits do not make another extractor.
     seen = [f"{value:.3e}" for value in features.double().mean(1).tolist()]
-    seen.append(f"{tuple(features.shape)} {image_digest(to_uint8_rgb(images))}")
-    parts = (data_fingerprint(data.dataset), repr(data.transform), module_fingerprint(extractor), *seen)
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:32]
+    parts: list[str | Tensor] = [
+        data_digest(data.dataset),
+        repr(data.transform),
+        network_digest(extractor),
+        to_uint8_rgb(images),
+        *seen,
+    ]
+    return digest([*parts, f"{tuple(features.shape)}"])[:32]
 
 
 def _device(module: nn.Module) -> torch.device:

@@ -15,8 +15,9 @@ from typing_extensions import override
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbours
-from dat_lightning.results.figures import Figure, Values, gather
-from dat_lightning.results.measured_with import image_digests, network_digest, reference_digest, set_digest
+from dat_lightning.results.digests import identity, image_digests, network_identity, reference_digest, set_identity
+from dat_lightning.results.gathering import Values, gather, on_rank_zero
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
@@ -95,11 +96,11 @@ class Memorisation(SampleConsumer):
         self.num_steps = num_steps
         self.stages = tuple(stages)
         self.batch_size = batch_size
-        self.figures: list[Figure] = []
+        self.figures: list[Measurement] = []
         self._plan: SamplingPlan | None = None
         self._training: Values = {}
         self._held_out: Values = {}
-        self._measured_with: dict[str, str] = {}
+        self._settings: dict[str, Any] = {}
         self._found: dict[int, list[Values]] = {}
         self._closest: dict[int, Shortlist] = {}
 
@@ -130,10 +131,12 @@ class Memorisation(SampleConsumer):
                 )
             self._held_out = self._held_out_distances(trainer, pl_module, training["features"])
             data = reference_data(trainer, "Memorisation compares with training images:")
-            self._measured_with = {
-                "extractor": network_digest(self.extractor),
-                "reference": reference_digest(trainer, data),
-                "test images": set_digest(self._held_out["digest"]),
+            seen = on_rank_zero(trainer, lambda: reference_digest(data))
+            self._settings = {
+                "metric": self.metric,
+                "extractor": network_identity(self.extractor),
+                "reference": identity("training images", seen),
+                "test_images": set_identity(self._held_out["digest"]),
             }
             self._training = training
 
@@ -233,15 +236,12 @@ class Memorisation(SampleConsumer):
 
     def _pair(
         self, found: Values, threshold: float, plan: SamplingPlan, steps: int, among: Sequence[int]
-    ) -> tuple[Figure, Figure]:
+    ) -> tuple[Measurement, Measurement]:
         """The two figures of a snapshot, which was chosen among several or is the only one."""
         nearest, real = found["distances"][:, 0], self._held_out["distance"]
         levels = torch.tensor(_LEVELS, dtype=torch.float64)
-        settings = {
-            "metric": self.metric,
-            "extractor": type(self.extractor).__name__,
+        details = {
             "num_sampling_steps": steps,
-            "sampling_step_size": plan.step_size,
             "num_training_images": len(self._training["index"]),
             "num_test_images": len(real),
             "threshold": threshold,
@@ -250,18 +250,15 @@ class Memorisation(SampleConsumer):
             "test_image_quantiles": torch.quantile(real, levels).tolist(),
         }
         # A number of steps that results from the sweep stands in the details, so that runs can be compared.
-        sweep = ", ".join(map(str, among))
-        after = f"{steps} steps" if len(among) == 1 else f"that of {sweep} steps with the largest memorised share"
-        where = (
-            f"{self.metric} distance to the nearest training image in features of {type(self.extractor).__name__},"
-            f" samples after {after}"
-        )
-        share = f"share of samples nearer than the {self.quantile:g} quantile of {len(real)} real test images; {where}"
-        value, size, used = float((nearest < threshold).double().mean()), len(nearest), self._measured_with
-        shared = {**settings, "quantile": self.quantile}
+        after = steps if len(among) == 1 else f"those of {', '.join(map(str, among))} with the largest memorised share"
+        settings = {**self._settings, "num_sampling_steps": after, "sampling_step_size": plan.step_size}
+        value, size = float((nearest < threshold).double().mean()), len(nearest)
+        share = "share of samples nearer to a training image than a quantile of real test images"
+        median = "median distance of samples to the nearest training image"
+        nearer = {**settings, "quantile": self.quantile}
         return (
-            Figure("memorised_share", value, share, size, shared, "lower", used),
-            Figure("nearest_training_distance", float(nearest.median()), f"median {where}", size, settings, None, used),
+            Measurement("memorised_share", value, share, size, details, "lower", nearer),
+            Measurement("nearest_training_distance", float(nearest.median()), median, size, details, None, settings),
         )
 
     def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float, steps: int) -> None:

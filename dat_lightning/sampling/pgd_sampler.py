@@ -16,7 +16,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Logits, Precision, ascend_snapshots, unbounded_ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
-from dat_lightning.results.figures import Values
+from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.seed_batches import SeedBatches

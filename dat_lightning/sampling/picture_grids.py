@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.results.figures import Values, gather
+from dat_lightning.results.gathering import Values, gather
 
 _TILE_SIDE = 96
 _GAP = 10

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.results.figures import all_ranks
+from dat_lightning.results.gathering import all_ranks
 from dat_lightning.results.progress import is_silent
 
 _logger = logging.getLogger(__name__)

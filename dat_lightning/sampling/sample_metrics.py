@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import file_digest
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.fidelity import (
     FidelitySettings,
@@ -28,12 +27,13 @@ from dat_lightning.features.fidelity import (
     check_sizes,
     check_values,
     fidelity_scores,
-    make_figures,
+    measurements,
 )
 from dat_lightning.features.image_sets import read_images, read_set
 from dat_lightning.features.layers import LayerReader
-from dat_lightning.results.figures import Figure, Values, all_ranks, gather
-from dat_lightning.results.measured_with import reference_digest
+from dat_lightning.results.digests import file_digest, reference_digest
+from dat_lightning.results.gathering import Values, all_ranks, gather, on_rank_zero
+from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import FrechetDistance, default_cache_dir, reference_key
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
@@ -112,7 +112,7 @@ class SampleMetrics(SampleConsumer):
         self.prefix = prefix
         self.cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
         self.batch_size = batch_size
-        self.figures: list[Figure] = []
+        self.figures: list[Measurement] = []
         self._values: dict[int, list[Values]] = {}
         self._reference: Reference | None = None
         self._plan: SamplingPlan | None = None
@@ -184,7 +184,7 @@ class SampleMetrics(SampleConsumer):
 
     # Figures.
 
-    def _figures(self, sweep: Mapping[int, Mapping[str, float]], plan: SamplingPlan) -> list[Figure]:
+    def _figures(self, sweep: Mapping[int, Mapping[str, float]], plan: SamplingPlan) -> list[Measurement]:
         """All figures, those of the chosen number of steps first."""
         best = max(plan.num_steps)
         for name in ("fid", "kid"):
@@ -192,20 +192,20 @@ class SampleMetrics(SampleConsumer):
                 best = min(plan.num_steps, key=lambda steps: sweep[steps][name])
                 break
         reference = self._reference if self._reference is not None else Reference("nothing")
-        made: dict[int, list[Figure]] = {}
+        made: dict[int, list[Measurement]] = {}
         for steps, scores in sweep.items():
             # The number of steps is a result of the sweep, and stands in the details.
-            origin = f"generated with steps of {plan.step_size:g}"
-            made[steps] = make_figures(scores, self.settings, self.reader, reference, plan.num_samples, origin)
+            origin = {"step_size": plan.step_size}
+            made[steps] = measurements(scores, self.settings, self.reader, reference, plan.num_samples, origin)
         steps_of = sorted(made)
-        figures: list[Figure] = []
+        figures: list[Measurement] = []
         for k, figure in enumerate(made[best]):
             curve = {"sweep_steps": steps_of, "sweep": [made[steps][k].value for steps in steps_of]}
-            details = {**figure.details, "num_steps": best, "step_size": plan.step_size, **curve}
+            details = {**figure.details, "num_steps": best, **curve}
             figures.append(replace(figure, name=f"{self.prefix}{figure.name}", details=details))
         for steps in steps_of:
             for figure in made[steps]:
-                details = {**figure.details, "num_steps": steps, "step_size": plan.step_size}
+                details = {**figure.details, "num_steps": steps}
                 name = f"{self.prefix}{figure.name}_{steps}_steps"
                 figures.append(replace(figure, name=name, details=details))
         return figures
@@ -229,7 +229,7 @@ class SampleMetrics(SampleConsumer):
                 images, self.reader, share, pl_module.device, self.batch_size, silent=is_silent(trainer)
             )
             features = by_class(gather(values, f"{path} has no images"))["features"]
-        digest = trainer.strategy.broadcast(file_digest(path) if trainer.is_global_zero else "")
+        digest = on_rank_zero(trainer, lambda: file_digest(path))
         return Reference(str(path), 0 if images is None else len(images), gaussian, features, digest)
 
     def _reference_from_data(self, data: Any, trainer: Trainer, pl_module: LightningModule) -> Reference:
@@ -248,7 +248,8 @@ class SampleMetrics(SampleConsumer):
             if images.num_skipped() == 0 and path is not None:
                 with written_whole(path) as file:
                     np.save(file, features.numpy())
-        return Reference(name, len(features), None, features, reference_digest(trainer, data))
+        seen = on_rank_zero(trainer, lambda: reference_digest(data))
+        return Reference(name, len(features), None, features, seen)
 
     def _read(self, images: ReferenceImages, pl_module: LightningModule) -> Tensor:
         values: list[Values] = []

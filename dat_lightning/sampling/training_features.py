@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
-from dat_lightning.results.figures import Values, gather
+from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.reference_images import ReferenceImages, reference_data

@@ -55,7 +55,7 @@ from dat_lightning import (
 )
 from dat_lightning.backbones import resnet50
 from dat_lightning.core.ascent import Precision
-from dat_lightning.results.figures import all_ranks
+from dat_lightning.results.gathering import all_ranks
 from dat_lightning.speed import Execution
 from tests import tiny
 from tests.ddp.ranks import launch, strategy

@@ -1,4 +1,3 @@
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -6,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
-from dat_lightning.data import data_fingerprint, module_fingerprint, shared_images
+from dat_lightning.data import shared_images
 from dat_lightning.data.fingerprint import image_digest
 
 
@@ -24,11 +23,6 @@ class Counting(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         self.read.append(index)
         return torch.full((1, 2, 2), self.others.get(index, float(index)))
-
-
-def network() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU())
 
 
 def test_a_digest_is_that_of_the_pixels_whatever_holds_them() -> None:
@@ -49,45 +43,6 @@ def test_a_digest_changes_with_pixel_shape_and_type(change: str) -> None:
     else:
         other = other.astype(np.int8)
     assert image_digest(other) != image_digest(pixels)
-
-
-def test_the_fingerprint_of_a_small_data_set_feels_every_image() -> None:
-    fingerprints = {data_fingerprint(Counting(7, {i: -1.0})) for i in range(7)}
-    fingerprints |= {data_fingerprint(Counting(7)), data_fingerprint(Counting(8))}
-    assert len(fingerprints) == 9
-    assert data_fingerprint(Counting(7)) == data_fingerprint(Counting(7))
-
-
-def test_the_fingerprint_of_a_large_data_set_reads_evenly_spaced_images_and_the_length() -> None:
-    dataset = Counting(100)
-    fingerprint = data_fingerprint(dataset, whole_up_to=99, num_samples=10)
-    assert dataset.read == list(range(0, 100, 10))
-    assert fingerprint != data_fingerprint(Counting(100, {10: -1.0}), whole_up_to=99, num_samples=10)
-    # 101 images are sampled at the same places, so only the length tells.
-    longer = Counting(101)
-    assert fingerprint != data_fingerprint(longer, whole_up_to=99, num_samples=10)
-    assert longer.read == dataset.read
-
-
-def test_equal_networks_have_equal_fingerprints_whatever_their_mode() -> None:
-    assert module_fingerprint(network()) == module_fingerprint(network().eval())
-    assert module_fingerprint(network().bfloat16()) != module_fingerprint(network())
-
-
-def test_the_fingerprint_of_a_network_feels_weights_buffers_structure_and_class() -> None:
-    base = network()
-    weight, buffer = copy.deepcopy(base), copy.deepcopy(base)
-    with torch.no_grad():
-        next(weight.parameters())[0, 0, 0, 0] += 1e-3
-        next(buffer.buffers())[0] += 1e-3
-    structure = nn.Sequential(*list(copy.deepcopy(base).children())[:2], nn.SiLU())
-
-    class Sequential(nn.Sequential):
-        pass
-
-    subclass = Sequential(*copy.deepcopy(base).children())
-    networks = (base, weight, buffer, structure, subclass)
-    assert len({module_fingerprint(n) for n in networks}) == len(networks)
 
 
 def test_identical_data_sets_share_all_images() -> None:

@@ -73,7 +73,7 @@ def test_figures_of_digits_are_plain_computations_and_t_is_that_of_the_validatio
     t = fit_temperature(*split(module, "val"))
     assert found["temperature"].value == pytest.approx(t, rel=1e-4)
     check(found, logits / found["temperature"].value, y, "_scaled")
-    assert found["ece_scaled"].protocol.endswith("fitted on 20 validation images that are no test images")
+    assert found["ece_scaled"].settings["temperature_of"] == "20 validation images that are no test images"
     assert {figure.num_samples for figure in found.values()} == {360}
 
 
@@ -98,7 +98,8 @@ def check_halves(found: dict[str, Figure], logits: Tensor, y: Tensor, why: str) 
     scaled[0::2] /= odd
     scaled[1::2] /= even
     check(found, scaled, y, "_scaled")
-    assert f"applied to the other half, for {why}" in found["ece_scaled"].protocol
+    where = found["ece_scaled"].settings["temperature_of"]
+    assert where == f"each half of the test images, applied to the other half, for {why}"
 
 
 def test_test_images_are_no_held_out_images(tmp_path: Path) -> None:
@@ -144,7 +145,7 @@ class PairsToValidate(LightningDataModule):
 
 def test_validation_batches_may_be_pairs(tmp_path: Path) -> None:
     found = figures(tmp_path, Calibration(), Plain(), datamodule=PairsToValidate())
-    assert found["temperature"].details["fitted"] == "on 10 validation images that are no test images"
+    assert found["temperature"].settings["temperature_of"] == "10 validation images that are no test images"
 
 
 class NeedsFit(PairsToValidate):
@@ -157,7 +158,7 @@ class NeedsFit(PairsToValidate):
 def test_a_datamodule_without_validation_images_in_a_test_costs_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="cannot have validation images, and uses halves: AttributeError"):
         found = figures(tmp_path, Calibration(), Plain(), datamodule=NeedsFit())
-    assert "each half of the test images" in found["temperature"].details["fitted"]
+    assert "each half of the test images" in found["temperature"].settings["temperature_of"]
 
 
 def test_a_temperature_at_its_end_is_said(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 from dat_lightning import DigitsFeatures
 from dat_lightning.data.digits import load_images, split_indices
 from dat_lightning.evaluation import Counterfactuals
-from dat_lightning.results.figures import Figure, Values
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import Measurement
 from tests import tiny
 
 NUM_CLASSES = 4
@@ -65,14 +66,14 @@ def loader(x: np.ndarray, y: np.ndarray, batch_size: int = 7) -> DataLoader[dict
 
 def run(
     path: Path, evaluator: Counterfactuals, module: LightningModule | None = None, batch_size: int = 7, **kwargs: Any
-) -> dict[str, Figure]:
+) -> dict[str, Measurement]:
     """Figures on the grey images, by their names."""
     batches = loader(*grey_images(), batch_size=batch_size)
     tiny.trainer(path, [evaluator], **kwargs).test(module or Linear(), dataloaders=batches, verbose=False)
     return {figure.name.removeprefix("counterfactual_"): figure for figure in evaluator.figures}
 
 
-def run_digits(path: Path, evaluator: Counterfactuals, **kwargs: Any) -> dict[str, Figure]:
+def run_digits(path: Path, evaluator: Counterfactuals, **kwargs: Any) -> dict[str, Measurement]:
     trainer = tiny.trainer(path, [evaluator], **kwargs)
     trainer.test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
     return {figure.name.removeprefix("counterfactual_"): figure for figure in evaluator.figures}
@@ -134,11 +135,10 @@ def test_figures_are_logged_and_say_how_they_were_measured(tmp_path: Path) -> No
     assert len(logged) == 5
     figure = evaluator.figures[0]
     assert figure.protocol == (
-        "share that the network classifies as the target; targeted ascent on f(x)[target] from real test images, L2"
-        " ball of radius 0.2, 8 steps of 0.0625; target: the most likely class other than the label"
+        "share that the network classifies as the target; targeted ascent on f(x)[target] from real test images inside"
+        " an L2 ball; target the most likely class other than the label, eps 0.2, num steps 8, step size 0.0625"
     )
-    settings = {"targets": "next", "eps": 0.2, "num_steps": 8, "step_size": 0.0625, "seed": 5, "norm": "L2"}
-    assert settings.items() <= figure.details.items()
+    assert {"eps": 0.2, "num_steps": 8, "step_size": 0.0625}.items() <= figure.settings.items()
 
 
 def test_counterfactuals_stay_in_ball_and_box(tmp_path: Path) -> None:
@@ -259,7 +259,7 @@ def test_plausibility_is_what_the_judge_says(tmp_path: Path) -> None:
     # An image that is no 2 has one target of three that is 2.
     assert plausible.value == pytest.approx((y != 2).mean() / 3)
     assert plausible.details["judge_accuracy_on_originals"] == pytest.approx((y == 2).mean())
-    assert plausible.details["judge"] == "Reads"
+    assert plausible.settings["judge"].startswith("Reads sha256:")
     assert all(seen.dtype == torch.float32 and seen.shape[1] == 1 for seen in judge.seen)
     assert torch.equal(judge.seen[0], torch.from_numpy(x[:7]))
 
@@ -341,7 +341,7 @@ def test_fid_by_class_is_that_of_numpy(tmp_path: Path) -> None:
     assert fid.details["left_out"] == [c for c in range(10) if counts[c] < 36]
     assert fid.value == pytest.approx(np.mean(list(expected.values())), rel=1e-4)
     assert fid.num_samples == sum(counts[c] for c in expected)
-    assert f"{len(expected)} classes; {10 - len(expected)} left out" in fid.protocol
+    assert fid.settings["target_classes"] == list(expected)
 
 
 def test_without_enough_images_there_is_no_fid(tmp_path: Path) -> None:

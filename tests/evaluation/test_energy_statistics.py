@@ -1,5 +1,6 @@
 """Energies and their gradients on sets of images."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_adversarial_images_are_those_of_the_attack(tmp_path: Path) -> None:
     assert found["energy_adversarial"].value == pytest.approx(energy.mean(), rel=1e-5)
     assert found["r1_adversarial"].value == pytest.approx(r1.mean(), rel=1e-5)
     assert found["energy_adversarial"].value != pytest.approx(found["energy_test"].value, rel=1e-3)
-    assert "L2, ε 0.3, 2 steps of 0.2 from a random start" in found["energy_adversarial"].protocol
+    assert found["energy_adversarial"].settings["threat_model"] == asdict(attack)
 
 
 def test_digits_have_every_set_whatever_the_order_of_callbacks(tmp_path: Path) -> None:
@@ -115,7 +116,7 @@ def test_digits_have_every_set_whatever_the_order_of_callbacks(tmp_path: Path) -
 def test_the_attack_of_the_module_is_the_default(tmp_path: Path) -> None:
     module = tiny.stage1(eval_threat_model=ThreatModel(eps=0.7, step_size=0.25, num_steps=3))
     found = run(tmp_path, EnergyStatistics(num_images=20), module=module, datamodule=tiny.digits())
-    assert "L2, ε 0.7, 3 steps of 0.25" in found["r1_adversarial"].protocol
+    assert found["r1_adversarial"].settings["threat_model"] == asdict(module.eval_threat_model)
 
 
 def test_all_training_images_are_their_mean(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader
 
 from dat_lightning.core import ThreatModel
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.results.figures import Figure, Values, gather
+from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import read_values, write_values
+from dat_lightning.results.measurement import Measurement
 from tests import tiny
 
 Batch = dict[str, Tensor]
@@ -61,10 +62,10 @@ class Probe(Evaluator):
         self.asked += batch["index"].tolist()
         return {"logit": pl_module(batch["x"])[:, 0], "pair": batch["x"].flatten(1)[:, :2]}
 
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         self.order = values["index"].tolist()
         assert values["pair"].shape == (len(values["logit"]), 2)
-        return [Figure("mean", float(values["logit"].double().mean()), "mean logit", len(values["logit"]))]
+        return [Measurement("mean", float(values["logit"].double().mean()), "mean logit", len(values["logit"]))]
 
 
 IMAGES = torch.rand(10, 1, 2, 2, generator=torch.Generator().manual_seed(0))
@@ -200,7 +201,7 @@ def test_figures_tell_test_images_apart_and_not_their_batches(tmp_path: Path) ->
     def images(data: Any) -> str:
         probe = Probe()
         run(tmp_path, probe, data)
-        return probe.figures[0].measured_with["test images"]
+        return str(probe.figures[0].settings["test_images"])
 
     whole = {name: torch.cat([batch[name] for batch in ALL]) for name in ALL[0]}
     assert images(ALL) == images([whole])
@@ -235,7 +236,7 @@ def test_other_settings_and_evaluators_are_not_mistaken(tmp_path: Path) -> None:
 
 
 def test_settings_must_be_primitives(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match=r"settings\(\) must return primitives, got Tensor"):
+    with pytest.raises(TypeError, match=r"settings must be primitives, got Tensor"):
         run(tmp_path, Probe(tmp_path / "kept", weights=torch.zeros(3)))
 
 
@@ -311,8 +312,8 @@ class Odd(Probe):
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         return self.values
 
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
-        return [Figure("sum", float(values["v"].sum()), "sum", len(values["v"]))]
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
+        return [Measurement("sum", float(values["v"].sum()), "sum", len(values["v"]))]
 
 
 def test_values_of_half_precision_are_kept_exactly(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Scores tell test images from others, before and after an attack on the others."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,8 @@ def test_the_attack_raises_the_logit_of_a_linear_network_by_its_closed_form(tmp_
     assert attacked.details["mean_score_ood"] == pytest.approx(float(expected), rel=1e-5)
     assert attacked.details["mean_score_test"] == clean.details["mean_score_test"]
     assert attacked.value <= clean.value
-    assert attacked.details["attack"]["eps"] == 0.05
-    assert "attacked to raise it: L2, ε 0.05, 5 steps of 0.02" in attacked.protocol
+    assert attacked.settings["attack"] == asdict(attack)
+    assert "attack" not in {name for name, value in clean.settings.items() if value is not None}
 
 
 def test_the_default_attack_is_that_of_the_method() -> None:
@@ -120,7 +121,7 @@ def test_the_choice_of_images_is_seeded_and_without_repetition(tmp_path: Path) -
     found = run(tmp_path, OODDetection({"grey": others}, ["max_logit"], num_ood=5, attack=None, seed=3))
     expected = Plain()(others.images[choose(40, 5, 3, "grey")]).detach().max(1).values.mean()
     assert found["ood_auroc_grey_max_logit"].details["mean_score_ood"] == pytest.approx(float(expected), rel=1e-5)
-    assert found["ood_auroc_grey_max_logit"].details["num_ood"] == 5
+    assert found["ood_auroc_grey_max_logit"].settings["num_ood"] == 5
 
 
 def test_random_starts_and_batches_do_not_matter(tmp_path: Path) -> None:
@@ -135,7 +136,7 @@ def test_random_starts_and_batches_do_not_matter(tmp_path: Path) -> None:
 def test_corrupt_images_are_left_out_and_counted(tmp_path: Path) -> None:
     evaluator = OODDetection({"grey": Others(8, corrupt=[1, 2, 6])}, ["max_logit"], attack=None, batch_size=2)
     figure = run(tmp_path, evaluator)["ood_auroc_grey_max_logit"]
-    assert (figure.details["num_ood"], figure.details["num_skipped"]) == (5, 3)
+    assert (figure.settings["num_ood"], figure.details["num_skipped"]) == (5, 3)
     expected = Plain()(Others().images[[0, 3, 4, 5, 7]]).detach().max(1).values.mean()
     assert figure.details["mean_score_ood"] == pytest.approx(float(expected), rel=1e-5)
     with pytest.raises(

@@ -186,7 +186,10 @@ def test_restarts_are_a_plain_loop_over_all_images_whatever_the_batches(tmp_path
     figure = evaluator.figures[1]
     assert figure.details["accuracy_after_restarts"] == shares
     assert figure.value == shares[-1]
-    assert "a walk from the image and 2 more from random points" in figure.protocol
+    assert figure.settings["restarts"] == 3
+    assert (
+        "threat model (norm L2, eps 0.2, step size 0.01, num steps 20, random start no), restarts 3" in figure.protocol
+    )
 
 
 def test_an_unbounded_walk_has_no_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,9 +204,8 @@ def test_an_unbounded_walk_has_no_restarts(tmp_path: Path, monkeypatch: pytest.M
     evaluate(tmp_path, Margin(), linear_data(), evaluator, batch_size=COUNT)
     assert walks == [72]  # those that are classified correctly, once
     (figure,) = evaluator.figures[1:]
-    assert figure.details["threat_model"]["eps"] == "inf"
-    assert "unbounded" in figure.protocol
-    assert "random" not in figure.protocol
+    assert figure.settings["threat_model"]["eps"] == math.inf
+    assert figure.settings["restarts"] == 1
 
 
 def test_the_interval_ends_where_the_share_is_two_deviations_away() -> None:
@@ -460,7 +462,7 @@ def test_fewer_classes_get_fewer_targets_and_attacks(
     network, x = Classes(classes), linear_data().x[:4]
     evaluator = AutoAttack("Linf", 0.2, version=version)
     evaluate(tmp_path, network, Images(x, network(x).argmax(1)), evaluator)
-    assert evaluator.figures[0].details["attacks"] == attacks
+    assert evaluator.figures[0].settings["attacks"] == attacks
     assert seen == {(targets, targets, version)}
     assert evaluator.figures[0].value < 1
 

@@ -9,9 +9,9 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from dat_lightning import EnergyModel, FrechetDistance
-from dat_lightning.data.fingerprint import module_fingerprint
 from dat_lightning.features import ClassifierFeatures
 from dat_lightning.features.gaussian_stats import FeatureMoments, frechet_distance
+from dat_lightning.results.digests import network_digest
 from dat_lightning.sampling.frechet import reference_key
 from tests import tiny
 
@@ -127,21 +127,21 @@ def test_the_fingerprint_sees_the_loaded_weights(tmp_path: Path) -> None:
 
     def fingerprint(seed: int) -> str:
         torch.save(colours(seed).state_dict(), path)
-        return module_fingerprint(ClassifierFeatures(colours(), init_from=str(path)))
+        return network_digest(ClassifierFeatures(colours(), init_from=str(path)))
 
-    assert fingerprint(1) == module_fingerprint(ClassifierFeatures(colours(seed=1)))
-    assert fingerprint(1) != fingerprint(2) != module_fingerprint(ClassifierFeatures(colours()))
+    assert fingerprint(1) == network_digest(ClassifierFeatures(colours(seed=1)))
+    assert fingerprint(1) != fingerprint(2) != network_digest(ClassifierFeatures(colours()))
 
 
 def test_the_fingerprint_sees_how_images_are_prepared() -> None:
     settings: list[dict[str, Any]] = [{}, {"image_size": 8}, {"grey": True}]
-    assert len({module_fingerprint(ClassifierFeatures(colours(), **s)) for s in settings}) == 3
+    assert len({network_digest(ClassifierFeatures(colours(), **s)) for s in settings}) == 3
 
 
 def test_a_missing_file_is_no_matter_until_it_is_needed(tmp_path: Path) -> None:
     path = tmp_path / "gone.ckpt"
     extractor = ClassifierFeatures(colours(), init_from=str(path))
-    for use in (lambda: extractor(pixels()), extractor.state_dict, lambda: module_fingerprint(extractor)):
+    for use in (lambda: extractor(pixels()), extractor.state_dict, lambda: network_digest(extractor)):
         with pytest.raises(FileNotFoundError, match=re.escape(f"no checkpoint at {path}")):
             use()
 

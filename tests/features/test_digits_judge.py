@@ -3,9 +3,9 @@ from sklearn.datasets import load_digits
 from sklearn.svm import SVC
 from torch import nn
 
-from dat_lightning.data import module_fingerprint
 from dat_lightning.data.digits import load_images, split_indices
 from dat_lightning.features import DigitsJudge
+from dat_lightning.results.digests import network_digest
 
 
 def test_the_judge_of_digits_is_a_support_vector_machine_on_the_original_images() -> None:
@@ -21,5 +21,5 @@ def test_the_judge_of_digits_is_a_support_vector_machine_on_the_original_images(
 
 
 def test_judges_are_told_apart_by_what_they_learnt() -> None:
-    assert module_fingerprint(DigitsJudge()) == module_fingerprint(DigitsJudge())
+    assert network_digest(DigitsJudge()) == network_digest(DigitsJudge())
     assert "support_vectors" in DigitsJudge().state_dict()

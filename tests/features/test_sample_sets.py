@@ -229,18 +229,22 @@ def test_figures_are_what_their_definitions_say(sets: dict[str, Path]) -> None:
     assert all(figure.num_samples == 70 for figure in figures)
 
 
-def test_protocols_and_details_say_how(sets: dict[str, Path]) -> None:
+def test_settings_and_details_say_how(sets: dict[str, Path]) -> None:
     figures = measure_sample_set(sets["samples"], sets["real"], DigitsLayers(), settings=SETTINGS, silent=True)
+    settings = {figure.name: dict(figure.settings) for figure in figures}
+    against = {name: settings["fid"][name] for name in ("extractor", "feature_layer", "reference")}
+    assert settings["fid"] == against
+    assert settings["precision"] == settings["recall"] == {"prc_neighborhood": 3, **against}
+    assert settings["kid"] == {"kid_subsets": 4, "kid_subset_size": 20, "seed": 2020, **against}
+    assert set(settings["inception_score"]) == {"isc_splits", "seed", "extractor", "logit_layer"}
+    assert against["extractor"].startswith("DigitsLayers sha256:")
+    assert against["reference"].startswith("sha256:")
     details = {figure.name: dict(figure.details) for figure in figures}
-    against = {"reference": str(sets["real"]), "num_reference": 70}
-    assert details["fid"] == against
-    assert details["precision"] == details["recall"] == {"prc_neighborhood": 3, **against}
-    assert details["kid"].pop("std") > 0
-    assert details["kid"] == {"kid_subsets": 4, "kid_subset_size": 20, "seed": 2020, **against}
-    assert set(details["inception_score"]) == {"isc_splits", "seed", "std"}
-    assert "4 subsets of 20" in figures[1].protocol
-    assert "3 splits" in figures[2].protocol
-    assert all(str(sets["samples"]) in figure.protocol and "70 samples" in figure.protocol for figure in figures)
+    assert details["fid"] == {"reference": str(sets["real"]), "num_reference": 70}
+    assert details["kid"]["std"] > 0
+    assert "kid subsets 4, kid subset size 20" in figures[1].protocol
+    assert all(str(sets["real"]) in figure.protocol for figure in figures if figure.name != "inception_score")
+    assert not any("sha256" in figure.protocol for figure in figures)
 
 
 # Files.
@@ -486,9 +490,8 @@ def test_the_program_writes_the_figures_as_json(
     expected = measure_sample_set(sets["npz"], sets["real"], DigitsLayers(), ["kid", "prc"], SETTINGS, silent=True)
     found = {figure["name"]: figure["value"] for figure in printed["figures"]}
     assert found == pytest.approx(values(expected), rel=1e-6)
-    keys = {"name", "value", "protocol", "num_samples", "details", "better", "measured_with"}
-    assert set(printed["figures"][0]) == keys
-    assert printed["figures"][0]["measured_with"].keys() == {"extractor", "reference"}
+    assert {"name", "value", "protocol", "num_samples", "details", "better", "settings"} <= printed["figures"][0].keys()
+    assert {"extractor", "reference"} <= printed["figures"][0]["settings"].keys()
     main([*args, "--out", str(tmp_path / "figures.json")])
     assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8")) == printed
     assert capsys.readouterr().out == ""

@@ -15,7 +15,7 @@ from dat_lightning.pages.compare import main
 from dat_lightning.pages.comparison import compare, direction, read_runs
 from dat_lightning.pages.comparison_page import way_letter
 from dat_lightning.pages.trade_off import default_axes, trade_off_figure
-from dat_lightning.results import Entry, Evaluation, write_evaluation
+from dat_lightning.results import Evaluation, Measurement, write_evaluation
 from tests.pages.page import Page
 
 BETTER: dict[str, Literal["higher", "lower"]] = {
@@ -27,14 +27,17 @@ BETTER: dict[str, Literal["higher", "lower"]] = {
 
 
 def run(name: str, protocol: str = "p", samples: int = 100, **figures: float) -> Evaluation:
-    entries = [Entry(key, value, protocol, samples, "Source", better=BETTER.get(key)) for key, value in figures.items()]
+    settings = {"how": protocol}
+    entries = [
+        Measurement(key, value, "in words", samples, better=BETTER.get(key), settings=settings, source="Source")
+        for key, value in figures.items()
+    ]
     return Evaluation(name, entries)
 
 
-def of_images(name: str, fid: float, **measured_with: str) -> Evaluation:
+def of_images(name: str, fid: float, **settings: str) -> Evaluation:
     """A run whose distance was measured with something."""
-    used = {key.replace("_", " "): value for key, value in measured_with.items()}
-    return Evaluation(name, [Entry("fid", fid, "p", 80, "Source", better="lower", measured_with=used)])
+    return Evaluation(name, [Measurement("fid", fid, "p", 80, source="Source", better="lower", settings=settings)])
 
 
 AT, DAT, JEM = (
@@ -119,7 +122,7 @@ def test_what_was_measured_differently_is_flagged_and_not_compared(other: Evalua
 @pytest.mark.parametrize(
     ("one", "other", "differing"),
     [
-        ({"test_images": "aa"}, {"test_images": "bb"}, ("test images",)),
+        ({"test_images": "aa"}, {"test_images": "bb"}, ("test_images",)),
         ({"extractor": "E aa", "reference": "r"}, {"extractor": "E bb", "reference": "r"}, ("extractor",)),
         ({}, {"judge": "J aa"}, ("judge",)),
     ],
@@ -144,7 +147,10 @@ def test_what_was_measured_with_something_else_is_not_compared_and_the_page_says
 def test_nobody_is_best_where_nobody_said_what_is_better() -> None:
     """A copy of a training image is nearest to it, and an image that stays where it is has moved least."""
     for name in ("nearest_training_distance", "counterfactual_l2_next_eps4", "accuracy_of_old_files"):
-        runs = [Evaluation(each, [Entry(name, value, "p", 1, "Source")]) for each, value in (("a", 0.0), ("b", 1.0))]
+        runs = [
+            Evaluation(each, [Measurement(name, value, "p", 1, source="Source")])
+            for each, value in (("a", 0.0), ("b", 1.0))
+        ]
         assert best(name, *runs) == []
     told, silent = run("a", fid=1.0), run("b", fid=2.0)
     silent = Evaluation("b", [replace(silent.entries[0], better=None)])
@@ -163,7 +169,8 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     evil = "<script src='https://x.org/'>&$x^$\"</script>"
     used = {evil: evil}
     runs = [
-        Evaluation(f"{evil}{k}", [Entry(evil, 1.0, evil, k, evil, measured_with=used)], failure=evil) for k in (1, 2)
+        Evaluation(f"{evil}{k}", [Measurement(evil, 1.0, evil, k, settings=used, source=evil)], failure=evil)
+        for k in (1, 2)
     ]
     main([*files(tmp_path, *runs), "--output", str(tmp_path / "c.html"), "--x", evil, "--y", evil])
     page = Page(tmp_path / "c.html")
@@ -181,7 +188,7 @@ def test_text_from_files_is_never_markup(tmp_path: Path) -> None:
     ],
 )
 def test_the_plot_shows_the_accuracy_under_the_strongest_attack(names: list[str], chosen: int) -> None:
-    evaluation = Evaluation("a", [Entry(name, 0.5, "p", 1, "Source") for name in ["fid", *names]])
+    evaluation = Evaluation("a", [Measurement(name, 0.5, "p", 1, source="Source") for name in ["fid", *names]])
     assert default_axes(compare({"a": evaluation, "b": evaluation})) == ("fid", names[chosen])
 
 
@@ -300,8 +307,8 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
     text = Path(second).read_text(encoding="utf-8")
     Path(second).write_text(text[:100], encoding="utf-8")
     assert "not readable JSON" in refusal(first, second, *out)
-    Path(second).write_text(text.replace('"schema_version": 1', '"schema_version": 9'), encoding="utf-8")
-    assert "schema version 9, expected 1" in refusal(first, second, *out)
+    Path(second).write_text(text.replace('"schema_version": 2', '"schema_version": 9'), encoding="utf-8")
+    assert "schema version 9, expected 2" in refusal(first, second, *out)
     assert not (tmp_path / "c.html").exists()
 
 

@@ -3,6 +3,7 @@
 import base64
 import io
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +14,27 @@ from PIL import Image
 from dat_lightning.pages import figure_plots, write_evaluation_page
 from dat_lightning.pages.figure_plots import curve, histogram, names_over_radii, reliability_diagram
 from dat_lightning.pages.rendering import number
-from dat_lightning.results import Entry, Evaluation
+from dat_lightning.results import Evaluation, Measurement
 from tests.pages.page import Page
 
 RELIABILITY: dict[str, list[float]] = {"confidence": [0.0, 0.4, 0.9], "accuracy": [0.0, 0.5, 0.8], "count": [0, 2, 10]}
 HISTOGRAMS = {"edges": [-2.0, 0.0, 2.0], "counts": {"train": [3, 1], "ood": [0, 5]}}
 
 
-def entry(name: str = "fid", value: float = 1.0, **details: Any) -> Entry:
-    return Entry(name, value, f"how {name} came about", 10, "Source", details)
+def entry(name: str = "fid", value: float = 1.0, **details: Any) -> Measurement:
+    return Measurement(name, value, f"how {name} came about", 10, details, source="Source")
 
 
-def page(path: Path, *entries: Entry, pictures: dict[str, str] | None = None, **provenance: Any) -> Page:
+def page(path: Path, *entries: Measurement, pictures: dict[str, str] | None = None, **provenance: Any) -> Page:
     write_evaluation_page(path / "e.html", Evaluation("run", entries, provenance), pictures)
     return Page(path / "e.html")
 
 
 def test_every_figure_is_there_with_its_protocol_and_samples(tmp_path: Path) -> None:
-    figures = [Entry("fid", 9.123456, "against CIFAR-10", 50000, "A"), Entry("ece", 0.0123, "15 bins", 999, "B")]
+    figures = [
+        Measurement("fid", 9.123456, "against CIFAR-10", 50000, source="A"),
+        Measurement("ece", 0.0123, "15 bins", 999, source="B"),
+    ]
     shown = page(tmp_path, *figures)
     shown.assert_self_contained()
     for text in ("9.123", "against CIFAR-10", "50000", "0.0123", "15 bins", "999", "A", "B", "2 figures"):
@@ -39,8 +43,9 @@ def test_every_figure_is_there_with_its_protocol_and_samples(tmp_path: Path) -> 
 
 def test_text_from_figures_is_never_markup(tmp_path: Path) -> None:
     evil = "<script src='https://x.org/'>&$x^$\"</script>"
-    bad = Entry(evil, 1.0, evil, 3, evil, {evil: evil, "warnings": [evil], "steps": [1, 2], "edges": [1]})
-    bad = Entry(bad.name, 1.0, evil, 3, evil, {**bad.details, evil + "2": [1.0, 2.0], "deep": {evil: RELIABILITY}})
+    bad = Measurement(evil, 1.0, evil, 3, {evil: evil, "warnings": [evil], "steps": [1, 2], "edges": [1]}, source=evil)
+    details = {**bad.details, evil + "2": [1.0, 2.0], "deep": {evil: RELIABILITY}}
+    bad = replace(bad, details=details, settings={evil: evil})
     shown = page(tmp_path, bad, checkpoint={"path": evil, "sha256": None}, module={"class": evil})
     shown.assert_self_contained()
     assert evil in shown.text
@@ -67,8 +72,10 @@ def test_what_stopped_a_test_stands_at_the_top(tmp_path: Path) -> None:
 
 
 def test_what_a_figure_was_measured_with_is_among_its_details(tmp_path: Path) -> None:
-    figure = Entry("fid", 1.0, "p", 10, "Source", measured_with={"reference": "ab12"})
-    assert "measured with.referenceab12" in page(tmp_path, figure).text
+    figure = Measurement("fid", 1.0, "p", 10, settings={"reference": "sha256:ab12", "num_bins": 15})
+    shown = page(tmp_path, figure)
+    assert "referencesha256:ab12" in shown.text
+    assert "p; num bins 15" in shown.text
 
 
 def test_confidence_intervals_stand_with_the_value(tmp_path: Path) -> None:

@@ -25,15 +25,16 @@ from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.digits import Digits, split_indices
 from dat_lightning.data.draws import EvaluationBatches
-from dat_lightning.data.fingerprint import file_digest
 from dat_lightning.evaluation import Calibration, Counterfactuals, EnergyStatistics, OODDetection, RobustAccuracy
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.features.fidelity import FidelitySettings
 from dat_lightning.features.layers import DigitsLayers
 from dat_lightning.pages import EvaluationReport, evaluation_report
-from dat_lightning.pages.comparison import Column, Way, compare, way_of
+from dat_lightning.pages.comparison import Column, compare
 from dat_lightning.results import Evaluation, read_evaluation
-from dat_lightning.results.figures import Figure, Values
+from dat_lightning.results.digests import file_digest
+from dat_lightning.results.gathering import Values
+from dat_lightning.results.measurement import Measurement, canonical
 from dat_lightning.sampling import SampleMetrics
 from tests import tiny
 from tests.pages.page import Page
@@ -52,9 +53,9 @@ class Brightness(Evaluator):
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         return {"mean": batch["x"].flatten(1).mean(1)}
 
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         details = {"curve": [1.0, math.nan, math.inf], "pictures": self.pictures}
-        return [Figure(self.name, float(values["mean"].mean()), "mean pixel", len(values["mean"]), details)]
+        return [Measurement(self.name, float(values["mean"].mean()), "mean pixel", len(values["mean"]), details)]
 
 
 class Both(Brightness, SampleConsumer):
@@ -107,7 +108,8 @@ def test_figures_and_logged_values_are_in_the_file(tmp_path: Path) -> None:
     robust = found.entry("robust_accuracy")
     assert robust is not None
     assert robust.num_samples == 60
-    assert "L2 radius 1, 2 steps of 0.5, no random start" in robust.protocol
+    expected = {"norm": "L2", "eps": 1.0, "step_size": 0.5, "num_steps": 2, "random_start": False}
+    assert robust.settings["threat_model"] == expected
 
 
 def test_the_order_of_callbacks_does_not_matter(tmp_path: Path) -> None:
@@ -282,7 +284,7 @@ def test_figures_of_other_test_images_are_not_compared(name: str, tmp_path: Path
     column = compared(tmp_path, name, (one, [Brightness()]), (other, [Brightness()]), (one, [Brightness()]))
     assert [entry.num_samples for entry in column.entries if entry is not None] == [80, 80, 80]
     assert column.groups == (0, 1, 0)
-    assert column.differing == ("test images",)
+    assert column.differing == ("test_images",)
 
 
 def test_the_digest_of_test_images_depends_on_no_batch_size(tmp_path: Path) -> None:
@@ -291,10 +293,10 @@ def test_the_digest_of_test_images_depends_on_no_batch_size(tmp_path: Path) -> N
         callbacks = [Brightness(), report(tmp_path / f"{k}")]
         trainer = tiny.trainer(tmp_path, callbacks, limit_test_batches=count)
         trainer.test(tiny.stage1(), datamodule=tiny.digits(eval_batch_size=size), verbose=False)
-        used.append([entry.measured_with for entry in read_evaluation(tmp_path / f"{k}" / "evaluation.json").entries])
+        used.append([entry.settings for entry in read_evaluation(tmp_path / f"{k}" / "evaluation.json").entries])
     assert used[0] == used[1]
     # Evaluators and the module have seen the same.
-    assert len({each["test images"] for each in used[0]}) == 1
+    assert len({each["test_images"] for each in used[0]}) == 1
 
 
 class Flat(nn.Module):
@@ -322,25 +324,24 @@ def test_distances_of_other_extractors_or_references_are_not_compared(make: Any,
     runs = [(data, sampled(make(0))), (data, sampled(make(1))), (data, sampled(make(0))), (fewer, sampled(make(0)))]
     column = compared(tmp_path, "fid", *runs)
     assert column.groups == (0, 1, 0, 2)
-    assert len({dict(way.measured_with)["reference"] for way in column.ways}) == 2
+    assert len({example.settings["reference"] for example in column.examples}) == 2
     assert {"extractor", "reference"} <= set(column.differing)
     assert column.direction == "lower"
 
 
 def test_a_reference_file_is_known_by_its_contents(tmp_path: Path) -> None:
     file = tmp_path / "reference.npz"
-    ways: list[Way] = []
+    found: list[str] = []
     for seed in (0, 1, 0):
         numbers = np.random.default_rng(seed).normal(size=(50, 12))
         np.savez(file, mu=numbers.mean(0), sigma=np.cov(numbers.T))
         for make in (FrechetDistance(Flat(0), str(file)), SampleMetrics(Flat(0), ["fid"], reference=str(file))):
-            out = tmp_path / f"{len(ways)}"
+            out = tmp_path / f"{len(found)}"
             entry = evaluate(out, [*sampled(make), report(out)]).entry("fid")
             assert entry is not None
-            ways.append(way_of(entry))
-    assert ways[0] == ways[4] != ways[2]
-    assert ways[1] == ways[5] != ways[3]
-    assert ways[0].protocol == ways[2].protocol
+            found.append(canonical(entry.compared_by))
+    assert found[0] == found[4] != found[2]
+    assert found[1] == found[5] != found[3]
 
 
 def test_a_reference_folder_is_known_by_its_contents_wherever_it_lies(tmp_path: Path) -> None:
@@ -385,7 +386,7 @@ def test_detection_of_other_images_is_not_compared(tmp_path: Path) -> None:
     data = tiny.digits()
     runs = [(data, detecting(0)), (data, detecting(1)), (data, detecting(0))]
     area = compared(tmp_path, "ood_auroc_noise_logsumexp", *runs)
-    assert (area.groups, area.differing, area.direction) == ((0, 1, 0), ("OOD images",), "higher")
+    assert (area.groups, area.differing, area.direction) == ((0, 1, 0), ("data",), "higher")
 
 
 def test_evaluators_say_what_is_better(tmp_path: Path) -> None:
@@ -413,7 +414,7 @@ def test_evaluators_say_what_is_better(tmp_path: Path) -> None:
 class Late(Brightness):
     """Fails after the others have finished."""
 
-    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Figure]:
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         raise RuntimeError("too late\nby far")
 
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from dat_lightning.results import Entry, Evaluation, evaluation_file, read_evaluation, write_evaluation
+from dat_lightning.results import Evaluation, Measurement, evaluation_file, read_evaluation, write_evaluation
 from dat_lightning.results.evaluation_file import path_for
 
 DETAILS = {"curve": [1.0, math.inf, -math.inf], "seed": 3, "text": "a <b> ε", "none": None, "nested": {"ok": True}}
-FID = Entry("fid", 9.12, "50 000 samples", 50000, "FrechetDistance", DETAILS, "lower", {"reference": "ab"})
+SETTINGS = {"reference": "sha256:ab", "attack": {"eps": math.inf, "start": [1, 2.5]}, "num_bins": None}
+FID = Measurement("fid", 9.12, "50 000 samples", 50000, DETAILS, "lower", SETTINGS, "FrechetDistance")
 RUN = Evaluation("run 1", [FID], {"python": "3.10"}, "ValueError: too late")
 
 
@@ -23,14 +24,14 @@ def test_figures_in_are_figures_out(tmp_path: Path) -> None:
     assert read_evaluation(path) == RUN
     # A standard reader, which knows neither NaN nor infinity as numbers, takes the file as well.
     contents = json.loads(path.read_text(encoding="utf-8"), parse_constant=lambda name: pytest.fail(name))
-    assert contents["schema_version"] == 1
+    assert contents["schema_version"] == 2
     assert contents["figures"][0]["value"] == 9.12
     assert contents["figures"][0]["details"]["curve"] == [1.0, "Infinity", "-Infinity"]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.1 + 0.2, -0.0])
 def test_every_number_survives(value: float, tmp_path: Path) -> None:
-    write_evaluation(tmp_path / "e.json", Evaluation("x", [Entry("f", value, "p", 1, "s")]))
+    write_evaluation(tmp_path / "e.json", Evaluation("x", [Measurement("f", value, "p", 1, source="s")]))
     read = read_evaluation(tmp_path / "e.json").entries[0].value
     assert repr(read) == repr(value)
 
@@ -63,14 +64,24 @@ def test_others_may_read_the_file(tmp_path: Path) -> None:
     assert (tmp_path / "e.json").stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
-FIGURE = {"name": "f", "value": 1.0, "protocol": "p", "num_samples": 1, "source": "s", "details": {}}
+FIGURE = {
+    "name": "f",
+    "value": 1.0,
+    "definition": "p",
+    "num_samples": 1,
+    "details": {},
+    "better": None,
+    "settings": {},
+    "source": "s",
+    "protocol": "for people",
+}
 
 
 def damaged(**changes: Any) -> str:
     """A file with some entries replaced, or taken out where the new one is None."""
     whole: dict[str, Any] = {
         "format": "dat_lightning evaluation",
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "a",
         "figures": [FIGURE],
         "provenance": {},
@@ -85,9 +96,9 @@ def damaged(**changes: Any) -> str:
         (damaged()[:-20], "not readable JSON"),
         ("[]", "no evaluation file: expected one that EvaluationReport has written"),
         (damaged(format=None), "no evaluation file"),
-        (damaged(schema_version=2), "schema version 2, expected 1"),
+        (damaged(schema_version=1), "schema version 1, expected 2: evaluate anew"),
         (damaged(figures=None), "lacks 'figures'"),
-        (damaged(figures=[{"name": "f", "value": 1.0}]), "lacks 'protocol'"),
+        (damaged(figures=[{"name": "f", "value": 1.0}]), "lacks 'definition'"),
         (damaged(figures=["f"]), "damaged evaluation file"),
         (damaged(figures=json.loads(damaged(name=1))["figures"], name=7), "wrong type"),
         (
@@ -95,7 +106,7 @@ def damaged(**changes: Any) -> str:
             r"\['f'\] has an entry of a wrong",
         ),
         (damaged(figures=[{**FIGURE, "better": "more"}]), r"\['f'\] has an entry of a wrong"),
-        (damaged(figures=[{**FIGURE, "measured_with": {"judge": 3}}]), r"\['f'\] has an entry of a wrong"),
+        (damaged(figures=[{**FIGURE, "settings": "none"}]), r"\['f'\] has an entry of a wrong"),
         (damaged(failure=3), "wrong type"),
         (damaged(figures=[{**json.loads(damaged())["figures"][0], "details": []}]), r"\['f'\] has an entry of a wrong"),
     ],
@@ -107,13 +118,6 @@ def test_damaged_files_cost_one_sentence(text: str, message: str, tmp_path: Path
         read_evaluation(path)
     assert "broken.json" in str(refusal.value)
     assert "\n" not in str(refusal.value)
-
-
-def test_files_of_earlier_versions_are_read(tmp_path: Path) -> None:
-    (tmp_path / "old.json").write_text(damaged())
-    old = read_evaluation(tmp_path / "old.json")
-    assert old.failure is None
-    assert (old.entries[0].better, old.entries[0].measured_with) == (None, {})
 
 
 def of(sha256: str | None, failure: str | None = None) -> Evaluation:
@@ -169,6 +173,6 @@ def test_an_incomplete_evaluation_replaces_no_complete_one(tmp_path: Path) -> No
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     (tmp_path / "whole.json").write_text(damaged())
-    assert read_evaluation(tmp_path / "whole.json").entries[0] == Entry("f", 1.0, "p", 1, "s")
+    assert read_evaluation(tmp_path / "whole.json").entries[0] == Measurement("f", 1.0, "p", 1, source="s")
     with pytest.raises(FileNotFoundError, match=r"no evaluation file at .*nowhere\.json"):
         read_evaluation(tmp_path / "nowhere.json")

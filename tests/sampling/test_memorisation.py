@@ -123,7 +123,7 @@ def test_planted_copies_are_flagged_and_nothing_else(inference_mode: bool, tmp_p
     assert (share.details["num_training_images"], share.details["num_test_images"]) == (1437, 360)
     steps = {"test/memorisation_steps": 0.0}
     assert logged == pytest.approx({**steps, **{f"test/{f.name}": f.value for f in memorisation.figures}}, rel=1e-6)
-    assert "nearer than the 0.01 quantile of 360 real test images; L2 distance" in share.protocol
+    assert {"quantile": 0.01, "metric": "L2", "num_sampling_steps": 0}.items() <= share.settings.items()
 
 
 @pytest.mark.parametrize("quantile", [0.01, 0.1])
@@ -251,7 +251,7 @@ def test_every_snapshot_has_its_figures_and_the_worst_share_stands_for_all(tmp_p
     for steps in data:
         expected[f"memorised_share_{steps}_steps"] = shares[steps]
         expected[f"nearest_training_distance_{steps}_steps"] = medians[steps]
-        assert f"samples after {steps} steps" in figures[f"memorised_share_{steps}_steps"].protocol
+        assert figures[f"memorised_share_{steps}_steps"].settings["num_sampling_steps"] == steps
         assert figures[f"memorised_share_{steps}_steps"].details["num_sampling_steps"] == steps
     assert list(figures) == list(expected)
     assert {name: figure.value for name, figure in figures.items()} == pytest.approx(expected, abs=1e-5)
@@ -263,7 +263,7 @@ def test_every_snapshot_has_its_figures_and_the_worst_share_stands_for_all(tmp_p
         assert chosen.details["sweep_steps"] == [2, 4, 9]
         assert chosen.details["sweep"] == pytest.approx(list(values.values()), abs=1e-5)
         # Runs with the same sweep are compared, whichever steps are chosen.
-        assert chosen.protocol.endswith("samples after that of 2, 4, 9 steps with the largest memorised share")
+        assert chosen.settings["num_sampling_steps"] == "those of 2, 4, 9 with the largest memorised share"
     assert {entry["sample"] for entry in figures["memorised_share"].details["flagged"]} == {3, 17, 36}
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["test_memorisation_4_steps.png"]
     with Image.open(tmp_path / "out" / "test_memorisation_4_steps.png") as picture:
@@ -277,7 +277,7 @@ def test_the_snapshot_can_be_asked_for(steps: int, tmp_path: Path) -> None:
     memorisation, logged = scripted(tmp_path, snapshots(), num_steps=steps)
     share, median, *others = memorisation.figures
     assert share.details["num_sampling_steps"] == logged["test/memorisation_steps"] == steps
-    assert share.protocol.endswith(f"samples after {steps} steps")
+    assert share.settings["num_sampling_steps"] == steps
     assert len(others) == 6
     assert share.value == {2: 1 / 40, 9: 0.0}[steps]
     assert median.value == {f.name: f for f in others}[f"nearest_training_distance_{steps}_steps"].value
@@ -304,16 +304,15 @@ def test_figures_tell_what_they_were_measured_with(tmp_path: Path) -> None:
             return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
     seeds, _ = planted()
-    found = []
+    names, found = ("metric", "extractor", "reference", "test_images"), []
     for kind in (Planted, Planted, Shifted):
         memorisation = Memorisation(Pixels())
         run(tmp_path, memorisation, kind(seeds))
-        used = [figure.measured_with for figure in memorisation.figures]
+        used = [{name: f.settings[name] for name in names} for f in memorisation.figures]
         assert all(part == used[0] for part in used)
         found.append(used[0])
     assert found[0] == found[1]
-    assert {name for name in found[0] if found[0][name] != found[2][name]} == {"test images"}
-    assert set(found[0]) == {"extractor", "reference", "test images"}
+    assert {name for name in found[0] if found[0][name] != found[2][name]} == {"test_images"}
 
 
 # Warnings and errors.

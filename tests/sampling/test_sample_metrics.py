@@ -169,7 +169,7 @@ def test_the_chosen_steps_are_those_of_the_lowest_fid(tmp_path: Path) -> None:
         assert figure.details["num_steps"] == best
         assert figure.details["sweep_steps"] == [0, 4, 30]
         assert figure.details["sweep"] == [found[f"digits_{name}_{steps}_steps"] for steps in (0, 4, 30)]
-        assert "generated with steps of 0.5" in figure.protocol
+        assert figure.settings["step_size"] == 0.5
         json.dumps(dict(figure.details), allow_nan=False)
 
 
@@ -251,7 +251,7 @@ def test_layers_come_from_a_dictionary_or_a_tuple_and_logits_from_a_classifier_t
     scores = [float((q * (q.log() - q.mean(0).log())).sum(1).mean().exp()) for q in parts]
     assert third[score] == pytest.approx(sum(scores) / 3, rel=1e-5)
     assert metrics[2].figures[score].details["std"] == pytest.approx(float(np.std(scores)), rel=1e-3)
-    assert "the classifier EnergyModel" in metrics[2].figures[score].protocol
+    assert metrics[2].figures[score].settings["classifier"].startswith("EnergyModel sha256:")
     # A copy was frozen.
     assert all(parameter.requires_grad for parameter in model.parameters())
 

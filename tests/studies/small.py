@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from dat_lightning.results import Measurement
 from dat_lightning.studies import Study, execution, read_study
 from dat_lightning.studies.planning import Task
 
@@ -46,13 +48,10 @@ else:
 
 def report(**figures: float) -> dict[str, Any]:
     """An evaluation file with these figures."""
-    entries = [
-        {"name": name, "value": value, "protocol": "by hand", "num_samples": 8, "source": "Test", "details": {}}
-        for name, value in figures.items()
-    ]
+    entries = [asdict(Measurement(name, value, "by hand", 8, source="Test")) for name, value in figures.items()]
     return {
         "format": "dat_lightning evaluation",
-        "schema_version": 1,
+        "schema_version": 2,
         "name": "test",
         "figures": entries,
         "provenance": {"versions": {"torch": "2"}, "device": "cpu"},

@@ -9,7 +9,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary as Proto
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
-from dat_lightning.results.evaluation_file import Entry, Evaluation
+from dat_lightning.results import Evaluation, Measurement
 from dat_lightning.studies import plan
 from dat_lightning.studies.collection import (
     collect,
@@ -52,9 +52,9 @@ def test_one_seed_has_no_deviation_and_what_is_not_finite_no_mean() -> None:
 def test_figures_of_single_step_counts_are_left_to_the_sweep() -> None:
     details = {"num_steps": 10, "sweep_steps": [5, 10], "sweep": [4.0, 3.0]}
     entries = [
-        Entry("fid", 3.0, "p", 8, "S", details),
-        Entry("fid_5_steps", 4.0, "p", 8, "S", {"num_steps": 5}),
-        Entry("accuracy", 0.5, "p", 8, "S"),
+        Measurement("fid", 3.0, "p", 8, details),
+        Measurement("fid_5_steps", 4.0, "p", 8, {"num_steps": 5}),
+        Measurement("accuracy", 0.5, "p", 8),
     ]
     evaluation = Evaluation("e", entries)
     assert figures_of(evaluation) == {"fid": 3.0, "fid num_steps": 10.0, "accuracy": 0.5}

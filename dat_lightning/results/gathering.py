@@ -1,41 +1,19 @@
-"""What an evaluation gives: values per example, gathered from all ranks, and the figures made of them."""
+"""Values per example, gathered from all ranks."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
 
+T = TypeVar("T")
+
 Values = dict[str, Tensor]
 """Name → per-example values, first dimension N, on the CPU."""
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One number of an evaluation, with what it takes to understand and repeat it.
-
-    Attributes:
-        name: What it is, such as ``accuracy`` or ``ece``; logged as ``{stage}/{name}``.
-        value: The number.
-        protocol: How it was measured, in words: attack, norm, ε, steps, bins, reference.
-        num_samples: Number of images that entered.
-        details: Further primitives: settings, seeds, confidence intervals, curves as lists.
-        better: Which of two values is the better one; ``None`` if that is a question of taste.
-        measured_with: Name → short digest or name of what decides the number besides the model and is not in the
-            protocol: test images, reference, extractor, judge. Figures that differ here are not compared.
-    """
-
-    name: str
-    value: float
-    protocol: str
-    num_samples: int
-    details: Mapping[str, Any] = field(default_factory=dict)
-    better: Literal["higher", "lower"] | None = None
-    measured_with: Mapping[str, str] = field(default_factory=dict)
 
 
 def gather(batches: list[Values], otherwise: str = "the test loader gave no batch") -> Values:
@@ -79,3 +57,9 @@ def all_ranks(mine: Any) -> list[Any]:
     parts = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(parts, mine)
     return parts
+
+
+def on_rank_zero(trainer: Trainer, compute: Callable[[], T]) -> T:
+    """Returns on every rank what rank zero alone computes; every rank must call it."""
+    found: T = trainer.strategy.broadcast(compute() if trainer.is_global_zero else None)  # type: ignore[assignment]
+    return found
