@@ -1,13 +1,17 @@
 """What pages are made of: Jinja2 templates, plots for light and dark pages, pictures, numbers and settings as text."""
 
 import base64
+import io
 import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
+from numpy.typing import NDArray
+from PIL import Image
 
 from dat_lightning.pages.drawing import DARK, LIGHT, Drawing, svg_uri
 from dat_lightning.results.evaluation_file import write_text
@@ -91,6 +95,13 @@ def picture(path: Path, caption: str) -> Picture:
 def png_uri(contents: bytes) -> str:
     """Returns the contents of a PNG file as a data URI."""
     return "data:image/png;base64," + base64.b64encode(contents).decode()
+
+
+def array_uri(pixels: NDArray[np.uint8]) -> str:
+    """Returns pixels, (H, W) or (H, W, 3), as a PNG in a data URI."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "png")
+    return png_uri(file.getvalue())
 
 
 def breakable(name: str) -> Markup:
