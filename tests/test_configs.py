@@ -22,7 +22,7 @@ from dat_lightning import (
     RobustClassifierModule,
 )
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
-from dat_lightning.data.images import image_name
+from dat_lightning.data.entries import image_name
 from tests.recipes import Means, write_all
 
 ROOT = Path(__file__).resolve().parents[1]

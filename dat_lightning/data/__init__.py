@@ -3,7 +3,8 @@
 from dat_lightning.data.cifar import CIFARImages
 from dat_lightning.data.digits import DigitsDataModule
 from dat_lightning.data.draws import DrawStream, Transform
-from dat_lightning.data.fingerprint import SizedDataset, shared_images
+from dat_lightning.data.entries import SizedDataset
+from dat_lightning.data.fingerprint import shared_images
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
 from dat_lightning.data.generated import GeneratedImages
 from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice

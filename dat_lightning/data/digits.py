@@ -13,7 +13,7 @@ from torchvision.transforms import v2
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import EvaluationBatches, Transform
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream
 

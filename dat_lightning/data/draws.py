@@ -11,8 +11,8 @@ from torch.utils.data.distributed import DistributedSampler
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
-from dat_lightning.data.fingerprint import SizedDataset
-from dat_lightning.data.pixels import CorruptImageError
+from dat_lightning.data.batches import stacked
+from dat_lightning.data.entries import ReadableImages, SizedDataset
 
 Transform = Callable[[Any], Tensor]
 """Maps a raw image to a float tensor (C, H, W) in [0, 1]; randomness comes from torch's global generator."""
@@ -66,7 +66,7 @@ class DrawStream:
         self.transform = transform
         self.seed = seed
         self.name = name
-        self._skipped: list[str] = []
+        self._images = ReadableImages(dataset)
         self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -87,13 +87,12 @@ class DrawStream:
 
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
-        entry = self._entry(draw)
-        image, label = entry if isinstance(entry, tuple) else (entry, None)
+        index, entry = self._entry(draw)
         state = torch.get_rng_state()
         # The CPU generator alone: torch.manual_seed would reset those of all devices.
         torch.default_generator.manual_seed(stream_seed(self.seed, self.name, "augmentation", draw))
         try:
-            return self.transform(image), None if label is None else int(label)
+            return self._images.transformed(index, entry, self.transform)
         finally:
             torch.set_rng_state(state)
 
@@ -104,29 +103,20 @@ class DrawStream:
 
     def take_skipped(self) -> list[str]:
         """Returns why images were skipped since the last call, a message each."""
-        taken = list(self._skipped)
-        self._skipped.clear()
-        return taken
+        return self._images.take_skipped()
 
-    def _entry(self, draw: int) -> Any:
-        """The data set's entry of a draw."""
+    def _entry(self, draw: int) -> tuple[int, Any]:
+        """Place and content of the data set's entry of a draw."""
         index = self.index(draw)
         for attempt in range(_MAX_REPLACEMENTS):
-            entry = self._read(index)
-            if not isinstance(entry, CorruptImageError):
-                return entry
-            self._skipped.append(str(entry))
+            entry = self._images.read(index)
+            if entry is not None:
+                return index, entry
             index = stream_seed(self.seed, self.name, "replacement", draw, attempt) % len(self.dataset)
         raise InputError(
             f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"
-            f" because {entry}"
+            f" because {self.take_skipped()[-1]}"
         )
-
-    def _read(self, index: int) -> Any:
-        try:
-            return self.dataset[index]
-        except CorruptImageError as error:
-            return error
 
 
 class PairedDraws(Dataset[dict[str, Any]]):
@@ -148,22 +138,11 @@ class PairedDraws(Dataset[dict[str, Any]]):
         skipped: list[str] = []
         for name, stream in self.streams.items():
             images, labels = zip(*(stream(draw) for draw in draws), strict=True)
-            batch[f"x_{name}"] = _stacked(images, name)
+            batch[f"x_{name}"] = stacked(images, f"the images of the {name!r} stream")
             if labels[0] is not None:
                 batch[f"y_{name}"] = torch.tensor(labels)
             skipped += stream.take_skipped()
         return batch | {"skipped": skipped} if skipped else batch
-
-
-def _stacked(images: Sequence[Tensor], name: str) -> Tensor:
-    """A batch of images, which must have one shape."""
-    shapes = {tuple(image.shape) for image in images}
-    if len(shapes) > 1:
-        raise InputError(
-            f"the images of the {name!r} stream have several shapes, {sorted(shapes)[0]} and {sorted(shapes)[1]} among"
-            " them: its transform has to bring them to one size and number of channels"
-        )
-    return torch.stack(list(images))
 
 
 class DrawBatches(DistributedSampler[list[int]]):
@@ -206,7 +185,7 @@ class DrawBatches(DistributedSampler[list[int]]):
 
 
 class EvaluationBatches(Dataset[dict[str, Any]]):
-    """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``y`` (N,) and ``index`` (N,).
+    """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``index`` (N,) and, with labels, ``y`` (N,).
 
     Corrupt images are left out, and their messages are under ``skipped``, a list of strings.
 
@@ -218,20 +197,21 @@ class EvaluationBatches(Dataset[dict[str, Any]]):
         self.dataset = dataset
         self.transform = transform
 
+    def read(self, indices: Sequence[int]) -> tuple[list[tuple[int, Tensor, int | None]], list[str]]:
+        """Returns index, image and label of those that can be read, and why the others cannot."""
+        images = ReadableImages(self.dataset)
+        entries = ((index, images.read(index)) for index in indices)
+        found = [(i, *images.transformed(i, entry, self.transform)) for i, entry in entries if entry is not None]
+        return found, images.take_skipped()
+
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Any]:
-        images, labels, kept, skipped = [], [], [], []
-        for index in indices:
-            try:
-                image, label = self.dataset[index]
-            except CorruptImageError as error:
-                skipped.append(str(error))
-                continue
-            images.append(self.transform(image))
-            labels.append(int(label))
-            kept.append(index)
-        if not kept:
+        found, skipped = self.read(indices)
+        if not found:
             raise InputError(f"no image of an evaluation batch can be read: {'; '.join(skipped[:3])}")
-        batch = {"x": _stacked(images, "evaluation"), "y": torch.tensor(labels), "index": torch.tensor(kept)}
+        kept, images, labels = zip(*found, strict=True)
+        batch: dict[str, Any] = {"x": stacked(images, "the evaluation images"), "index": torch.tensor(kept)}
+        if None not in labels:
+            batch["y"] = torch.tensor(labels)
         return batch | {"skipped": skipped} if skipped else batch
 
 

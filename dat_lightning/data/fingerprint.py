@@ -1,35 +1,25 @@
 """Hashes of images, to find data that are equal."""
 
 import hashlib
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from dat_lightning.data.pixels import CorruptImageError
-
-
-class SizedDataset(Protocol):
-    """A map-style data set that knows its length; an entry is an image or an (image, label) pair."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
+from dat_lightning.data.entries import ReadableImages, SizedDataset, image_of
 
 
 def image_digest(entry: Any) -> str:
     """Returns a hash of an entry's raw image: a PIL image, array or tensor, or a pair that begins with one."""
-    image = entry[0] if isinstance(entry, tuple) else entry
+    image = image_of(entry)
     array = np.ascontiguousarray(image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
     return hashlib.sha256(repr((array.shape, array.dtype.str)).encode() + array.tobytes()).hexdigest()
 
 
 def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
     """The hash of an entry; ``None`` if its image is corrupt."""
-    try:
-        return image_digest(dataset[index])
-    except CorruptImageError:
-        return None
+    entry = ReadableImages(dataset).read(index)
+    return None if entry is None else image_digest(entry)
 
 
 def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole_up_to: int = 20_000) -> float:

@@ -9,7 +9,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms
 from dat_lightning.data.draws import DrawSource, DrawStream, EvaluationBatches, Transform
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.images import ImageView
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream

@@ -13,7 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset, image_name, image_of
 from dat_lightning.data.pixels import CorruptImageError
 
 # What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
@@ -93,12 +93,6 @@ def check_index(index: int, size: int) -> None:
         raise IndexError(f"image {index} is outside 0 … {size - 1}")
 
 
-def image_name(dataset: SizedDataset, index: int) -> str:
-    """Returns where an image comes from: what the data set's ``name`` says, or else its type and the index."""
-    name = getattr(dataset, "name", None)
-    return str(name(index)) if callable(name) else f"{type(dataset).__name__} entry {index}"
-
-
 class ImageView(Dataset[Any]):
     """Entries of another data set under other indices; names are the other's.
 
@@ -167,8 +161,7 @@ class Unlabelled(ImageView):
 
     def __getitem__(self, index: int) -> Any:
         """Returns image ``index``."""
-        entry = super().__getitem__(index)
-        return entry[0] if isinstance(entry, tuple) else entry
+        return image_of(super().__getitem__(index))
 
 
 class RecordFile:

@@ -19,7 +19,8 @@ from dat_lightning.data.draws import (
     ShardedBatches,
     Transform,
 )
-from dat_lightning.data.fingerprint import SizedDataset, shared_images
+from dat_lightning.data.entries import SizedDataset
+from dat_lightning.data.fingerprint import shared_images
 from dat_lightning.data.skipped import CountedStream, SkippedImages
 
 Stream = Literal["gen", "clf", "ood"]

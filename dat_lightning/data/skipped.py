@@ -1,14 +1,14 @@
 """The count of images that could not be read: a few are skipped, too many stop the run."""
 
-import copy
 import logging
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream, Transform
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,7 @@ class SkippedImages:
 
 
 class CountedStream(DrawStream):
-    """Draws in the process that counts, so that each draw is counted at once.
-
-    What draws in other processes, whose counters would be copies, is :meth:`uncounted`; :meth:`count` counts its draws.
+    """Counts each draw at once; draws of loader processes, whose counters are copies, are for :meth:`count`.
 
     Args:
         dataset: See :class:`DrawStream`, as for the next three.
@@ -76,7 +74,6 @@ class CountedStream(DrawStream):
     ) -> None:
         super().__init__(dataset, transform, seed, name)
         self.counter = counter
-        self._counts = True
 
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image and label of a draw.
@@ -85,19 +82,12 @@ class CountedStream(DrawStream):
             InputError: If too many images were corrupt so far.
         """
         entry = super().__call__(draw)
-        if self._counts:
+        if get_worker_info() is None:
             self.count(self.take_skipped())
         return entry
 
-    def uncounted(self) -> DrawStream:
-        """Returns the same stream without the counting; ask it for its messages after each draw."""
-        stream = copy.copy(self)
-        stream._counts = False
-        stream._skipped = []
-        return stream
-
     def count(self, messages: Sequence[str]) -> None:
-        """Counts a draw, and why images were skipped on the way to it.
+        """Counts a draw, perhaps of another process, and why images were skipped on the way to it.
 
         Raises:
             InputError: If too many images were corrupt so far.

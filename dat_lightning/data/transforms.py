@@ -55,12 +55,34 @@ class Cutout(v2.Transform):  # type: ignore[misc]
         return covered
 
 
+class CheckUnitRange(v2.Transform):  # type: ignore[misc]
+    """Leaves an image as it is, unless it is a float tensor that is not in [0, 1].
+
+    A data set's own bicubic resize may have overshot, which is tolerated; normalised pixels, or those from 0 to 255,
+    reach far beyond.
+
+    Raises:
+        InputError: If a pixel is NaN, or outside [0, 1] by more than a quarter.
+    """
+
+    _transformed_types = (Tensor,)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Returns the image."""
+        if inpt.is_floating_point() and inpt.numel() and not (inpt.min() >= -0.25 and inpt.max() <= 1.25):
+            raise InputError(
+                f"float pixels must lie in [0, 1], got values in [{float(inpt.min()):.3g}, {float(inpt.max()):.3g}]:"
+                " let the data set give PIL images, uint8 tensors, or floats that are neither scaled nor normalised"
+            )
+        return inpt
+
+
 class ToUnitRange(v2.Transform):  # type: ignore[misc]
     """Makes a uint8 tensor a float tensor in [0, 1]; level k becomes the float nearest to k / 255.
 
     torchvision's ToDtype multiplies by the rounded 1 / 255 instead, which is off in the last place for half of the
     levels: images that other sources divide by 255 would not be equal to ours. Float tensors are clipped to [0, 1],
-    since bicubic interpolation overshoots.
+    since bicubic interpolation overshoots; :class:`CheckUnitRange` comes first.
 
     Raises:
         InputError: If a tensor is of another type.
@@ -142,8 +164,9 @@ def _shift_and_flip(image_size: int) -> list[v2.Transform]:
 
 
 def _composed(*transforms: v2.Transform, after: v2.Transform | None = None) -> Transform:
-    """Transforms of eight-bit images, the conversion to [0, 1], and one of the result."""
-    composed: Transform = v2.Compose([*transforms, ToUnitRange(), *([] if after is None else [after])])
+    """The check, transforms of eight-bit images, the conversion to [0, 1], and one of the result."""
+    last = [] if after is None else [after]
+    composed: Transform = v2.Compose([CheckUnitRange(), *transforms, ToUnitRange(), *last])
     return composed
 
 

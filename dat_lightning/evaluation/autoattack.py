@@ -19,6 +19,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
+from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
 from dat_lightning.evaluation.robustness import float_logits
@@ -144,7 +145,7 @@ class AutoAttack(Evaluator):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the images; they are attacked after the last batch."""
-        batch = self.test_batch(trainer, batch, dataloader_idx)
+        batch = self.test_batch(trainer, batch)
         for index, image, label in zip(batch["index"].tolist(), batch["x"].cpu(), batch["y"].cpu(), strict=True):
             # Copies, for a view would keep the whole batch.
             self._images[index] = (image.clone(), label.clone())
@@ -157,9 +158,8 @@ class AutoAttack(Evaluator):
         chunks = self._chunks(trainer)
         with tqdm(chunks, desc=f"AutoAttack {self.norm} {self.eps:g}", leave=False, disable=is_silent(trainer)) as bar:
             self._bar = bar
-            for number, chunk in enumerate(bar):
-                on_device = {name: value.to(pl_module.device) for name, value in chunk.items()}
-                super().on_test_batch_end(trainer, pl_module, None, on_device, number)
+            for chunk in bar:
+                self.add_batch(pl_module, {name: value.to(pl_module.device) for name, value in chunk.items()})
         self._bar, self._images = None, {}
         super().on_test_epoch_end(trainer, pl_module)
 
@@ -171,8 +171,9 @@ class AutoAttack(Evaluator):
             torch.manual_seed(self.seed)
             x, y = batch["x"].detach().clone(memory_format=torch.contiguous_format).float(), batch["y"].clone()
             output = logits(x)
-            correct = output.argmax(1) == y
             adversary = self._adversary(logits, x, output.shape[1])
+            check_classes(y, output, "AutoAttack")
+            correct = output.argmax(1) == y
             with torch.enable_grad():
                 vanished = vanishes(input_gradient(logits, x, y, cross_entropy))
             broken, distance = {}, torch.zeros(len(x), device=x.device)

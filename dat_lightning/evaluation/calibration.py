@@ -15,7 +15,8 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.evaluation.evaluator import Evaluator, numbered, require_parts
+from dat_lightning.data.batches import EvaluationEntry, check_classes, only_loader
+from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
@@ -72,12 +73,7 @@ class Calibration(Evaluator):
         with torch.no_grad():
             logits = pl_module(batch["x"])
         y = batch["y"].cpu()
-        if logits.dim() != 2 or logits.shape[1] < 2:
-            raise InputError(f"Calibration needs logits (N, K) of at least 2 classes, got shape {tuple(logits.shape)}")
-        if y.min() < 0 or y.max() >= logits.shape[1]:
-            raise InputError(
-                f"Calibration: labels must lie in 0 … {logits.shape[1] - 1}, got {int(y.min())} … {int(y.max())}"
-            )
+        check_classes(y, logits, "Calibration")
         # The images alone: what is a test image stays one under another label.
         return {"logits": logits, "y": y, "digest": image_digests(batch["x"], torch.zeros_like(y))}
 
@@ -155,15 +151,13 @@ class Calibration(Evaluator):
             )
             return None
         values: list[Values] = []
-        num_seen = 0
+        loader = only_loader(loader, "Calibration, for temperature scaling,")
+        entry = EvaluationEntry("Calibration, for temperature scaling,", loader, trainer)
         for raw in tqdm(loader, desc="Calibration: validation", leave=False, disable=is_silent(trainer)):
             # What the Trainer does with a batch.
             batch = data.on_before_batch_transfer(raw, 0)
             batch = data.transfer_batch_to_device(batch, pl_module.device, 0)
-            batch = trainer.precision_plugin.convert_input(data.on_after_batch_transfer(batch, 0))
-            batch = numbered(batch, num_seen, loader, trainer)
-            require_parts(batch, "Calibration, for temperature scaling,")
-            num_seen += len(batch["index"])
+            batch = entry(trainer.precision_plugin.convert_input(data.on_after_batch_transfer(batch, 0)))
             found = self.remember(pl_module, batch, lambda b: self.evaluate_batch(pl_module, b), "validation")
             values.append({"index": batch["index"].cpu(), **found})
         return gather(values, "the validation loader gave no batch; set temperature: false")

@@ -16,6 +16,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.batches import check_classes
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, Target, class_distances, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
@@ -157,8 +158,8 @@ class Counterfactuals(Evaluator):
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns what :meth:`measure` does, (N, T, ε, …), under ``{targets}_{name}``, and the targets (N, T)."""
         x, y = batch["x"], batch["y"]
-        logits = _logits(pl_module, _checked(x))
-        _check_labels(y, logits)
+        logits = _logits(pl_module, x)
+        check_classes(y, logits, "Counterfactuals")
         chosen = {kind: self.choose_targets(kind, logits, y, batch["index"]) for kind in self.targets}
         values: Values = {} if self.judge is None else {"original_read": self.read(x) == y}
         total = len(self.eps) * sum(targets.shape[1] for targets in chosen.values())
@@ -247,17 +248,9 @@ class Counterfactuals(Evaluator):
         self._silent = is_silent(trainer)
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
         """Evaluates the batch, and keeps those of its originals that may be shown."""
-        super().on_test_batch_end(trainer, pl_module, outputs, batch, batch_idx, dataloader_idx)
+        super().add_batch(pl_module, batch)
         indices = batch["index"].tolist()
         keys = [stream_seed(self.seed, "counterfactual picture", index) for index in indices]
         self._shown.add(keys, indices, {"x": batch["x"], "y": batch["y"]})
@@ -320,20 +313,3 @@ def _logits(pl_module: LightningModule, x: Tensor) -> Tensor:
     with torch.no_grad(), no_trace(pl_module):
         logits: Tensor = pl_module(x)
     return logits
-
-
-def _checked(x: Tensor) -> Tensor:
-    if not bool(((x >= 0) & (x <= 1)).all()):
-        raise InputError(
-            f"x must be images in [0, 1], got values in [{float(x.min()):.3g}, {float(x.max()):.3g}]; normalisation"
-            " belongs into the network"
-        )
-    return x
-
-
-def _check_labels(y: Tensor, logits: Tensor) -> None:
-    if logits.dim() != 2 or logits.shape[1] < 2 or not bool(((y >= 0) & (y < logits.shape[1])).all()):
-        raise InputError(
-            f"labels y must be in 0 … K − 1 of logits (N, K) with K of at least 2, got labels {int(y.min())} …"
-            f" {int(y.max())} and logits {tuple(logits.shape)}"
-        )

@@ -17,7 +17,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_detection import (
     Transform,

@@ -1,8 +1,7 @@
 """What all evaluators share: values per example, gathered over all ranks, kept in files, and summed up in figures."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.batches import EvaluationEntry
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues
@@ -28,7 +28,7 @@ class Evaluator(Callback, ABC):
     data go through :meth:`remember`. The LightningModule may be any that maps images in [0, 1] to logits; it runs in
     the precision of its weights, without autocast. Batches are mappings with ``x``, ``y`` and ``index``, as
     :class:`~dat_lightning.data.PairedDataModule` gives them, or begin with images and labels, as those of most data
-    sets do: then images are numbered by their place in a loader that does not shuffle.
+    sets do: :class:`~dat_lightning.data.batches.EvaluationEntry` brings them into form.
 
     Logged: ``{stage}/{name}`` for each figure. :attr:`figures` keeps the last ones, for reports.
 
@@ -42,7 +42,8 @@ class Evaluator(Callback, ABC):
 
     Raises:
         TypeError: In a test, if a setting is no primitive.
-        InputError: In a test, if a batch lacks a part, there are several test loaders, or none gives an example.
+        InputError: In a test, if a batch lacks a part, images are not in [0, 1], labels are no integers, there are
+            several test loaders, or none gives an example.
     """
 
     def __init__(self, dirpath: str | None = None) -> None:
@@ -50,7 +51,7 @@ class Evaluator(Callback, ABC):
         self.figures: list[Measurement] = []
         self._values: list[Values] = []
         self._kept: KeptValues | None = None
-        self._num_seen = 0
+        self._entry: EvaluationEntry | None = None
         self._digests: list[Values] = []
 
     # What a subclass supplies.
@@ -103,18 +104,21 @@ class Evaluator(Callback, ABC):
             self._kept = KeptValues(Path(self.dirpath), name, self.settings())
         return self._kept.get_or_compute(pl_module, batch, checked, part)
 
-    def test_batch(self, trainer: Trainer, batch: Any, dataloader_idx: int) -> Mapping[str, Tensor]:
-        """Returns a batch of the only test loader as a mapping with ``x``, ``y`` and ``index``.
+    def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
+        """Evaluates a batch that is in form, unless its values are in the folder, and keeps them for the figures."""
+        values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
+        self._values.append({"index": batch["index"].cpu(), **values})
+        self._digests.append({"index": batch["index"].cpu(), "digest": image_digests(batch["x"], batch["y"])})
+
+    def test_batch(self, trainer: Trainer, batch: Any) -> Mapping[str, Tensor]:
+        """Returns a batch of the only test loader in form, see :class:`~dat_lightning.data.batches.EvaluationEntry`.
 
         Raises:
-            InputError: If the batch lacks a part, or comes from a second test loader.
+            InputError: If the batch is not in order, or there are several test loaders.
         """
-        if dataloader_idx > 0:
-            raise InputError(f"{type(self).__name__} evaluates one test loader, got several; test them one by one")
-        found: Mapping[str, Tensor] = numbered(batch, self._num_seen, trainer.test_dataloaders, trainer)
-        require_parts(found, type(self).__name__)
-        self._num_seen += len(found["index"])
-        return found
+        if self._entry is None:
+            self._entry = EvaluationEntry(type(self).__name__, trainer.test_dataloaders, trainer)
+        return self._entry(batch)
 
     # Lightning's hooks.
 
@@ -123,7 +127,7 @@ class Evaluator(Callback, ABC):
         """Forgets the last evaluation."""
         self._values = []
         self.figures = []
-        self._num_seen = 0
+        self._entry = None
         self._digests = []
         # Made with the first batch: the module's own hook, which may load weights, comes after this one.
         self._kept = None
@@ -138,15 +142,12 @@ class Evaluator(Callback, ABC):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Evaluates the batch, unless its values are in the folder.
+        """Brings the batch into form, and evaluates it.
 
         Raises:
-            InputError: If the batch lacks a part, or comes from a second test loader.
+            InputError: If the batch is not in order, or there are several test loaders.
         """
-        batch = self.test_batch(trainer, batch, dataloader_idx)
-        values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
-        self._values.append({"index": batch["index"].cpu(), **values})
-        self._digests.append({"index": batch["index"].cpu(), "digest": image_digests(batch["x"], batch["y"])})
+        self.add_batch(pl_module, self.test_batch(trainer, batch))
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,37 +163,6 @@ class Evaluator(Callback, ABC):
         for figure in self.figures:
             # The same number on every rank, so there is nothing to reduce.
             pl_module.log(f"test/{figure.name}", figure.value, sync_dist=False)
-
-
-def numbered(batch: Any, num_seen: int, loader: Any, trainer: Trainer) -> Any:
-    """Returns a batch of images and labels as a mapping, numbered by their place in the loader; another as it is.
-
-    Args:
-        batch: What a loader gave.
-        num_seen: Examples that this rank has had of it before.
-        loader: Has the data set, whose size tells examples that a sampler of several ranks repeats.
-        trainer: Knows the rank; the r-th of R has the examples r, r + R, r + 2R, …, as Lightning deals them.
-    """
-    is_pair = isinstance(batch, tuple | list) and len(batch) >= 2
-    if not is_pair or not all(isinstance(part, Tensor) and part.dim() > 0 for part in batch[:2]):
-        return batch
-    x, y = batch[:2]
-    places = (num_seen + torch.arange(len(x))) * trainer.world_size + trainer.global_rank
-    if trainer.world_size > 1:
-        with suppress(AttributeError, TypeError):
-            places %= len(loader.dataset)
-    return {"x": x, "y": y, "index": places}
-
-
-def require_parts(batch: Any, evaluator: str, parts: Sequence[str] = ("x", "y", "index")) -> None:
-    """Raises an InputError unless a batch is a mapping with the given parts."""
-    missing = [key for key in parts if not (isinstance(batch, Mapping) and key in batch)]
-    if missing:
-        found = sorted(map(str, batch)) if isinstance(batch, Mapping) else type(batch).__name__
-        raise InputError(
-            f"{evaluator} needs {', '.join(missing)} in its batch, got {found}; an evaluation loader of"
-            " PairedDataModule gives x, y and index"
-        )
 
 
 def _on_cpu(value: Tensor) -> Tensor:

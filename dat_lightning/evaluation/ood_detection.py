@@ -16,8 +16,9 @@ from dat_lightning.core.ascent import ascend
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.data.fingerprint import SizedDataset
-from dat_lightning.data.pixels import CorruptImageError
+from dat_lightning.data.batches import check_pixels, stacked
+from dat_lightning.data.draws import EvaluationBatches
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rate
 from dat_lightning.results.digests import image_digests, set_identity
@@ -97,15 +98,16 @@ def evaluate_images(
     skipped: list[str] = []
     firsts = range(0, len(mine), batch_size)
     for first in tqdm(firsts, desc=f"{type(evaluator).__name__}: {part}", leave=False, disable=is_silent(trainer)):
-        read = {index: _image(dataset, index, transform, part) for index in mine[first : first + batch_size]}
-        images = {index: image for index, image in read.items() if isinstance(image, Tensor)}
-        skipped += [str(error) for error in read.values() if isinstance(error, CorruptImageError)]
-        if images:
-            x = torch.stack(list(images.values())).to(pl_module.device, dtype)
-            batch = {"x": x, "index": torch.tensor(list(images))}
+        read, messages = EvaluationBatches(dataset, transform).read(mine[first : first + batch_size])
+        skipped += messages
+        if read:
+            kept, images, _ = zip(*read, strict=True)
+            x = stacked(images, f"the images of {part!r}")
+            check_pixels(x, f"the images of {part!r}, after their transform,")
+            batch = {"x": x.to(pl_module.device, dtype), "index": torch.tensor(kept)}
             with torch.no_grad():
                 found = evaluator.remember(pl_module, batch, compute, part)
-            digests = image_digests(x, torch.zeros(len(x)))
+            digests = image_digests(batch["x"], torch.zeros(len(x)))
             values.append({"index": batch["index"], "digest": digests, **found})
     messages = sorted({message for rank in all_ranks(skipped) for message in rank})
     return gather(values, f"no image of {part!r} could be read: {'; '.join(messages[:3])}"), messages
@@ -258,22 +260,6 @@ def _measured(
     ]
 
 
-def _image(dataset: SizedDataset, index: int, transform: Transform, part: str) -> Tensor | CorruptImageError:
-    """An image of a data set as a network takes it, or why there is none."""
-    try:
-        entry = dataset[index]
-    except CorruptImageError as error:
-        return error
-    image = transform(entry[0] if isinstance(entry, tuple) else entry)
-    if not (isinstance(image, Tensor) and image.is_floating_point() and image.dim() == 3):
-        found = f"{image.dtype} {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
-        raise InputError(f"image {index} of {part!r} must be a float tensor (C, H, W) after its transform, got {found}")
-    if not (image.min() >= 0 and image.max() <= 1):
-        raise InputError(
-            f"image {index} of {part!r} must lie in [0, 1] after its transform, got {float(image.min()):g} …"
-            f" {float(image.max()):g}"
-        )
-    return image
 
 
 def _unchanged(image: Tensor) -> Tensor:

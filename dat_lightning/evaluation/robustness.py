@@ -16,6 +16,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel, vanishes
+from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
 from dat_lightning.results.gathering import Values
@@ -87,7 +88,9 @@ class RobustAccuracy(Evaluator):
         with torch.inference_mode(False), torch.no_grad(), no_trace(pl_module):
             x, y = batch["x"].detach().clone().float(), batch["y"].clone()
             draws = batch["index"].clone()
-            correct = logits(x).argmax(1) == y
+            output = logits(x)
+            check_classes(y, output, "RobustAccuracy", least=1)
+            correct = output.argmax(1) == y
             with torch.enable_grad():
                 gradient = input_gradient(logits, x, y, cross_entropy)
             values = {

@@ -16,7 +16,7 @@ from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.weights import load_weights, read_checkpoint

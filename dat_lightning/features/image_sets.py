@@ -14,7 +14,6 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.features.gaussian_stats import Gaussian, read_statistics
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.gathering import Values
@@ -39,8 +38,7 @@ class FolderImages:
         folder: The folder.
 
     Raises:
-        InputError: If it has no images; on reading, if one has another size than the first.
-        CorruptImageError: On reading, if an image is damaged.
+        InputError: If it has no images; on reading, if one is damaged or has another size than the first.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -172,7 +170,7 @@ def _pixels(path: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
         with Image.open(path, formats=("PNG", "JPEG")) as image:
             return np.asarray(image.convert("RGB"))
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
-        raise CorruptImageError(path, str(error)) from error
+        raise InputError(f"{path} is not a readable image: {error}") from error
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:

@@ -1,7 +1,7 @@
 """The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, cast
 from uuid import uuid4
 
@@ -19,6 +19,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.batches import EvaluationEntry, batch_part, check_pixels, class_labels
 from dat_lightning.speed import Execution, NetworkForms
 from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
@@ -81,7 +82,8 @@ class EnergyModule(LightningModule):
         self.network_forms = NetworkForms(execution.compile, execution.fold_batch_norm)
         self.seed = seed
         self._initialized = False
-        self._labels_checked = False
+        self._training_checked = False
+        self._batches: EvaluationEntry | None = None
         self._run_name: str | None = None
         if execution.memory_format == "channels_last":
             self.energy_model.to(memory_format=torch.channels_last)
@@ -224,23 +226,18 @@ class EnergyModule(LightningModule):
         self._load_initial_weights()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Checks the labels of the first batch against the network, before a GPU fails on one that is too large.
+        """Checks the values of the first batch, and its labels against the network.
 
         Raises:
-            InputError: If a label is not below the number of logits.
+            InputError: If pixels are not in [0, 1], or a label is no integer or not below the number of logits.
         """
-        self._check_labels(batch)
-
-    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Checks the labels, likewise."""
-        self._check_labels(batch)
-
-    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Checks the labels, likewise."""
-        self._check_labels(batch)
+        if not self._training_checked and isinstance(batch, Mapping):
+            self._check_values(batch)
+            self._training_checked = True
 
     def teardown(self, stage: str) -> None:
         """Gives back the memory of the network's faster forms."""
+        self._training_checked, self._batches = False, None
         self.network_forms.clear()
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -264,21 +261,23 @@ class EnergyModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the validation metrics."""
-        self._expect_whole_batches(batch, batch_idx)
-        self._evaluate(batch, "val")
+        self._evaluate(self._entered(batch, batch_idx, self.trainer.val_dataloaders), "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Updates the test metrics."""
-        self._expect_whole_batches(batch, batch_idx)
-        self._evaluate(batch, "test")
+        self._evaluate(self._entered(batch, batch_idx, self.trainer.test_dataloaders), "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns ``index``, ``prediction``, ``confidence`` and ``energy`` of each image, (N,) each."""
-        self._expect_whole_batches(batch, batch_idx)
-        logits = self(self.part(batch, "x"))
+        batch = self._entered(batch, batch_idx, self.trainer.predict_dataloaders, ("x",))
+        logits = self(batch["x"])
         confidence, prediction = logits.softmax(1).max(1)
-        index = batch.get("index", torch.arange(len(logits)))
-        return {"index": index, "prediction": prediction, "confidence": confidence, "energy": marginal_energy(logits)}
+        return {
+            "index": batch["index"],
+            "prediction": prediction,
+            "confidence": confidence,
+            "energy": marginal_energy(logits),
+        }
 
     # Parts.
 
@@ -288,16 +287,23 @@ class EnergyModule(LightningModule):
             rank_zero_info(f"weights from {self.init_from}: {loaded}")
         self._initialized = True
 
-    def _expect_whole_batches(self, batch: Any, batch_idx: int) -> None:
-        """Lets graphs be compiled for whole batches: one that follows may have an image more, the last one fewer."""
-        if batch_idx == 0 and isinstance(batch, Mapping) and "x" in batch:
-            # Those of PairedDataModule are spread evenly, the smaller ones first.
-            self.network_forms.expect(len(batch["x"]))
-            self.network_forms.expect(len(batch["x"]) + 1)
+    def _entered(self, batch: Any, batch_idx: int, loader: Any, parts: Sequence[str] = ("x", "y")) -> Batch:
+        """An evaluation batch in form; graphs are compiled for whole ones, and values checked of the first."""
+        if batch_idx == 0 or self._batches is None:
+            self._batches = EvaluationEntry(type(self).__name__, loader, self.trainer, parts, values="first")
+        found = self._batches(batch)
+        if batch_idx == 0:
+            self._check_values(found)
+            # One that follows may have an image more, the last one fewer: PairedDataModule spreads them evenly.
+            self.network_forms.expect(len(found["x"]))
+            self.network_forms.expect(len(found["x"]) + 1)
+        return found
 
-    def _check_labels(self, batch: Any) -> None:
-        if self._labels_checked or not isinstance(batch, Mapping):
-            return
+    def _check_values(self, batch: Batch) -> None:
+        """Looks at values, which waits for a device; an error says so before a GPU fails on a label too large."""
+        for key in ("x", "x_gen", "x_clf", "x_ood"):
+            if key in batch:
+                check_pixels(batch[key], f"{key} of {type(self).__name__}", allow_nan=True)
         declared = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
         for name in parts:
@@ -308,13 +314,12 @@ class EnergyModule(LightningModule):
                     f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
                     " num_classes to that"
                 )
-            labels = batch[f"y{name}"]
+            labels = class_labels(batch[f"y{name}"], f"y{name} of {type(self).__name__}")
             if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
                 raise InputError(
                     f"the network has {num_classes} logits, but y{name} has labels {int(labels.min())} …"
                     f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
                 )
-        self._labels_checked = bool(parts)
 
     def _logits_of_one(self, x: Tensor) -> Tensor:
         """Logits of the first image, or a sentence if the network cannot take it."""
@@ -333,19 +338,13 @@ class EnergyModule(LightningModule):
         return logits
 
     def part(self, batch: Batch, key: str) -> Tensor:
-        """Returns an entry of the batch.
+        """Returns an entry of the batch: float images, or labels as int64.
 
         Raises:
-            InputError: If there is none; the message says which part of the program supplies it.
+            InputError: If there is none, whereby the message says which part of the program supplies it, or it has
+                another shape or type.
         """
-        if isinstance(batch, Mapping) and key in batch:
-            return batch[key]
-        found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        if key in ("x", "y"):
-            supplier = "an evaluation loader of PairedDataModule gives x and y"
-        else:
-            supplier = f"PairedDataModule gives it when data.streams has {key.removeprefix('x_').removeprefix('y_')!r}"
-        raise InputError(f"{type(self).__name__} needs {key!r} in its batch, got {found}; {supplier}")
+        return batch_part(batch, key, type(self).__name__)
 
     def _evaluate(self, batch: Batch, stage: Literal["val", "test"]) -> None:
         for name, value in self.evaluation_metrics(batch).items():

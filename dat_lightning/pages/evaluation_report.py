@@ -13,11 +13,10 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.data import extract_batch_size
-from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.evaluation.evaluator import numbered
+from dat_lightning.data.batches import EvaluationEntry
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_page import write_evaluation_page
 from dat_lightning.pages.reported_figures import (
@@ -78,6 +77,7 @@ class EvaluationReport(Callback):
         self._start = time.perf_counter()
         self._num_images = 0
         self._images: dict[int, int] | None = {}
+        self._batches: EvaluationEntry | None = None
         self._testing = False
         self._before: dict[int, tuple[Any, Any]] = {}
         self._target = Path("evaluation.json")
@@ -94,7 +94,7 @@ class EvaluationReport(Callback):
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts counting images, and notes which results are of earlier evaluations."""
-        self._num_images, self._images = 0, {}
+        self._num_images, self._images, self._batches = 0, {}, None
         self._before = {id(c): (results_of(c), copy(results_of(c))) for c in callbacks_of(trainer)}
         self._target = self._place(trainer, pl_module)
         self._testing = True
@@ -111,16 +111,19 @@ class EvaluationReport(Callback):
     ) -> None:
         """Counts the images, and notes which they are."""
         labels = batch.get("y") if isinstance(batch, Mapping) else None
-        num_seen = self._num_images
         self._num_images += extract_batch_size(batch) if labels is None else len(labels)
-        found = numbered(batch, num_seen, trainer.test_dataloaders, trainer)
-        parts = [found.get(key) for key in ("x", "y", "index")] if isinstance(found, Mapping) else []
-        tensors = [part for part in parts if isinstance(part, Tensor) and part.dim() > 0]
-        if dataloader_idx > 0 or len(tensors) < 3 or len({len(part) for part in tensors}) > 1 or tensors[2].dim() > 1:
+        if self._images is None:
+            return
+        try:
+            if self._batches is None:
+                self._batches = EvaluationEntry("EvaluationReport", trainer.test_dataloaders, trainer, values="none")
+            found = self._batches(batch)
+        except InputError:
+            # A module may test what is no images with labels, and then there is no digest of them.
             self._images = None
-        if self._images is not None:
-            x, y, index = tensors
-            self._images |= dict(zip(index.tolist(), image_digests(x, y).tolist(), strict=True))
+            return
+        digests = image_digests(found["x"], found["y"]).tolist()
+        self._images |= dict(zip(found["index"].tolist(), digests, strict=True))
 
     @override
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbours
 from dat_lightning.results.digests import identity, image_digests, network_identity, reference_digest, set_identity
@@ -63,7 +64,7 @@ class Memorisation(SampleConsumer):
 
     Raises:
         InputError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
-            no snapshot at ``num_steps``, training images are too few, or test batches lack ``x`` or ``index``.
+            no snapshot at ``num_steps``, training images are too few, or test images are missing or not in [0, 1].
         InputError: When sampling starts, if the DataModule has no ``reference_data()``.
     """
 
@@ -214,13 +215,11 @@ class Memorisation(SampleConsumer):
     def _held_out_distances(self, trainer: Trainer, pl_module: LightningModule, training: Tensor) -> Values:
         """Distances of all test images to their nearest training images, (N,) in float64, and their digests."""
         values = []
-        loader = trainer.datamodule.test_dataloader()  # type: ignore[attr-defined]
-        for batch in tqdm(loader, desc="Memorisation: test images", leave=False, disable=is_silent(trainer)):
-            if "x" not in batch or "index" not in batch:
-                raise InputError(
-                    f"Memorisation needs x and index in test batches, got {sorted(batch)}; an evaluation loader of"
-                    " PairedDataModule gives both"
-                )
+        loader = only_loader(trainer.datamodule.test_dataloader(), "Memorisation")  # type: ignore[attr-defined]
+        entry = EvaluationEntry("Memorisation", loader, trainer, parts=("x",))
+        for batch in map(
+            entry, tqdm(loader, desc="Memorisation: test images", leave=False, disable=is_silent(trainer))
+        ):
             features = extract_features(self.extractor, batch["x"].to(pl_module.device))
             distances, _ = nearest_neighbours(features, training, 1, self.metric)
             digests = image_digests(batch["x"], batch["index"])

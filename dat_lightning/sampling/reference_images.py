@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.batches import check_pixels
 from dat_lightning.results.gathering import all_ranks
 from dat_lightning.results.progress import is_silent
 
@@ -64,6 +65,7 @@ class ReferenceImages:
         title = f"{self.who}: training images"
         for batch in tqdm(loader, desc=title, leave=False, disable=is_silent(self.trainer)):
             self._skipped += batch.get("skipped", ())
+            check_pixels(batch["x"], "the images of reference_data()")
             yield batch
         if self._skipped:
             _logger.warning(

@@ -3,44 +3,22 @@
 import itertools
 import pickle
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 import torch.multiprocessing
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-Seeds = Callable[[int], tuple[Tensor, Any]]
-"""Index of a sample → seed (C, H, W) in [0, 1], and its label or ``None``; a pure function of the index."""
+from dat_lightning.data.batches import check_pixels, stacked
+from dat_lightning.data.entries import image_of
+from dat_lightning.data.skipped import CountedStream
 
+Seeds = Callable[[int], Any]
+"""Index of a sample → seed (C, H, W) in [0, 1], alone or in a pair with a label; a pure function of the index."""
 
-class UncountedSeeds(Protocol):
-    """Seeds that say on request why images were skipped."""
-
-    def __call__(self, index: int, /) -> tuple[Tensor, Any]:
-        """Returns a seed and its label, if it has one."""
-
-    def take_skipped(self) -> list[str]:
-        """Returns why images were skipped since the last call, a message each."""
-
-
-@runtime_checkable
-class CountedSeeds(Protocol):
-    """Seeds that count corrupt images, as those of :class:`~dat_lightning.data.PairedDataModule` do."""
-
-    def __call__(self, index: int, /) -> tuple[Tensor, Any]:
-        """Returns a seed and its label, if it has one."""
-
-    def uncounted(self) -> UncountedSeeds:
-        """Returns the same seeds without the counting, which is left to :meth:`count`."""
-
-    def count(self, messages: Sequence[str]) -> None:
-        """Counts a seed that another process has read, and why images were skipped on the way to it.
-
-        Raises:
-            InputError: If too many were skipped so far.
-        """
+_WHAT = "the images of held_out_seeds()"
 
 
 class SeedBatches:
@@ -48,10 +26,10 @@ class SeedBatches:
 
     Loader processes read the next batch while one is worked on. Each reads a share of every batch, so that no more than
     one batch waits in memory, however many processes there are. A seed is the same whoever reads it. Corrupt images
-    are counted here, seed by seed in the order of the batches, when a batch is taken.
+    that loader processes met are counted here, in the order of the batches, when a batch is taken.
 
     Args:
-        seeds: See :data:`Seeds`; corrupt images are counted if it is one of :class:`CountedSeeds`.
+        seeds: See :data:`Seeds`; those of :class:`~dat_lightning.data.PairedDataModule` count corrupt images.
         batches: Indices of the samples of each batch.
         like: Names dtype and device.
         num_workers: Number of loader processes; 0 reads each batch in this process when it is asked for.
@@ -60,7 +38,8 @@ class SeedBatches:
         first: Seed 0 as it was read, which shows the shape.
 
     Raises:
-        InputError: When a batch is taken, if too many images were corrupt.
+        InputError: If the first seed is no image in [0, 1]; when a batch is taken, if one of its seeds is none, or too
+            many images were corrupt.
     """
 
     def __init__(self, seeds: Seeds, batches: Sequence[Sequence[int]], like: Tensor, num_workers: int = 0) -> None:
@@ -68,14 +47,11 @@ class SeedBatches:
         self.batches = batches
         self.like = like
         self.num_workers = num_workers
-        self.first = seeds(0)[0]
+        self.first = stacked([image_of(seeds(0))], _WHAT)[0]
+        check_pixels(self.first, _WHAT)
 
     def __iter__(self) -> Generator[Tensor, None, None]:
-        if isinstance(self.seeds, CountedSeeds):
-            uncounted = self.seeds.uncounted()
-            reader = _Reader(uncounted, uncounted.take_skipped)
-        else:
-            reader = _Reader(self.seeds)
+        reader = _Reader(self.seeds)
         workers = self._possible_workers(reader)
         shares = [_shares(batch, workers) for batch in self.batches]
         loader = DataLoader(
@@ -92,16 +68,17 @@ class SeedBatches:
         read = iter(loader)
         try:
             for batch in shares:
-                yield torch.cat([self._counted(*part) for part in itertools.islice(read, len(batch))])
+                yield torch.cat([self._taken(*part) for part in itertools.islice(read, len(batch))])
         finally:
             # torch ends processes when an iterator is deleted, which the traceback of an error puts off.
             getattr(read, "_shutdown_workers", lambda: None)()
 
-    def _counted(self, images: Tensor, skipped: Sequence[Sequence[str]]) -> Tensor:
-        """The images of a share where they are needed, after its corrupt ones were counted."""
-        if isinstance(self.seeds, CountedSeeds):
+    def _taken(self, images: Tensor, skipped: Sequence[list[str]]) -> Tensor:
+        """The seeds of a share where they are needed, after its corrupt ones were counted."""
+        if isinstance(self.seeds, CountedStream):
             for messages in skipped:
                 self.seeds.count(messages)
+        check_pixels(images, _WHAT)
         # From a device to the CPU, nobody would wait for the copy.
         return images.to(self.like, non_blocking=self.like.is_cuda)
 
@@ -124,15 +101,18 @@ class SeedBatches:
 
 
 class _Reader(Dataset[tuple[Tensor, list[list[str]]]]):
-    """Seeds by their indices, (N, C, H, W), and for each of them why images were skipped."""
+    """Seeds by their indices, (N, C, H, W), and in a loader process for each why images were skipped."""
 
-    def __init__(self, seeds: Seeds, take_skipped: Callable[[], list[str]] = list) -> None:
+    def __init__(self, seeds: Seeds) -> None:
         self.seeds = seeds
-        self.take_skipped = take_skipped
 
     def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[list[str]]]:
-        images, skipped = zip(*((self.seeds(index)[0], self.take_skipped()) for index in indices), strict=True)
-        return torch.stack(images), list(skipped)
+        images, skipped = [], []
+        for index in indices:
+            images.append(image_of(self.seeds(index)))
+            if isinstance(self.seeds, CountedStream) and get_worker_info() is not None:
+                skipped.append(self.seeds.take_skipped())
+        return stacked(images, _WHAT), skipped
 
 
 class _Nowhere:

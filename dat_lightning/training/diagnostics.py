@@ -20,7 +20,6 @@ from dat_lightning.training.divergence import step_was_skipped
 from dat_lightning.training.signatures import TrainingFailureError, curriculum_of
 
 _GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
-_PIXELS = "the pixels' distance from 0.5"
 
 
 class Diagnostics(Callback):
@@ -29,7 +28,6 @@ class Diagnostics(Callback):
     | signature | when |
     |---|---|
     | a loss or an energy is NaN or infinite | stops the run |
-    | pixels outside [0, 1] | stops the run |
     | batch norm in train mode in Stage 2 | stops the run |
     | mean energy beyond ``max_energy`` | stops or warns, see ``action`` |
     | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
@@ -115,13 +113,10 @@ class Diagnostics(Callback):
         """Absolute losses, energies and gradient, the largest over ranks, which have to come to one decision."""
         scalars = [(n, v) for n, v in trainer.callback_metrics.items() if not self._is_stale(n, v)]
         values = {n: v for n, v in scalars if n.startswith("train/") and ("loss" in n or "energy" in n)}
-        if isinstance(batch, dict):
-            images = [x for name, x in batch.items() if name.startswith("x_")]
-            values |= {_PIXELS: torch.stack([(x - 0.5).abs().max() for x in images]).max()} if images else {}
-            if curriculum is not None and "x_gen" in batch:
-                with torch.enable_grad(), no_trace(pl_module):
-                    values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
-                pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
+        if isinstance(batch, dict) and curriculum is not None and "x_gen" in batch:
+            with torch.enable_grad(), no_trace(pl_module):
+                values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
+            pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
         if not values:
             return {}
         # NaN has no place in an order.
@@ -144,11 +139,6 @@ class Diagnostics(Callback):
 
     def _check_values(self, values: dict[str, float], is_joint: bool) -> None:
         for name, value in values.items():
-            if name == _PIXELS and value > 0.5 + 1e-3:
-                raise TrainingFailureError(
-                    "images of this batch have pixels outside [0, 1], or NaN ones. Attacks clip to that range: let the"
-                    " data module give raw pixels in [0, 1], and put mean and std into EnergyModel."
-                )
             if not math.isfinite(value):
                 step = " or contrastive step" if is_joint else ""
                 raise TrainingFailureError(

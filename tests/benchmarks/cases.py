@@ -126,7 +126,7 @@ class PackageDAT:
         self.module.logged = {}
         self.module.train()
         # There is no Trainer whose data could be compared with the network.
-        self.module._labels_checked = True
+        self.module._training_checked = True
         self.autocast = autocast
         self.optimizer = cast(torch.optim.Optimizer, self.module.configure_optimizers())
         self.average = ExponentialMovingAverage()

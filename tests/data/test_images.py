@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from dat_lightning.data.images import ImageSubset, RecordFile, Unlabelled, check_index, image_name, read_image
+from dat_lightning.data.entries import image_name
+from dat_lightning.data.images import ImageSubset, RecordFile, Unlabelled, check_index, read_image
 from dat_lightning.data.pixels import CorruptImageError
 
 COLOURS = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)

@@ -19,7 +19,7 @@ class Constant:
         return self.size
 
     def __getitem__(self, index: int, /) -> Tensor | tuple[Tensor, int]:
-        image = torch.full((1, 2, 2), self.offset + index)
+        image = torch.full((1, 2, 2), float(self.offset + index))
         return (image, index % 3) if self.labelled else image
 
 

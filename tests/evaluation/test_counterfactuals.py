@@ -469,9 +469,17 @@ def batch_with(x: float, labels: Sequence[int]) -> DataLoader[dict[str, Tensor]]
 @pytest.mark.parametrize(
     ("batches", "module", "message"),
     [
-        (batch_with(-1.5, [0, 1]), Linear(), r"x must be images in \[0, 1\], got values in \[-1.5, -1.5\]"),
-        (batch_with(0.5, [0, 4]), Linear(), r"labels y must be in 0 … K − 1 .* got labels 0 … 4 and logits \(2, 4\)"),
-        (batch_with(0.5, [0, 0]), Linear(num_classes=1), r"K of at least 2, got labels 0 … 0 and logits \(2, 1\)"),
+        (
+            batch_with(-1.5, [0, 1]),
+            Linear(),
+            r"x of Counterfactuals .* in \[0, 1\], got values in \[-1.5, -1.5\]",
+        ),
+        (batch_with(0.5, [0, 4]), Linear(), r"Counterfactuals: labels must lie in 0 … 3, got 0 … 4"),
+        (
+            batch_with(0.5, [0, 0]),
+            Linear(num_classes=1),
+            r"logits \(N, K\) of at least 2 classes, got shape \(2, 1\)",
+        ),
     ],
 )
 def test_wrong_images_and_labels(

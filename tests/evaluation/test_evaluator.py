@@ -331,10 +331,11 @@ def test_values_must_be_per_example(values: Values, tmp_path: Path) -> None:
 
 
 def test_a_batch_needs_its_parts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"Probe needs y, index in its batch, got \['x'\]; an evaluation loader"):
-        run(tmp_path, Probe(), [{"x": IMAGES}])
-    with pytest.raises(ValueError, match="Probe needs x, y, index in its batch, got list"):
-        run(tmp_path, Probe(), [[IMAGES]])
+    for batch in ({"x": IMAGES}, [IMAGES], IMAGES):
+        with pytest.raises(ValueError, match=r"Probe needs 'y' in its batch, got \['x'\]; an evaluation loader"):
+            run(tmp_path, Probe(), [batch])
+    with pytest.raises(ValueError, match="Probe needs 'x' in its batch, got list"):
+        run(tmp_path, Probe(), [["images", "labels"]])
 
 
 def test_one_loader_at_a_time(tmp_path: Path) -> None:
@@ -343,7 +344,7 @@ def test_one_loader_at_a_time(tmp_path: Path) -> None:
             """Leaves everything to the callbacks."""
 
     loaders: list[Any] = [DataLoader(ALL, batch_size=None)] * 2  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="Probe evaluates one test loader, got several"):
+    with pytest.raises(ValueError, match="Probe evaluates one loader, got 2"):
         tiny.trainer(tmp_path, [Probe()]).test(Two(), dataloaders=loaders, verbose=False)
 
 

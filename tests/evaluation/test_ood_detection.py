@@ -175,9 +175,9 @@ def test_data_of_any_kind_are_brought_to_the_networks_size(tmp_path: Path) -> No
     x = torch.stack([torch.full((1, 2, 2), 50 * k / 255) for k in range(4)])
     expected = float(Plain()(x).detach().max(1).values.mean())
     assert found["ood_auroc_pictures_max_logit"].details["mean_score_ood"] == pytest.approx(expected, rel=1e-5)
-    with pytest.raises(ValueError, match=r"image \d of 'pictures' must be a float tensor \(C, H, W\).* got Image"):
+    with pytest.raises(ValueError, match=r"the images of 'pictures' must be float tensors \(C, H, W\).* got Image"):
         run(tmp_path, OODDetection({"pictures": pictures}))
-    with pytest.raises(ValueError, match=r"image \d of 'grey' must lie in \[0, 1\] after its transform, got \d"):
+    with pytest.raises(ValueError, match=r"images of 'grey', after their transform, must .* got values in \[\d"):
         run(tmp_path, OODDetection({"grey": Others()}, transform=lambda x: 255 * x))
 
 

@@ -671,17 +671,6 @@ def test_arguments_out_of_range_are_refused(make: Callable[[], Any], message: st
         make()
 
 
-def test_a_batch_without_indices_is_refused(tmp_path: Path) -> None:
-    class NoIndex(Images):
-        def __getitem__(self, index: int) -> dict[str, Any]:
-            return {"x": self.x[index], "y": self.y[index]}
-
-    data = NoIndex(linear_data().x, linear_data().y)
-    for evaluator in (RobustAccuracy(), AutoAttack()):
-        with pytest.raises(ValueError, match=f"{type(evaluator).__name__} needs index in its batch"):
-            evaluate(tmp_path, Margin(), data, evaluator)
-
-
 def test_yaml_gives_the_constructor_call() -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(RobustAccuracy, "pgd")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dat_lightning import DigitsFeatures, FrechetDistance, PGDSampler, SampleMetrics
 from dat_lightning.data.draws import EvaluationBatches
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.features.fidelity import FidelitySettings
 from dat_lightning.features.layers import DigitsLayers

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dat_lightning import DigitsDataModule, DigitsFeatures, FrechetDistance, PGDSampler, SampleBatch, SamplingPlan
 from dat_lightning.core import Logits
 from dat_lightning.data.draws import DrawStream
-from dat_lightning.data.fingerprint import SizedDataset
+from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.paired import OODSplit
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.runs.error_sentences import error_sentence
@@ -265,23 +265,6 @@ def test_too_many_corrupt_seeds_are_the_same_error_whoever_reads_them(tmp_path: 
         # Samples of the batches before were handed out.
         failed = int(str(found.value).split()[2]) - 2
         assert len(collector.batches) == failed // 5 > 0
-
-
-def test_what_is_read_without_counting_can_be_counted_later() -> None:
-    data = DamagedSeeds(0, 0.5)
-    seeds = cast(Any, data.held_out_seeds())
-    other = seeds.uncounted()
-    for index in range(12):
-        assert torch.equal(other(index)[0], data.held_out_seeds()(index)[0])
-    data.skipped_seeds.count = data.skipped_seeds.loaded = 0
-    # The stream itself has none of the messages, and counts on.
-    assert seeds.take_skipped() == []
-    messages = other.take_skipped()
-    assert messages
-    seeds.count(messages)
-    assert (data.skipped_seeds.count, data.skipped_seeds.loaded) == (len(messages), 1)
-    seeds(0)
-    assert data.skipped_seeds.loaded == 2
 
 
 # Random numbers.

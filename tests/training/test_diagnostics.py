@@ -113,18 +113,6 @@ def test_limits_must_be_positive() -> None:
         Diagnostics(patience=0)
 
 
-class Bytes(DigitsDataModule):
-    """The mistake: pixels from 0 to 255."""
-
-    def on_after_batch_transfer(self, batch: dict[str, Tensor], dataloader_idx: int) -> dict[str, Tensor]:
-        return {name: value * 255 if name.startswith("x_") else value for name, value in batch.items()}
-
-
-def test_pixels_outside_the_unit_interval(tmp_path: Path) -> None:
-    with pytest.raises(TrainingFailureError, match=r"pixels outside \[0, 1\], or NaN.*mean and std into EnergyModel"):
-        fit(tmp_path, tiny.stage1(), Bytes(batch_size=32))
-
-
 class Sparse(LightningModule):
     """Logs its loss every fourth step or as the epoch's mean; the loss of step 3 is NaN."""
 
