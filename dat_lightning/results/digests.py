@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.data.fingerprint import SizedDataset, image_digest
-from dat_lightning.data.pixels import CorruptImageError, to_uint8_rgb
+from dat_lightning.data.entries import ReadableImages
+from dat_lightning.data.pixels import to_uint8_rgb
 
 # Digits of a digest that stand in settings and in names of files.
 _LENGTH = 16
@@ -105,7 +106,5 @@ def set_identity(digests: Tensor) -> str:
 
 
 def _readable_digest(dataset: SizedDataset, index: int) -> str:
-    try:
-        return image_digest(dataset[index])
-    except CorruptImageError:
-        return "unreadable"
+    entry = ReadableImages(dataset).read(index)
+    return "unreadable" if entry is None else image_digest(entry)

@@ -1,4 +1,5 @@
 import logging
+import math
 from itertools import islice
 from pathlib import Path
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
+from torchvision.transforms import v2
 
 from dat_lightning.data import (
     ImageDataModule,
@@ -62,6 +64,80 @@ def pairs(**kwargs: Any) -> ImageDataModule:
 
 def names(dataset: Any) -> list[str]:
     return [dataset.name(i) for i in range(len(dataset))]
+
+
+class Floats(Dataset[Any]):
+    """Float images of two grey levels, with labels; a source that has done something to its pixels."""
+
+    def __init__(self, low: float, high: float, label: Any = 1, name: str = "floats") -> None:
+        self.image = torch.full((3, 40, 36), float(low))
+        self.image[:, 10:30, 10:30] = high
+        self.label, self.source = label, name
+
+    def __len__(self) -> int:
+        return 50
+
+    def __getitem__(self, index: int) -> Any:
+        return self.image, self.label
+
+    def name(self, index: int) -> str:
+        return f"{self.source} {index}"
+
+
+@pytest.mark.parametrize("augmentation", ["cifar", "imagenet"])
+@pytest.mark.parametrize(
+    ("low", "high", "found"),
+    [(-2.1, 2.6, r"\[-2.1, 2.6\]"), (0, 255, r"\[0, 255\]"), (-1, 1, r"\[-1, 1\]"), (0.5, math.nan, r"\[nan, nan\]")],
+)
+def test_float_pixels_of_another_range_are_refused_wherever_they_enter(
+    augmentation: Any, low: float, high: float, found: str
+) -> None:
+    """Before they are clipped, after which three quarters of them would be 0 or 1."""
+    source = Floats(low, high)
+    others = {"train": Floats(0, 1), "test": Floats(0, 1), "ood": Floats(0, 1, name="seeds")}
+    for argument in ("train", "test", "ood"):
+        data = pairs(**{**others, argument: source}, augmentation=augmentation)
+        loader = data.test_dataloader() if argument == "test" else data.train_dataloader()
+        with pytest.raises(ValueError, match=rf"floats \d+: float pixels must lie in \[0, 1\], got values in {found}"):
+            next(iter(loader))
+    data = pairs(**{**others, "ood": source}, augmentation=augmentation)
+    with pytest.raises(ValueError, match=rf"floats \d+: float pixels .* {found}"):
+        data.held_out_seeds()(0)
+    with pytest.raises(ValueError, match=rf"floats 0: float pixels .* {found}"):
+        pairs(**{**others, "train": source}, augmentation=augmentation).reference_data()[[0]]
+
+
+def test_what_a_resize_overshoots_is_clipped() -> None:
+    sharp = torch.zeros(3, 8, 8)
+    sharp[:, 2:4, 2:4] = 1
+    resized = v2.functional.resize(sharp, [32, 32], v2.InterpolationMode.BICUBIC, antialias=True)
+    assert resized.min() < -0.05
+    assert resized.max() > 1.05
+    data = pairs(test=[(resized, 0)] * 5, image_size=32)
+    batch = next(iter(data.test_dataloader()))
+    assert batch["x"].min() == 0
+    assert batch["x"].max() <= 1
+
+
+@pytest.mark.parametrize("label", [np.int32(1), torch.tensor(1).byte(), torch.tensor([1]), 1.0, np.array(1.0)])
+def test_a_label_of_any_type_is_an_index(label: Any) -> None:
+    source = Floats(0, 1, label)
+    data = pairs(train=source, test=source)
+    for batch in (next(iter(data.train_dataloader())), next(iter(data.test_dataloader()))):
+        labels = batch["y_gen"] if "y_gen" in batch else batch["y"]
+        assert labels.dtype == torch.int64
+        assert (labels == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("label", "found"),
+    [(0.7, "0.7"), (torch.tensor([0.1, 0.9]), r"float32 of shape \(2,\)"), ("cat", "'cat'"), (math.nan, "nan")],
+)
+def test_a_label_that_is_no_index_is_named_with_its_image(label: Any, found: str) -> None:
+    source = Floats(0, 1, label)
+    for loader in (pairs(train=source).train_dataloader(), pairs(test=source).test_dataloader()):
+        with pytest.raises(ValueError, match=rf"floats \d+: a label must be the index of a class, .*, got {found}"):
+            next(iter(loader))
 
 
 @pytest.mark.parametrize("augmentation", ["cifar", "imagenet"])

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import v2
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import Transform
 from dat_lightning.data.transforms import (
     Cutout,
@@ -128,7 +129,7 @@ def test_tensors_are_taken_as_images_are() -> None:
     edge[..., 4:] = 1
     enlarged = evaluation_resize(32)(edge)
     assert [enlarged.min(), enlarged.max()] == [0, 1]
-    with pytest.raises(ValueError, match=r"images must be PIL images, .* got torch.int32"):
+    with pytest.raises(InputError, match=r"images must be PIL images, .* got torch.int32"):
         ToUnitRange()(torch.zeros(3, 2, 2, dtype=torch.int32))
 
 

@@ -223,6 +223,42 @@ def test_an_error_leaves_no_process_behind(of_seeds: bool, tmp_path: Path) -> No
     assert multiprocessing.active_children() == []
 
 
+# What seeds are.
+
+
+def bare(index: int) -> Tensor:
+    return plain(index)[0]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_seeds_without_labels_need_no_pair(num_workers: int) -> None:
+    assert all(map(torch.equal, read(bare, num_workers), read(plain, 0)))
+    assert all(map(torch.equal, read(lambda index: [bare(index), 3], 0), read(plain, 0)))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x[0], r"held_out_seeds\(\) must be float tensors \(C, H, W\) .* got torch.float32 \(4, 4\)"),
+        (lambda x: (x * 255).byte(), r"held_out_seeds\(\) must be float tensors \(C, H, W\) .* got torch.uint8"),
+        (lambda x: x.numpy(), r"held_out_seeds\(\) must be float tensors \(C, H, W\) .* got ndarray"),
+        (lambda x: x * 2 - 1, r"held_out_seeds\(\) must be images in \[0, 1\], got values in \[-0.9"),
+    ],
+)
+def test_seeds_that_are_no_images_are_refused_before_a_chain_begins(change: Any, message: str, tmp_path: Path) -> None:
+    collector = Collector()
+    with pytest.raises(ValueError, match=message):
+        test(tmp_path, Foreign(lambda index: change(bare(index)), 0), Counting(), collector)
+    assert collector.calls == []
+
+
+def test_every_seed_is_looked_at() -> None:
+    with pytest.raises(ValueError, match=r"held_out_seeds\(\) must be images in \[0, 1\], got .*, 2\d\d\]"):
+        read(lambda index: bare(index) * (255 if index == 7 else 1), 0)
+    with pytest.raises(ValueError, match=r"held_out_seeds.* have several shapes"):
+        read(lambda index: bare(index)[:, : 4 - (index == 7)], 0)
+
+
 # Corrupt seeds.
 
 
