@@ -260,7 +260,5 @@ def _measured(
     ]
 
 
-
-
 def _unchanged(image: Tensor) -> Tensor:
     return image

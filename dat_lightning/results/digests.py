@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.data.fingerprint import SizedDataset, image_digest
-from dat_lightning.data.entries import ReadableImages
+from dat_lightning.data.entries import ReadableImages, SizedDataset
+from dat_lightning.data.fingerprint import image_digest
 from dat_lightning.data.pixels import to_uint8_rgb
 
 # Digits of a digest that stand in settings and in names of files.
