@@ -13,12 +13,13 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, AttackMode, ascend, no_trace
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, AttackMode, no_trace
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import EvaluationEntry, batch_part, check_pixels, class_labels
 from dat_lightning.speed import Execution, NetworkForms
 from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
@@ -34,7 +35,8 @@ class EnergyModule(LightningModule):
     (how), :meth:`classification_loss` (what is minimised there), :meth:`evaluation_metrics` (what validation and test
     log).
 
-    Logged: ``{val,test}/{loss, accuracy, robust_accuracy, energy, r1}``; exact over any number of ranks.
+    Logged: ``{val,test}/{loss, accuracy, robust_accuracy, energy, r1}``; exact over any number of ranks. And
+    ``train/network_evaluations``, see :attr:`network_evaluations`.
 
     Args:
         energy_model: The network.
@@ -45,11 +47,18 @@ class EnergyModule(LightningModule):
         eval_threat_model: The attack of ``robust_accuracy``; by default the one in training.
         attack_mode: Whether the attack in training sees the network in eval mode, or in the mode it trains in, where
             batch norm uses the batch's statistics; running statistics never change through an attack.
+        attack_rule: How the attack in training makes its steps; the one of evaluation is always steepest.
         init_from: Checkpoint or state dict with initial weights, averaged ones preferred; loaded when a Trainer starts,
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         execution: Layout, compiling, folding and precision: how the network is run.
         seed: Seed of random starts.
+
+    Attributes:
+        network_evaluations: How often training has evaluated the network for an image, since it began and over all
+            ranks, to compare methods at equal cost: a forward pass is one, with input gradient two, with gradients of
+            the parameters three. What goes through :meth:`forward` and :meth:`ascend` is counted. It is the sum over
+            all steps, and in checkpoints, so that steps and batches of any size share one axis.
 
     Source: DAT (arXiv 2510.13872); Madry et al. 2018 (arXiv 1706.06083).
     """
@@ -63,6 +72,7 @@ class EnergyModule(LightningModule):
         threat_model: ThreatModel = ThreatModel(),
         eval_threat_model: ThreatModel | None = None,
         attack_mode: AttackMode = "eval",
+        attack_rule: UpdateRule = Steepest(),
         init_from: str | None = None,
         new_head: bool = False,
         execution: Execution = Execution(),
@@ -76,11 +86,13 @@ class EnergyModule(LightningModule):
         self.threat_model = threat_model
         self.eval_threat_model = eval_threat_model or threat_model
         self.attack_mode: AttackMode = attack_mode
+        self.attack_rule = attack_rule
         self.init_from = init_from
         self.new_head = new_head
         self.execution = execution
         self.network_forms = NetworkForms(execution.compile, execution.fold_batch_norm)
         self.seed = seed
+        self.network_evaluations = 0
         self._initialized = False
         self._training_checked = False
         self._batches: EvaluationEntry | None = None
@@ -92,6 +104,7 @@ class EnergyModule(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits f(x), (N, K), of images (N, C, H, W) in [0, 1]."""
+        self.count_evaluations(x, 3 if torch.is_grad_enabled() else 1)
         logits: Tensor = self.network_forms.for_passes(self.energy_model)(x)
         return logits
 
@@ -107,17 +120,34 @@ class EnergyModule(LightningModule):
             y: True labels, (N,).
             draws: Global numbers of the examples, (N,), which name the streams of a random start.
         """
-        return ascend(
-            self.attacked_network(),
-            x,
-            y,
-            self.attack_objective,
-            self.threat_model,
-            mode=self.attack_mode,
-            draws=draws,
-            seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
-        )
+        attack = Ascent(self.attack_objective, self.threat_model, self.attack_rule)
+        return self.ascend(attack, x, y, mode=self.attack_mode, draws=draws)
+
+    def ascend(
+        self,
+        ascent: Ascent,
+        x: Tensor,
+        y: Tensor,
+        *,
+        mode: AttackMode = "eval",
+        start: Tensor | None = None,
+        draws: Tensor | None = None,
+    ) -> Tensor:
+        """Returns the end of an ascent on the network, shape of ``x``, detached, and counts its evaluations.
+
+        Network, precision and seed are the module's; see :meth:`~dat_lightning.core.Ascent.snapshots` for the rest.
+        """
+        self.count_evaluations(x, ascent.network_evaluations())
+        # A folded form has no train mode.
+        network = self.ascent_network() if mode == "eval" else self.network_forms.for_passes(self.energy_model)
+        dtype = AUTOCAST_DTYPES[self.execution.attack_precision]
+        return ascent(network, x, y, start=start, mode=mode, draws=draws, seed=self.seed, autocast_dtype=dtype)
+
+    def count_evaluations(self, x: Tensor, times: int) -> None:
+        """Adds the evaluations of images (N, …), each so many times, to :attr:`network_evaluations`, in training."""
+        if self.training:
+            ranks = 1 if self._trainer is None else self.trainer.world_size
+            self.network_evaluations += len(x) * times * ranks
 
     def ascent_network(self) -> nn.Module:
         """Returns the network that ascents in eval mode climb, in its fastest form, with current weights.
@@ -127,12 +157,6 @@ class EnergyModule(LightningModule):
         """
         return self.network_forms.for_ascents(self.energy_model)
 
-    def attacked_network(self) -> nn.Module:
-        """Returns the network that the attack in training climbs: its folded form has no train mode."""
-        if self.attack_mode == "eval":
-            return self.ascent_network()
-        return self.network_forms.for_passes(self.energy_model)
-
     def classification_loss(self, logits_adv: Tensor, y: Tensor) -> Tensor:
         """Returns the mean cross-entropy at adversarial examples, a scalar."""
         return robust_cross_entropy(logits_adv, y)
@@ -141,16 +165,7 @@ class EnergyModule(LightningModule):
         """Returns the per-example values, each (N,), whose means validation and test log."""
         x, y = self.part(batch, "x"), self.part(batch, "y")
         logits = self(x)
-        x_adv = ascend(
-            self.ascent_network(),
-            x,
-            y,
-            cross_entropy,
-            self.eval_threat_model,
-            draws=batch.get("index"),
-            seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
-        )
+        x_adv = self.ascend(Ascent(cross_entropy, self.eval_threat_model), x, y, draws=batch.get("index"))
         return {
             "loss": cross_entropy(logits, y),
             "accuracy": (logits.argmax(1) == y).float(),
@@ -177,6 +192,8 @@ class EnergyModule(LightningModule):
         if trainer is not None and trainer.state.fn is TrainerFn.FITTING:
             check_stamp(checkpoint, _class_path(self))
             self._run_name = run_of(checkpoint) or self._run_name
+            # Older checkpoints have no count: theirs begins anew.
+            self.network_evaluations = int(checkpoint.get("network_evaluations", 0))
         else:
             check_stamp(checkpoint)
         self._initialized = True
@@ -184,6 +201,7 @@ class EnergyModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the number of the checkpoint's format into it, the module's class, and the name of the run."""
         stamp(checkpoint, _class_path(self), self._run_name)
+        checkpoint["network_evaluations"] = self.network_evaluations
 
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
@@ -194,6 +212,7 @@ class EnergyModule(LightningModule):
         self._load_initial_weights()
         if self.trainer.ckpt_path is None or self._run_name is None:
             self._run_name = uuid4().hex
+            self.network_evaluations = 0
         for config in self.trainer.lr_scheduler_configs:
             self._check_cosine(config.scheduler, config.interval)
             total = getattr(config.scheduler, "total_steps", None)
@@ -234,6 +253,12 @@ class EnergyModule(LightningModule):
         if not self._training_checked and isinstance(batch, Mapping):
             self._check_values(batch)
             self._training_checked = True
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Logs :attr:`network_evaluations`."""
+        # Filled in on the device: a number from the host would be waited for.
+        count = torch.full((), float(self.network_evaluations), device=self.device)
+        self.log("train/network_evaluations", count, on_step=True, on_epoch=False, sync_dist=False)
 
     def teardown(self, stage: str) -> None:
         """Gives back the memory of the network's faster forms."""

@@ -1,17 +1,19 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, distributed
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, ascend, unbounded_ascent
+from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.modules.base import Batch, EnergyModule
 from dat_lightning.weights.hub import EnergyModel
 
@@ -40,6 +42,7 @@ class DualAdversarialModule(EnergyModule):
         energy_model: The network.
         curriculum: The number of contrastive steps T, which it moves.
         contrastive_step_size: η, the L2 length of one contrastive step.
+        contrastive_rule: How contrastive steps are made.
         energy_weight: Weight of the energy loss.
         classification_weight: Weight of the robust cross-entropy.
         r1_weight: Weight of the R1 penalty on ``x_gen``; 0 leaves it out.
@@ -58,6 +61,7 @@ class DualAdversarialModule(EnergyModule):
         energy_model: EnergyModel,
         curriculum: AUCCurriculum | None = None,
         contrastive_step_size: float = 0.1,
+        contrastive_rule: UpdateRule = Steepest(),
         energy_weight: float = 1.0,
         classification_weight: float = 1.0,
         r1_weight: float = 0.0,
@@ -71,6 +75,7 @@ class DualAdversarialModule(EnergyModule):
                 raise InputError(f"{name}_weight must be at least 0, got {weight}")
         self.curriculum = curriculum if curriculum is not None else AUCCurriculum()
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
+        self.contrastive_rule = contrastive_rule
         self.energy_weight = energy_weight
         self.classification_weight = classification_weight
         self.r1_weight = r1_weight
@@ -83,19 +88,17 @@ class DualAdversarialModule(EnergyModule):
         """Returns what the contrastive chain climbs, (N,): f(x)[y] = −E(x, y)."""
         return targeted_logit(logits, y)
 
-    def contrastive_samples(self, x_ood: Tensor, y_gen: Tensor) -> Tensor:
-        """Returns ``x_ood`` after T steps towards the classes ``y_gen``, (N, C, H, W), detached."""
+    def contrastive_samples(self, x_ood: Tensor, y_gen: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns ``x_ood`` after T steps towards the classes ``y_gen``, (N, C, H, W), detached.
+
+        Args:
+            x_ood: The seeds.
+            y_gen: The classes, (N,).
+            draws: Global numbers of the examples, (N,), which name the streams of a rule with noise.
+        """
         # The loop's length has to be known on the host: the one synchronisation of a step, at its start.
-        num_steps = int(self.curriculum.num_steps)
-        return ascend(
-            self.ascent_network(),
-            x_ood,
-            y_gen,
-            self.contrastive_objective,
-            self.contrastive_chain,
-            num_steps=num_steps,
-            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
-        )
+        chain = replace(self.contrastive_chain, num_steps=int(self.curriculum.num_steps))
+        return self.ascend(Ascent(self.contrastive_objective, chain, self.contrastive_rule), x_ood, y_gen, draws=draws)
 
     def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
         """Returns the logits of the three loss terms, from one forward pass or three."""
@@ -110,6 +113,8 @@ class DualAdversarialModule(EnergyModule):
 
     def regularization(self, x_gen: Tensor) -> Tensor:
         """Returns ½E‖∇ₓE(x_gen)‖², a scalar."""
+        # An input gradient that is trained through, which forward() does not see.
+        self.count_evaluations(x_gen, 2 * 3)
         # Not self: a compiled graph has no second derivatives.
         return r1_penalty(self.energy_model, x_gen)
 
@@ -135,7 +140,7 @@ class DualAdversarialModule(EnergyModule):
         x_clf, y_clf = self.part(batch, "x_clf"), self.part(batch, "y_clf")
         # Someone may have called train() on a single layer.
         self.energy_model.freeze_batch_norm()
-        x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen)
+        x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen, batch.get("draw"))
         x_adv = self.adversarial_examples(x_clf, y_clf, batch.get("draw"))
         logits = self.joint_logits(x_gen, x_contrast, x_adv)
         energy_loss = self.energy_loss(logits)

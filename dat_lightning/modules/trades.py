@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, ascend, no_trace
+from dat_lightning.core.ascent import Ascent, no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
@@ -81,18 +81,9 @@ class TradesModule(EnergyModule):
             draws: Global numbers of the examples, (N,), which name the streams of the starts.
         """
         clean = self._fixed_logits(x)
-        return ascend(
-            self.attacked_network(),
-            x,
-            y,
-            lambda logits, _: self.divergence(clean, logits),
-            self.threat_model,
-            start=None if self.threat_model.random_start else self._noised(x, draws),
-            mode=self.attack_mode,
-            draws=draws,
-            seed=self.seed,
-            autocast_dtype=AUTOCAST_DTYPES[self.execution.attack_precision],
-        )
+        attack = Ascent(lambda logits, _: self.divergence(clean, logits), self.threat_model, self.attack_rule)
+        start = None if self.threat_model.random_start else self._noised(x, draws)
+        return self.ascend(attack, x, y, mode=self.attack_mode, start=start, draws=draws)
 
     # Lightning's hooks.
 
@@ -122,6 +113,7 @@ class TradesModule(EnergyModule):
     def _fixed_logits(self, x: Tensor) -> Tensor:
         """The clean logits as the attack sees them, without a graph and without a trace on the network."""
         network = self.network_forms.for_passes(self.energy_model)
+        self.count_evaluations(x, 1)
         # Outside of inference mode, whose tensors no later gradient can use.
         with torch.inference_mode(False), torch.no_grad(), no_trace(self.energy_model, self.attack_mode):
             logits: Tensor = network(x.clone())

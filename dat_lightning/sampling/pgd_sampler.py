@@ -13,9 +13,10 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, Logits, Precision, ascend_snapshots, unbounded_ascent
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision, unbounded_ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.progress import is_silent
@@ -38,6 +39,8 @@ class SamplingPlan:
         num_classes: Number of classes K; sample i belongs to class i mod K.
         num_steps: Step counts of the snapshots, ascending.
         step_size: Length of a step.
+        rule: How steps are made.
+        network_evaluations: Step count → evaluations of the network for one sample.
     """
 
     stage: Stage
@@ -45,6 +48,8 @@ class SamplingPlan:
     num_classes: int
     num_steps: tuple[int, ...]
     step_size: float
+    rule: UpdateRule
+    network_evaluations: Mapping[int, int]
 
     def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
         """Raises an InputError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
@@ -109,6 +114,8 @@ class PGDSampler(Callback):
     The LightningModule may be any that maps images in [0, 1] to logits. Seeds come from the DataModule's
     ``held_out_seeds()``; if it has ``num_workers``, so many loader processes read them while chains are walked.
 
+    Logged: ``val/network_evaluations_{steps}_steps``, the cost of one sample; the plan has it for consumers.
+
     With a ``dirpath``, generation that was interrupted goes on where it stopped: batches that were finished are read,
     and consumers see them as if they were new. Override :meth:`settings` where a subclass has more of them.
 
@@ -125,6 +132,7 @@ class PGDSampler(Callback):
             each step count: 0.6 GB for 50 000 of 3×32×32, 39 GB at 3×256×256. Any number of ranks can go on, if they
             share the folder. Other weights, seeds or settings, number of samples and batch size among them, start anew;
             what was kept then stays until the test that was interrupted is whole.
+        rule: How steps are made.
 
     Raises:
         InputError: If a number is outside its range.
@@ -145,6 +153,7 @@ class PGDSampler(Callback):
         stages: Sequence[Stage] = ("val", "test", "predict"),
         precision: Precision | None = None,
         dirpath: str | None = None,
+        rule: UpdateRule = Steepest(),
     ) -> None:
         positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
         for name, value in positive.items():
@@ -155,6 +164,7 @@ class PGDSampler(Callback):
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
         self.chain = unbounded_ascent(step_size, max(num_steps))
+        self.rule = rule
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.stages = tuple(stages)
@@ -163,7 +173,8 @@ class PGDSampler(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Returns the primitives on which samples depend, beside the network, its precision and the seeds."""
-        return {"chain": self.chain, "num_steps": list(self.num_steps), "precision": self.precision}
+        steps = {"chain": self.chain, "rule": self.rule, "num_steps": list(self.num_steps)}
+        return {**steps, "precision": self.precision}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -205,7 +216,14 @@ class PGDSampler(Callback):
         seeds = SeedBatches(data.held_out_seeds(), chunks, like, workers)
         with torch.no_grad():
             num_classes = pl_module(seeds.first.unsqueeze(0).to(like)).shape[1]
-        plan = SamplingPlan(stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size)
+        evaluations = {steps: self.ascent.network_evaluations(steps) for steps in self.num_steps}
+        plan = SamplingPlan(
+            stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size, self.rule, evaluations
+        )
+        if stage == "val":
+            for steps, count in evaluations.items():
+                name = f"val/network_evaluations_{steps}_steps"
+                pl_module.log(name, torch.full((), float(count), device=pl_module.device), sync_dist=False)
         for consumer in consumers:
             consumer.on_samples_start(trainer, pl_module, plan)
         # A faster form of the same function, where the module has one.
@@ -231,13 +249,16 @@ class PGDSampler(Callback):
                 shutil.rmtree(kept.own_folder(pl_module), ignore_errors=True)
             trainer.strategy.barrier("PGDSampler.removed")
 
+    @property
+    def ascent(self) -> Ascent:
+        """What is climbed, and how."""
+        return Ascent(targeted_logit, self.chain, self.rule)
+
     def generate(self, logits: Logits, seeds: Tensor, indices: Tensor, num_classes: int) -> SampleBatch:
         """Returns the samples with the given global indices (N,) from their seeds (N, C, H, W)."""
         labels = (indices % num_classes).to(seeds.device)
         dtype = AUTOCAST_DTYPES[self.precision]
-        images = ascend_snapshots(
-            logits, seeds, labels, targeted_logit, self.chain, self.num_steps, autocast_dtype=dtype
-        )
+        images = self.ascent.snapshots(logits, seeds, labels, self.num_steps, draws=indices, autocast_dtype=dtype)
         return SampleBatch(indices, labels, seeds, images)
 
     def _chunks(self, rank: int, world_size: int) -> Iterator[list[int]]:

@@ -93,10 +93,12 @@ def test_folding_changes_nothing_but_the_time(kind: str, tmp_path: Path, monkeyp
     assert_same(found, expected)
 
 
-def test_an_attack_in_train_mode_is_not_folded() -> None:
+def test_an_attack_in_train_mode_is_not_folded(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build("stage1", execution=Execution(fold_batch_norm=True), attack_mode="train")
-    assert module.attacked_network() is module.energy_model
     assert isinstance(module.ascent_network(), FoldedNetwork)
+    monkeypatch.setattr(FoldedNetwork, "forward", None)
+    x = torch.rand(2, 1, 16, 16)
+    assert not torch.equal(module.adversarial_examples(x, torch.tensor([0, 1])), x)
     assert len(batch_norm_layers(module)) == 5
 
 

@@ -232,7 +232,7 @@ def test_training_lowers_the_loss_and_logs_its_parts(tmp_path: Path) -> None:
     assert losses[1] < 0.7 * losses[0]
     logged = {name: float(v) for name, v in trainer.callback_metrics.items()}
     names = ("loss", "clean_loss", "robust_regularizer", "accuracy", "robust_accuracy")
-    assert set(logged) == {f"train/{name}" for name in names}
+    assert set(logged) == {f"train/{name}" for name in (*names, "network_evaluations")}
     parts = logged["train/clean_loss"] + 2.0 * logged["train/robust_regularizer"]
     assert logged["train/loss"] == pytest.approx(parts, rel=1e-5)
     assert logged["train/accuracy"] >= logged["train/robust_accuracy"]

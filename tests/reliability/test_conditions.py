@@ -228,8 +228,8 @@ def test_with_eps_0_robust_accuracy_is_accuracy() -> None:
 def test_with_t_0_for_ever_the_seeds_themselves_are_the_contrast(monkeypatch: pytest.MonkeyPatch) -> None:
     original = DualAdversarialModule.contrastive_samples
 
-    def spy(self: DualAdversarialModule, x_ood: Tensor, y_gen: Tensor) -> Tensor:
-        result = original(self, x_ood, y_gen)
+    def spy(self: DualAdversarialModule, x_ood: Tensor, y_gen: Tensor, draws: Tensor | None = None) -> Tensor:
+        result = original(self, x_ood, y_gen, draws)
         assert torch.equal(result, x_ood)
         return result
 

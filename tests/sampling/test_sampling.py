@@ -22,12 +22,14 @@ from dat_lightning import (
     DigitsDataModule,
     DigitsFeatures,
     FrechetDistance,
+    Momentum,
     PGDSampler,
     SampleBatch,
     SampleConsumer,
     SampleGrid,
     SampleWriter,
     SamplingPlan,
+    Steepest,
     ascend,
     unbounded_ascent,
 )
@@ -82,7 +84,7 @@ def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
     collector, module = Collector(), tiny.stage1().eval()
     run(tmp_path, collector, sampler(), module=module)
     assert collector.calls == ["start", "batch", "batch", "batch", "end"]
-    assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5)]
+    assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5, Steepest(), {1: 2, 3: 6})]
     seeds = tiny.digits().held_out_seeds()
     x = torch.stack([seeds(i)[0] for i in range(25)])
     y = torch.arange(25) % 10
@@ -323,6 +325,8 @@ CHANGES: dict[str, tuple[Mapping[str, Any], list[int]]] = {
     "nothing": ({}, []),
     "fewer samples": ({"num_samples": 20}, [0, 10]),
     "step size": ({"step_size": 0.6}, [0, 10, 20]),
+    "rule": ({"rule": Momentum(0.3)}, [0, 10, 20]),
+    "setting of the rule": ({"rule": Momentum(0.3, nesterov=True)}, [0, 10, 20]),
     "number of steps": ({"num_steps": [1, 4]}, [0, 10, 20]),
     "more snapshots": ({"num_steps": [1, 2, 3]}, [0, 10, 20]),
     "batch size": ({"batch_size": 13}, [0, 13]),
