@@ -15,10 +15,12 @@ from dat_lightning.backbones.architectures import architecture_of, build_archite
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
+from dat_lightning.core.update_rules import STEEPEST, UpdateRule
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
+from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
 
@@ -75,6 +77,7 @@ class Opened:
         notes: What a reader has to know about it, a sentence each.
         eps: A radius to begin with, for counterfactuals.
         step_size: A step to begin with, for samples.
+        rule: How steps of samples are made.
     """
 
     explorer: Explorer
@@ -84,6 +87,7 @@ class Opened:
     notes: tuple[str, ...]
     eps: float
     step_size: float
+    rule: UpdateRule = STEEPEST
 
 
 def open_checkpoint(
@@ -127,7 +131,7 @@ def open_checkpoint(
             model = _described_network(path, settings)
         load_weights(model, path)
     # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
-    settings = {**settings, **_sampling_step(sections)}
+    settings = {**settings, **_sampling_chain(sections)}
     data = _data([section["data"] for section in sections if "data" in section], contents, model)
     return _put_together(path, model, data, settings, image_size, chosen)
 
@@ -169,7 +173,10 @@ def _put_together(
         or settings.get("contrastive_step_size")
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
-    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size))
+    rule = settings.get("rule", STEEPEST)
+    if rule != STEEPEST:
+        notes.append(f"Samples are drawn as the run's configuration says, by {rule!r}.")
+    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size), rule)
 
 
 def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
@@ -234,18 +241,19 @@ def _first_steps(module: EnergyModule) -> dict[str, Any]:
     """What a configured module says about attack and steps, as hyperparameters do."""
     first: dict[str, Any] = {"threat_model": {"norm": module.threat_model.norm, "eps": module.threat_model.eps}}
     if isinstance(module, DualAdversarialModule):
-        first["contrastive_step_size"] = module.contrastive_chain.step_size
+        first |= {"contrastive_step_size": module.contrastive_chain.step_size, "rule": module.contrastive_rule}
     return first
 
 
-def _sampling_step(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The step of the configurations' last PGDSampler, if they have one that says it."""
-    found = {}
+def _sampling_chain(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Step and rule of the configurations' last PGDSampler, if they have one."""
+    found: dict[str, Any] = {}
     for section in sections:
         callbacks = _mapping(section.get("trainer")).get("callbacks")
         for callback in callbacks if isinstance(callbacks, list) else []:
             if str(_mapping(callback).get("class_path", "")).rpartition(".")[2] == "PGDSampler":
-                found = {"sampling_step_size": _mapping(callback.get("init_args")).get("step_size")}
+                sampler = _instantiated(PGDSampler, "sampler", [callback])
+                found = {"sampling_step_size": sampler.chain.step_size, "rule": sampler.rule}
     return found
 
 
