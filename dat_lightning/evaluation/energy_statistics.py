@@ -174,7 +174,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         for steps, batches in self._samples.items():
             name = f"generated_{steps}_steps"
             sets[name] = gather(batches, "the sampler gave no batch")
-            settings[name] = {"step_size": None if self._plan is None else self._plan.step_size}
+            settings[name] = {} if self._plan is None else self._plan.settings
         self._samples = {}
         return self._figures(sets, settings, details, left_out)
 

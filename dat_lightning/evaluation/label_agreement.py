@@ -52,7 +52,7 @@ class LabelAgreement(SampleConsumer):
         settings = {
             "judge": network_identity(self.judge),
             "judge_input": self.judge_input,
-            "step_size": self._plan.step_size,
+            **self._plan.settings,
         }
         curve = {"sweep_steps": list(self._shares), "sweep": list(self._shares.values())}
         shares = {"label_agreement": (best, curve)}

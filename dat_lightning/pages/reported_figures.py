@@ -47,7 +47,8 @@ def results_of(callback: Callback) -> Any:
 def _frechet_figure(trainer: Trainer, callback: FrechetDistance) -> Measurement:
     sampler = next(c for c in callbacks_of(trainer) if isinstance(c, PGDSampler))
     best = min(callback.scores, key=callback.scores.__getitem__)
-    settings = {"extractor": network_identity(callback.extractor), "step_size": sampler.chain.step_size}
+    steps = {"step_size": sampler.chain.step_size, "rule": repr(sampler.rule)}
+    settings = {"extractor": network_identity(callback.extractor), **steps}
     if trainer.is_global_zero:
         # Rank zero alone writes the figure, and alone needs to read the images once more.
         if callback.reference is None:

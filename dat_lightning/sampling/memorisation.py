@@ -250,7 +250,11 @@ class Memorisation(SampleConsumer):
         }
         # A number of steps that results from the sweep stands in the details, so that runs can be compared.
         after = steps if len(among) == 1 else f"those of {', '.join(map(str, among))} with the largest memorised share"
-        settings = {**self._settings, "num_sampling_steps": after, "sampling_step_size": plan.step_size}
+        settings = {
+            **self._settings,
+            "num_sampling_steps": after,
+            **{f"sampling_{k}": v for k, v in plan.settings.items()},
+        }
         value, size = float((nearest < threshold).double().mean()), len(nearest)
         share = "share of samples nearer to a training image than a quantile of real test images"
         median = "median distance of samples to the nearest training image"

@@ -51,6 +51,11 @@ class SamplingPlan:
     rule: UpdateRule
     network_evaluations: Mapping[int, int]
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What decides about samples besides the number of steps, as primitives."""
+        return {"step_size": self.step_size, "rule": repr(self.rule)}
+
     def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
         """Raises an InputError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
         if num_steps is not None and num_steps not in self.num_steps:
@@ -173,7 +178,7 @@ class PGDSampler(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Returns the primitives on which samples depend, beside the network, its precision and the seeds."""
-        steps = {"chain": self.chain, "rule": self.rule, "num_steps": list(self.num_steps)}
+        steps = {"chain": self.chain, "rule": repr(self.rule), "num_steps": list(self.num_steps)}
         return {**steps, "precision": self.precision}
 
     @override

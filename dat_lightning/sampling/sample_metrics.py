@@ -195,17 +195,21 @@ class SampleMetrics(SampleConsumer):
         made: dict[int, list[Measurement]] = {}
         for steps, scores in sweep.items():
             # The number of steps is a result of the sweep, and stands in the details.
-            origin = {"step_size": plan.step_size}
+            origin = plan.settings
             made[steps] = measurements(scores, self.settings, self.reader, reference, plan.num_samples, origin)
+
+        def cost(steps: int) -> dict[str, int]:
+            return {"num_steps": steps, "network_evaluations": plan.network_evaluations[steps]}
+
         steps_of = sorted(made)
         figures: list[Measurement] = []
         for k, figure in enumerate(made[best]):
             curve = {"sweep_steps": steps_of, "sweep": [made[steps][k].value for steps in steps_of]}
-            details = {**figure.details, "num_steps": best, **curve}
+            details = {**figure.details, **cost(best), **curve}
             figures.append(replace(figure, name=f"{self.prefix}{figure.name}", details=details))
         for steps in steps_of:
             for figure in made[steps]:
-                details = {**figure.details, "num_steps": steps}
+                details = {**figure.details, **cost(steps)}
                 name = f"{self.prefix}{figure.name}_{steps}_steps"
                 figures.append(replace(figure, name=name, details=details))
         return figures
