@@ -304,8 +304,10 @@ def test_pixels(tmp_path: Path) -> None:
     first, last = said(tmp_path / "a", module_of(2), with_nan(batches(1), 0, stream="x_ood", value=math.inf))
     assert first == "1 of 16 images of x_ood have NaN or infinite pixels: mend the data or its transform"
     assert last.startswith("mostly the cause is a learning rate (0.05) or contrastive step too large")
-    bright = [{n: v * 255 if n == "x_gen" else v for n, v in batch.items()} for batch in batches(1)]
-    bright[0]["draw"][0] = -1
+    # The module itself looks at the pixels of the first batch alone.
+    bright = batches(2)
+    bright[1]["x_gen"] *= 255
+    bright[1]["draw"][0] = -1
     assert said(tmp_path / "b", module_of(2), bright)[0].startswith("x_gen has pixels from 0 to 255: attacks clip to")
 
 
