@@ -39,10 +39,18 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return values
 
 
+# Moments of features are added up batch by batch since validation and test have one FID, and no longer of all samples
+# at once: float64 sums in another order.
+SUMMED_ANEW = ("fid", "fid_4_steps", "fid_10_steps")
+
+
 @same_machine
 @pytest.mark.parametrize("part", [name for name in FROZEN if name != "environment"])
 def test_results_are_what_they_were(part: str, found: dict[str, Any]) -> None:
-    assert found[part] == FROZEN[part]
+    expected = FROZEN[part]
+    if part == "figures":
+        expected = expected | {name: pytest.approx(expected[name], rel=1e-6) for name in SUMMED_ANEW}
+    assert found[part] == expected
 
 
 def test_a_resumed_run_is_the_uninterrupted_one() -> None:

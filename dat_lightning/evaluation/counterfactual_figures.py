@@ -1,23 +1,18 @@
 """What is told and shown of counterfactuals: numbers with their settings, distances by class, pictures."""
 
-from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from dat_lightning.data.pixels import to_uint8_rgb
+from dat_lightning.evaluation.class_distances import ClassDistances, Target
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.picture_grids import Tile, signed_difference, write_captioned_grid
-from dat_lightning.sampling.training_features import class_gaussians, frechet_distances
-
-Target = Literal["next", "uniform", "all"]
 
 _TARGETS: Mapping[Target, str] = {
     "next": "the most likely class other than the label",
@@ -34,9 +29,6 @@ _BETTER: Mapping[str, Literal["higher", "lower"]] = {
     "plausibility": "higher",
     "fid": "lower",
 }
-
-ClassDistances = dict[int, tuple[float, int, int]]
-"""Class → Fréchet distance, number of counterfactuals, number of training images."""
 
 
 class Judge(NamedTuple):
@@ -149,49 +141,6 @@ class Search:
         # Which classes have enough images is part of what was measured.
         settings = {**settings, "min_class_images": min_images, "target_classes": list(distances)}
         return [self.measurement("fid", value, words, count, {"classes": rows, "left_out": left_out}, settings)]
-
-
-def class_distances(
-    trainer: Trainer,
-    pl_module: LightningModule,
-    batches: Iterator[Values],
-    targets: Mapping[Target, Tensor],
-    features: Mapping[tuple[Target, int], Tensor],
-    min_images: int,
-) -> dict[tuple[Target, int], tuple[ClassDistances, list[int]]]:
-    """Returns, for each search, the Fréchet distance of each target class to its training images, and what is left out.
-
-    Every rank must call it, with the same targets and features.
-
-    Args:
-        trainer: Deals the distances to the ranks.
-        pl_module: Names the device.
-        batches: This rank's training features.
-        targets: How they were chosen → targets (N, T).
-        features: How targets were chosen, and number of the radius → features (N, T, D).
-        min_images: Images that a class needs on both sides.
-    """
-    counts = {kind: Counter(column.flatten().tolist()) for kind, column in targets.items()}
-    wanted = {label for count in counts.values() for label, n in count.items() if n >= min_images}
-    dim = next(iter(features.values())).shape[-1]
-    real = class_gaussians(batches, wanted, dim, pl_module.device) if wanted else {}
-    real = {label: gaussian for label, gaussian in real.items() if gaussian.num_samples >= min_images}
-    classes = {kind: [label for label in sorted(real) if count[label] >= min_images] for kind, count in counts.items()}
-    jobs = [(key, label) for key in features for label in classes[key[0]]]
-    values = frechet_distances(trainer, [(real[label], features[key][targets[key[0]] == label]) for key, label in jobs])
-    found: dict[tuple[Target, int], tuple[ClassDistances, list[int]]] = {
-        key: ({}, sorted(counts[key[0]].keys() - set(classes[key[0]]))) for key in features
-    }
-    for (key, label), value in zip(jobs, values, strict=True):
-        found[key][0][label] = (value, counts[key[0]][label], real[label].num_samples)
-    for kind, count in counts.items():
-        missing = sorted(count.keys() - set(classes[kind]))
-        if missing:
-            rank_zero_warn(
-                f"Counterfactuals: {len(missing)} of {len(count)} target classes ({kind}) have fewer than"
-                f" min_class_images={min_images} images and no Fréchet distance, the first: {missing[:10]}"
-            )
-    return found
 
 
 def draw_counterfactuals(

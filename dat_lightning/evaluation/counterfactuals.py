@@ -18,16 +18,16 @@ from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.batches import check_classes
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.evaluation.counterfactual_figures import Judge, Search, Target, class_distances, draw_counterfactuals
+from dat_lightning.evaluation.class_distances import Target, class_distances
+from dat_lightning.evaluation.counterfactual_figures import Judge, Search, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import identity, network_digest, network_identity, reference_digest
 from dat_lightning.results.gathering import Values, on_rank_zero
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
-from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.picture_grids import Shortlist
-from dat_lightning.sampling.reference_images import reference_data
-from dat_lightning.sampling.training_features import training_features
+from dat_lightning.sampling.reference import reference_data, training_features
 
 
 class Counterfactuals(Evaluator):
@@ -67,7 +67,6 @@ class Counterfactuals(Evaluator):
     Raises:
         InputError: If an argument is outside its range; in a test, if images are outside [0, 1], labels do not fit the
             network's classes, or the judge is part of the network.
-        TypeError: In a test, if there is an extractor and the DataModule has no ``reference_data()``.
 
     Source: DAT (arXiv 2510.13872), on counterfactuals; Augustin et al. 2020 (arXiv 2003.09461).
     """

@@ -27,9 +27,8 @@ class ClassifierFeatures(nn.Module):
         grey: Whether the network takes one channel; it gets the first one.
 
     Raises:
-        InputError: If the network is no :class:`~dat_lightning.weights.EnergyModel`.
-        InputError: If the network has no linear layer or the size is not positive; on first use, if the file does not
-            fit the network, or no images passed the layer.
+        InputError: If the network is no :class:`~dat_lightning.weights.EnergyModel`, has no linear layer, or the size
+            is not positive; on first use, if the file does not fit the network, or no images passed the layer.
         FileNotFoundError: On first use, if there is no file ``init_from``.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), with another network than theirs.

@@ -1,5 +1,6 @@
-"""Fréchet and kernel distance, Inception score, precision and recall of features, by torch-fidelity's definitions."""
+"""Fréchet and kernel distance, Inception score, precision and recall: from features that are collected once."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,9 +13,8 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
-from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.digests import identity
-from dat_lightning.results.gathering import Values
+from dat_lightning.results.gathering import Values, all_ranks, gather
 from dat_lightning.results.measurement import Measurement
 
 Metric = Literal["fid", "kid", "isc", "prc"]
@@ -71,22 +71,87 @@ _DEFINITIONS: Mapping[str, tuple[str, Literal["higher", "lower"]]] = {
 
 
 @dataclass(frozen=True)
-class Reference:
+class Features:
+    """What is known of a set of images.
+
+    Attributes:
+        num_images: How many; 0 where a file of statistics does not say.
+        gaussian: Mean and covariance of their features, for FID.
+        features: (N, D) in a fixed order, for KID, precision and recall.
+        logits: (N, K) in that order, for the Inception score.
+    """
+
+    num_images: int = 0
+    gaussian: Gaussian | None = None
+    features: Tensor | None = None
+    logits: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Reference(Features):
     """What samples are compared with.
 
     Attributes:
         name: For people: which images, or which file.
-        num_images: How many; 0 where a file of statistics does not say.
-        gaussian: For FID; ``None`` for that of the features.
-        features: (N, D) in a fixed order, for KID, precision and recall; ``None`` where only statistics are known.
-        digest: Tells it from others of the same name.
+        digest: Tells it from others.
     """
 
-    name: str
-    num_images: int = 0
-    gaussian: Gaussian | None = None
-    features: Tensor | None = None
+    name: str = "nothing"
     digest: str = ""
+
+
+class FeatureCollector:
+    """Adds up moments of features batch by batch, and keeps features and logits only where a metric needs them.
+
+    Args:
+        metrics: What is to be measured.
+        device: Where moments are added up.
+        is_reference: Whether the Inception score needs nothing of these images.
+    """
+
+    def __init__(self, metrics: Sequence[Metric], device: torch.device, is_reference: bool = False) -> None:
+        # Float64 sums cannot live on devices without that type.
+        self.device = torch.device("cpu") if device.type == "mps" else device
+        self.with_moments = "fid" in metrics
+        wanted = {"features": bool({"kid", "prc"} & set(metrics)), "logits": "isc" in metrics and not is_reference}
+        self.kept = [name for name, needed in wanted.items() if needed]
+        self._moments: FeatureMoments | None = None
+        self._values: list[Values] = []
+        self._count = 0
+
+    def add(self, batch: Values) -> None:
+        """Adds ``features`` (N, D), perhaps ``logits`` (N, K), with ``index`` (N,) and perhaps ``label`` (N,).
+
+        Raises:
+            InputError: If a feature is NaN or infinite.
+        """
+        self._count += len(batch["index"])
+        if self.with_moments:
+            if self._moments is None:
+                self._moments = FeatureMoments(batch["features"].shape[1], self.device)
+            self._moments.update(batch["features"])
+        if self.kept:
+            names = [name for name in ("index", "label", *self.kept) if name in batch]
+            self._values.append({name: batch[name].cpu() for name in names})
+
+    def collected(self, otherwise: str) -> Features:
+        """Returns what all ranks have added, in the order class, then index; every rank must call it.
+
+        Raises:
+            InputError: If there are fewer images than a covariance needs, or none, and ``otherwise`` says why.
+        """
+        counts = all_ranks(self._count)
+        gaussian = None
+        if self.with_moments:
+            sizes = all_ranks(0 if self._moments is None else len(self._moments.sum))
+            if max(sizes) == 0:
+                raise InputError(f"there are no images to measure: {otherwise}")
+            # A rank may have had no image.
+            moments = FeatureMoments(max(sizes), self.device) if self._moments is None else self._moments
+            moments.all_reduce()
+            gaussian = moments.gaussian()
+        values = by_class(gather(self._values, otherwise)) if self.kept else {}
+        return Features(sum(counts), gaussian, values.get("features"), values.get("logits"))
 
 
 def check_metrics(metrics: Sequence[Metric]) -> tuple[Metric, ...]:
@@ -133,35 +198,34 @@ def check_sizes(
 
 
 def check_values(
-    metrics: Sequence[Metric], settings: FidelitySettings, values: Mapping[str, Tensor], reference: Reference
+    metrics: Sequence[Metric], settings: FidelitySettings, samples: Features, reference: Reference
 ) -> None:
     """Checks what has been read from samples and reference.
 
-    Args:
-        metrics: What is to be measured.
-        settings: How.
-        values: ``features`` (N, D), and ``logits`` (N, K) for the Inception score.
-        reference: What to compare with.
-
     Raises:
-        InputError: If a feature is NaN or infinite, or the reference has other features or too few images.
+        InputError: If a value is NaN or infinite, or the reference has other features or too few images.
     """
-    features, known = values["features"], reference.features
-    check_sizes(metrics, settings, len(features), None if known is None else len(known))
-    for value in (*values.values(), *(() if known is None else (known,))):
-        if not bool(value.isfinite().all()):
+    known = reference.features
+    check_sizes(metrics, settings, samples.num_images, None if known is None else len(known))
+    for value in (samples.features, samples.logits, known):
+        if value is not None and not bool(value.isfinite().all()):
             raise InputError("features must be finite: the images or the extractor produced NaN or infinity")
-    shapes = [] if known is None else [known.shape[1]]
-    shapes += [] if reference.gaussian is None else [len(reference.gaussian.mean)]
-    if any(size != features.shape[1] for size in shapes):
+    sizes = _num_features(samples), _num_features(reference)
+    if None not in sizes and sizes[0] != sizes[1]:
         raise InputError(
-            f"samples have {features.shape[1]} features and the reference {reference.name} has {shapes[-1]}; both need"
-            " the same extractor and layer"
+            f"samples have {sizes[0]} features and the reference {reference.name} has {sizes[1]}; both need the same"
+            " extractor and layer"
         )
 
 
+def _num_features(known: Features) -> int | None:
+    if known.features is not None:
+        return known.features.shape[1]
+    return None if known.gaussian is None else len(known.gaussian.mean)
+
+
 def fidelity_scores(
-    metrics: Sequence[Metric], settings: FidelitySettings, values: Mapping[str, Tensor], reference: Reference
+    metrics: Sequence[Metric], settings: FidelitySettings, samples: Features, reference: Reference
 ) -> dict[str, float]:
     """Returns ``fid``, ``kid``, ``inception_score``, ``precision`` and ``recall``, as far as they are asked for.
 
@@ -171,27 +235,25 @@ def fidelity_scores(
     Args:
         metrics: What to measure.
         settings: How.
-        values: ``features`` (N, D), and ``logits`` (N, K) for the Inception score.
-        reference: What to compare with.
+        samples: Moments for FID, features for KID, precision and recall, logits for the Inception score.
+        reference: What to compare with: moments and features alike.
 
     Raises:
-        InputError: If a feature is NaN or infinite, or the reference has other features or too few images.
+        InputError: If a value is NaN or infinite, or the reference has other features or too few images.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6; Bińkowski et al. 2018 (arXiv 1801.01401), Eq. 3 and 4;
         Salimans et al. 2016 (arXiv 1606.03498); Kynkäänniemi et al. 2019 (arXiv 1904.06991), Eq. 1 and 2.
     """
-    check_values(metrics, settings, values, reference)
-    features, known = values["features"], reference.features
+    check_values(metrics, settings, samples, reference)
     scores: dict[str, float] = {}
     if "fid" in metrics:
-        gaussian = reference.gaussian if reference.gaussian is not None or known is None else gaussian_of(known)
-        if gaussian is None:
-            raise InputError(f"FID needs a reference, got no features nor statistics of {reference.name}")
-        scores["fid"] = frechet_distance(gaussian, gaussian_of(features))
+        if reference.gaussian is None or samples.gaussian is None:
+            raise InputError("FID needs the moments of features of samples and reference, got none")
+        scores["fid"] = frechet_distance(reference.gaussian, samples.gaussian)
     if "kid" in metrics:
         found = kid_features_to_metric(
-            features,
-            known,
+            samples.features,
+            reference.features,
             kid_subsets=settings.kid_subsets,
             kid_subset_size=settings.kid_subset_size,
             rng_seed=settings.seed,
@@ -200,29 +262,29 @@ def fidelity_scores(
         scores["kid"] = found["kernel_inception_distance_mean"]
         scores["kid_std"] = found["kernel_inception_distance_std"]
     if "isc" in metrics:
-        found = isc_features_to_metric(values["logits"], splits=settings.isc_splits, rng_seed=settings.seed)
+        found = isc_features_to_metric(samples.logits, splits=settings.isc_splits, rng_seed=settings.seed)
         scores["inception_score"] = found["inception_score_mean"]
         scores["inception_score_std"] = found["inception_score_std"]
     if "prc" in metrics:
         # By parts: 50 000 against 50 000 distances at once would take 10 GB, thrice.
         found = prc_features_to_metric(
-            features, known, prc_neighborhood=settings.prc_neighborhood, save_cpu_ram=True, verbose=False
+            samples.features,
+            reference.features,
+            prc_neighborhood=settings.prc_neighborhood,
+            save_cpu_ram=True,
+            verbose=False,
         )
         scores["precision"], scores["recall"] = found["precision"], found["recall"]
+    for name, score in scores.items():
+        if math.isnan(score):
+            raise InputError(f"{name} is NaN: features or logits are beyond what a float can hold")
     return scores
-
-
-def gaussian_of(features: Tensor) -> Gaussian:
-    """Returns mean and covariance of features (N, D), in float64."""
-    moments = FeatureMoments(features.shape[1])
-    moments.update(features)
-    return moments.gaussian()
 
 
 def measurements(
     scores: Mapping[str, float],
     settings: FidelitySettings,
-    reader: LayerReader,
+    layers: tuple[Mapping[str, Any], Mapping[str, Any]],
     reference: Reference,
     num_samples: int,
     samples: Mapping[str, Any],
@@ -232,12 +294,12 @@ def measurements(
     Args:
         scores: What it gave.
         settings: Its settings.
-        reader: Knows what features and logits are.
+        layers: Settings on which features and logits depend, of :meth:`LayerReader.settings`.
         reference: What was compared with.
         num_samples: Number of samples.
         samples: Settings by which the samples came about.
     """
-    of_features, of_logits = reader.settings()
+    of_features, of_logits = layers
     against = {**of_features, "reference": identity("", reference.digest)}
     known = {"reference": reference.name, "num_reference": reference.num_images}
     found: list[Measurement] = []

@@ -1,5 +1,8 @@
 """Mergeable float64 moments of features, and the Fréchet distance between the Gaussians that they describe."""
 
+import math
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.weights.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -82,10 +84,13 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     real and non-negative also where a covariance is singular.
 
     Raises:
-        InputError: If the two have different numbers of features.
+        InputError: If the two have different numbers of features, or a number is NaN or infinite.
 
     Source: Heusel et al. 2017 (arXiv 1706.08500), Eq. 6; Dowson & Landau 1982.
     """
+    for gaussian in (a, b):
+        if not (bool(gaussian.mean.isfinite().all()) and bool(gaussian.covariance.isfinite().all())):
+            raise InputError("a Gaussian's mean and covariance must be finite, got NaN or infinity")
     if a.mean.shape != b.mean.shape:
         raise InputError(f"the Gaussians have {len(a.mean)} and {len(b.mean)} features; both need the same extractor")
     mean_a, cov_a = a.mean.cpu().double(), a.covariance.cpu().double()
@@ -94,8 +99,11 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     root_a = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
     product = torch.linalg.eigvalsh(root_a @ cov_b @ root_a)
     trace_root = product.clamp_min(0).sqrt().sum()
-    distance = (mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root
-    return max(0.0, float(distance))
+    distance = float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * trace_root)
+    if not math.isfinite(distance):
+        raise InputError("the Fréchet distance overflows: means or covariances are beyond what a float can hold")
+    # Rounding alone makes it negative.
+    return max(0.0, distance)
 
 
 def read_statistics(path: Path) -> Gaussian:
@@ -103,23 +111,24 @@ def read_statistics(path: Path) -> Gaussian:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it has no such entries or they do not fit each other.
+        InputError: If it has no such entries, they do not fit each other, or a number is NaN or infinite.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no statistics file at {path}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # NumPy leaves a damaged file open.
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
     except KeyError as error:
         raise InputError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
-    except (OSError, ValueError) as error:
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz: {error}") from error
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
+    for name, array in (("mu", mu), ("sigma", sigma)):
+        wrong = int((~np.isfinite(array)).sum())
+        if wrong:
+            raise InputError(f"{path}: {name} must be finite, got NaN or infinity in {wrong} of {array.size} numbers")
+    if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * float(np.abs(sigma).max(initial=0.0))):
+        raise InputError(f"{path}: sigma must be symmetric, as a covariance is")
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))
-
-
-def write_statistics(path: Path, gaussian: Gaussian) -> None:
-    """Writes a Gaussian as ``mu`` and ``sigma``; a crash leaves no half-written file."""
-    with written_whole(path) as file:
-        np.savez(file, mu=gaussian.mean.cpu().numpy(), sigma=gaussian.covariance.cpu().numpy())

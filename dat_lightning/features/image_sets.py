@@ -153,15 +153,13 @@ def read_images(
     batch_size: int,
     with_logits: bool = False,
     silent: bool = False,
-) -> list[Values]:
-    """Returns features, and logits if asked for, of a set's images with the given indices, in batches."""
-    values: list[Values] = []
+) -> Iterator[Values]:
+    """Yields features, and logits if asked for, of a set's images with the given indices, in batches."""
     with tqdm(total=len(indices), desc="Reading images", unit="images", leave=False, disable=silent) as progress:
         for batch in images.batches(indices, batch_size):
             pixels = batch.pop("x")
-            values.append({**batch, **reader.read(pixels.to(device), with_logits)})
+            yield {**batch, **reader.read(pixels.to(device), with_logits)}
             progress.update(len(pixels))
-    return values
 
 
 def _pixels(path: str) -> np.ndarray[Any, np.dtype[np.uint8]]:

@@ -8,6 +8,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.results.digests import network_identity
 
@@ -93,7 +94,7 @@ class LayerReader:
         self.logit_layer = logits
 
     def read(self, pixels: Tensor, with_logits: bool = False) -> dict[str, Tensor]:
-        """Returns ``features`` (N, D), and ``logits`` (N, K) if asked for, on the CPU.
+        """Returns ``features`` (N, D), and ``logits`` (N, K) if asked for, in float32.
 
         Args:
             pixels: uint8 images (N, 1 or 3, H, W); the extractor gets three channels, the classifier those there are.
@@ -109,7 +110,7 @@ class LayerReader:
                 found["logits"] = self.classifier(pixels.float() / 255)
             elif with_logits:
                 found["logits"] = self._layer(layers, self.logit_layer, "logits")
-        return {name: value.detach().flatten(1).float().cpu() for name, value in found.items()}
+        return {name: value.detach().flatten(1).float() for name, value in found.items()}
 
     def settings(self) -> tuple[dict[str, str | None], dict[str, str | None]]:
         """Returns what features and what logits depend on."""
@@ -132,6 +133,11 @@ class LayerReader:
                 f"{part}={name!r}: {type(self.extractor).__name__} has no such layer; it gives {list(layers)}"
             )
         return layers[name]
+
+
+def extract_features(extractor: nn.Module, images: Tensor) -> Tensor:
+    """Returns an extractor's features (N, D) of images (N, C, H, W) in [0, 1], rounded to eight bits first."""
+    return LayerReader(extractor).read(to_uint8_rgb(images))["features"]
 
 
 def named_layers(extractor: nn.Module, output: object) -> dict[str, Tensor]:

@@ -26,12 +26,15 @@ def nearest_neighbours(
         block_size: Vectors of the pool that are compared at once.
 
     Raises:
-        InputError: If there are fewer than ``count`` vectors, or the numbers of features differ.
+        InputError: If there are fewer than ``count`` vectors, the numbers of features differ, or one is not finite.
     """
     if len(pool) < count or pool.shape[1] != queries.shape[1]:
         raise InputError(
             f"pool must have at least {count} vectors of {queries.shape[1]} features, got {tuple(pool.shape)}"
         )
+    for name, vectors in (("queries", queries), ("pool", pool)):
+        if not bool(vectors.isfinite().all()):
+            raise InputError(f"{name} must be finite features: the images or the extractor produced NaN or infinity")
     device = torch.device("cpu") if queries.device.type == "mps" else queries.device
     left = _prepared(queries.to(device), metric)
     distances = left.new_empty(len(left), 0)

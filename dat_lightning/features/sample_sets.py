@@ -14,15 +14,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.features.fidelity import (
     METRICS,
+    FeatureCollector,
+    Features,
     FidelitySettings,
     Metric,
     Reference,
-    by_class,
     check_metrics,
     check_sizes,
     fidelity_scores,
@@ -31,7 +32,6 @@ from dat_lightning.features.fidelity import (
 from dat_lightning.features.image_sets import ImageSet, read_images, read_set
 from dat_lightning.features.layers import DigitsLayers, LayerReader, TorchFidelityLayers
 from dat_lightning.results.digests import file_digest
-from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 
 
@@ -84,17 +84,25 @@ def measure_sample_set(
             network.to(where).eval()
     reader = LayerReader(extractor, classifier, feature_layer, logit_layer)
 
-    def read(chosen: ImageSet, with_logits: bool) -> Values:
-        parts = read_images(chosen, reader, range(len(chosen)), where, batch_size, with_logits, silent)
-        return by_class(gather(parts))
+    def read(chosen: ImageSet, is_reference: bool) -> Features:
+        collector = FeatureCollector(metrics, where, is_reference)
+        with_logits = "isc" in metrics and not is_reference
+        for batch in read_images(chosen, reader, range(len(chosen)), where, batch_size, with_logits, silent):
+            collector.add(batch)
+        return collector.collected("the set has no images")
 
-    features: Tensor | None = None
+    seen = Features(gaussian=gaussian)
     if known is not None and (gaussian is None or {"kid", "prc"} & set(metrics)) and metrics != ("isc",):
-        features = read(known, False)["features"]
-    digest = "" if reference is None else file_digest(Path(reference))
-    against = Reference(str(reference), 0 if known is None else len(known), gaussian, features, digest)
-    scores = fidelity_scores(metrics, settings, read(images, "isc" in metrics), against)
-    return measurements(scores, settings, reader, against, len(images), {})
+        seen = read(known, True)
+    against = Reference(
+        0 if known is None else len(known),
+        gaussian or seen.gaussian,
+        seen.features,
+        name=str(reference),
+        digest="" if reference is None else file_digest(Path(reference)),
+    )
+    scores = fidelity_scores(metrics, settings, read(images, False), against)
+    return measurements(scores, settings, reader.settings(), against, len(images), {})
 
 
 def main(args: Sequence[str] | None = None) -> None:

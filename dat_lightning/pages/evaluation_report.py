@@ -40,8 +40,8 @@ class EvaluationReport(Callback):
     """Writes the figures of all callbacks and of the module at the end of a test, as JSON and as a page to read.
 
     Figures come from every callback of the Trainer with a list ``figures``, such as
-    :class:`~dat_lightning.evaluation.evaluator.Evaluator`, wherever it stands in the list of callbacks; from
-    :class:`FrechetDistance`; and from what the module itself logs. Where two callbacks measure figures of one name,
+    :class:`~dat_lightning.evaluation.evaluator.Evaluator`, wherever it stands in the list of callbacks;
+    and from what the module itself logs. Where two callbacks measure figures of one name,
     the name of their class is appended to it. The PNG files that a figure names in ``details["pictures"]``, and those
     of :class:`SampleGrid`, are shown on the page, which needs no other file.
 

@@ -15,16 +15,15 @@ from typing_extensions import override
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.data.pixels import to_uint8_rgb
+from dat_lightning.features.layers import extract_features
 from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbours
 from dat_lightning.results.digests import identity, image_digests, network_identity, reference_digest, set_identity
 from dat_lightning.results.gathering import Values, gather, on_rank_zero
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
-from dat_lightning.sampling.frechet import extract_features
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
-from dat_lightning.sampling.reference_images import reference_data
-from dat_lightning.sampling.training_features import training_features
+from dat_lightning.sampling.reference import reference_data, training_features
 
 _LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 _MAX_LISTED = 100
@@ -65,7 +64,6 @@ class Memorisation(SampleConsumer):
     Raises:
         InputError: If a number is outside its range or the metric unknown; when sampling starts, if the sampler takes
             no snapshot at ``num_steps``, training images are too few, or test images are missing or not in [0, 1].
-        InputError: When sampling starts, if the DataModule has no ``reference_data()``.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from sklearn.svm import SVC
 from dat_lightning.data import to_uint8_rgb
 from dat_lightning.demo.judge import Judge, digits_for_testing, spread
 from dat_lightning.features import DigitsFeatures
+from dat_lightning.features.layers import extract_features
 from dat_lightning.sampling import FrechetDistance
 
 
@@ -69,7 +70,7 @@ def test_wrong_labels_do_not_agree(judge: Judge) -> None:
 def test_the_features_are_those_of_the_callback(judge: Judge) -> None:
     x, _ = digits_for_testing()
     callback = FrechetDistance(DigitsFeatures())
-    torch.testing.assert_close(judge.features(to_uint8_rgb(x[:50])), callback.features(x[:50]))
+    torch.testing.assert_close(judge.features(to_uint8_rgb(x[:50])), extract_features(callback.extractor, x[:50]))
 
 
 def test_spread_is_the_mean_distance_within_classes() -> None:

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from dat_lightning import EnergyModel, FrechetDistance
 from dat_lightning.features import ClassifierFeatures
 from dat_lightning.features.gaussian_stats import FeatureMoments, frechet_distance
+from dat_lightning.features.layers import LayerReader, extract_features
 from dat_lightning.results.digests import network_digest
-from dat_lightning.sampling.frechet import reference_key
+from dat_lightning.sampling.reference import reference_key
 from tests import tiny
 
 
@@ -195,14 +196,14 @@ def test_the_frechet_distance_takes_them(tmp_path: Path) -> None:
     real, fake = (torch.rand(300, 3, 8, 8, generator=torch.Generator().manual_seed(s)) for s in (0, 1))
     moments = {name: FeatureMoments(7) for name in ("real", "fake", "dark")}
     for name, images in (("real", real), ("fake", fake), ("dark", fake / 2)):
-        moments[name].update(fid.features(images))
+        moments[name].update(extract_features(fid.extractor, images))
     near, far = (frechet_distance(moments["real"].gaussian(), moments[name].gaussian()) for name in ("fake", "dark"))
     assert 0 < near < 0.1 * far
     labelled = [(image, 0) for image in real[:20]]
     data = SimpleNamespace(dataset=labelled, transform="none")
     data = type("Data", (), {**vars(data), "__getitem__": lambda _, i: {"x": real[i]}})()
     untrained = ClassifierFeatures(colours())
-    assert reference_key(data, fid.extractor) != reference_key(data, untrained)
+    assert reference_key("seen", data, fid.reader) != reference_key("seen", data, LayerReader(untrained))
 
 
 def test_a_configuration_makes_them() -> None:

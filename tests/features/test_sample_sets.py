@@ -1,10 +1,12 @@
 """Figures of images in files, against torch-fidelity's program and against their definitions."""
 
 import json
+import math
 import re
 import sys
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,7 +20,8 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 
 from dat_lightning.data import digits
 from dat_lightning.features import DigitsFeatures, DigitsLayers, FidelitySettings, Metric, TorchFidelityLayers
-from dat_lightning.features.fidelity import Reference, fidelity_scores
+from dat_lightning.features.fidelity import Features, Reference, fidelity_scores
+from dat_lightning.features.gaussian_stats import Gaussian
 from dat_lightning.features.image_sets import ArrayImages, FolderImages, read_set
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.features.sample_sets import main, measure_sample_set
@@ -474,7 +477,25 @@ def test_features_and_logits_that_are_no_numbers_are_refused(part: str) -> None:
     read[part][2, 1] = float("nan")
     settings = FidelitySettings(isc_splits=1)
     with pytest.raises(ValueError, match="features must be finite: the images or the extractor produced NaN"):
-        fidelity_scores(["isc"], settings, read, Reference("nothing"))
+        fidelity_scores(["isc"], settings, Features(4, None, **read), Reference())
+
+
+def test_no_distance_of_numbers_that_are_none() -> None:
+    one, two = (
+        Gaussian(torch.full((2,), mean, dtype=torch.float64), torch.eye(2, dtype=torch.float64), 9) for mean in (0, 1)
+    )
+    wrong = [
+        replace(one, mean=torch.tensor([0.0, math.nan]).double()),
+        replace(one, covariance=torch.tensor([[1.0, math.nan], [0.0, 1.0]]).double()),
+        replace(one, covariance=torch.tensor([[math.inf, 0.0], [0.0, 1.0]]).double()),
+    ]
+    for gaussian in wrong:
+        for known, samples in ((gaussian, two), (two, gaussian)):
+            with pytest.raises(ValueError, match="mean and covariance must be finite, got NaN or infinity"):
+                fidelity_scores(["fid"], FidelitySettings(), Features(9, samples), Reference(9, known))
+    huge = replace(one, mean=torch.full((2,), 1e200, dtype=torch.float64))
+    with pytest.raises(ValueError, match="the Fréchet distance overflows"):
+        fidelity_scores(["fid"], FidelitySettings(), Features(9, huge), Reference(9, two))
 
 
 # The program.

@@ -91,7 +91,8 @@ def test_figures_and_logged_values_are_in_the_file(tmp_path: Path) -> None:
     (logged,) = trainer.test(tiny.stage1(), datamodule=data, verbose=False)
     found = read_evaluation(tmp_path / "evaluation.json")
     values = {each.name: each.value for each in found.entries}
-    assert set(values) == {"brightness", "fid", "loss", "accuracy", "robust_accuracy", "energy", "r1"}
+    of_samples = {"fid", "fid_steps", "fid_1_steps", "fid_2_steps"}
+    assert set(values) == {"brightness", *of_samples, "loss", "accuracy", "robust_accuracy", "energy", "r1"}
     for name, value in values.items():
         assert value == pytest.approx(logged[f"test/{name}"], rel=1e-6), name
     (entry,) = (each for each in found.entries if each.name == "brightness")
@@ -420,7 +421,7 @@ class Late(Brightness):
 
 def test_an_error_leaves_what_others_have_finished(tmp_path: Path) -> None:
     done, stale = Brightness(), FrechetDistance(DigitsFeatures())
-    stale.scores = {3: 1.0}
+    stale.figures = [Measurement("fid", 1.0, "of an earlier test", 3)]
     callbacks = [report(tmp_path), done, Late("late"), Darkness("never reached"), stale, samplers(tmp_path)[0]]
     trainer = tiny.trainer(tmp_path, callbacks, limit_test_batches=2)
     with pytest.raises(RuntimeError, match="too late"):

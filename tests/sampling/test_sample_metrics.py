@@ -292,11 +292,11 @@ def test_features_of_the_reference_are_cached_until_something_changes(
     assert times == 1
     assert images_seen(batch_size=100) == (0, first)
     assert images_seen(feature_layer="logits")[0] == 1
-    files = sorted(cache.glob("features-*.npy"))
-    assert sorted(np.load(file).shape for file in files) == [(1437, 10), (1437, 64)]
+    files = sorted(cache.glob("reference-*.npz"))
+    assert sorted(np.load(file)["features"].shape for file in files) == [(1437, 10), (1437, 64)]
     for file in files:
         file.write_bytes(file.read_bytes()[:1000])
-    with pytest.warns(UserWarning, match=r"not a readable \.npy.*computing the features anew"):
+    with pytest.warns(UserWarning, match=r"not a readable \.npz.*computing it anew"):
         times, again = images_seen()
     assert times == 1
     assert again == pytest.approx(first, rel=1e-6)
@@ -361,7 +361,7 @@ def test_statistics_are_refused_where_images_are_needed(tmp_path: Path) -> None:
 )
 def test_two_callbacks_may_not_log_the_same_names(other: Any, name: str, tmp_path: Path) -> None:
     metric = SampleMetrics(DigitsLayers(), ["fid"])
-    with pytest.raises(ValueError, match=f"SampleMetrics and another {name} would log the same names: give it another"):
+    with pytest.raises(ValueError, match=f"SampleMetrics and another {name} would log the same names: give"):
         run(tmp_path, metric, sampler(), other())
 
 

@@ -27,6 +27,7 @@ from dat_lightning import (
     SampleBatch,
     SampleConsumer,
     SampleGrid,
+    SampleMetrics,
     SampleWriter,
     SamplingPlan,
     Steepest,
@@ -34,10 +35,14 @@ from dat_lightning import (
     unbounded_ascent,
 )
 from dat_lightning.core import Logits, targeted_logit
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.features import Gaussian
-from dat_lightning.features.gaussian_stats import read_statistics, write_statistics
-from dat_lightning.sampling.frechet import reference_key
+from dat_lightning.features.gaussian_stats import read_statistics
+from dat_lightning.features.layers import DigitsLayers, LayerReader
+from dat_lightning.results.digests import reference_digest
+from dat_lightning.results.measurement import canonical
+from dat_lightning.sampling.reference import reference_key
 from dat_lightning.speed import Execution
 from tests import tiny
 
@@ -478,13 +483,13 @@ def test_reference_from_a_file(tmp_path: Path) -> None:
 
 def test_reference_is_cached_until_something_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    extract = FrechetDistance.features
+    forward = Constant.forward
 
-    def counting(self: FrechetDistance, images: Tensor) -> Tensor:
+    def counting(self: Constant, images: Tensor) -> tuple[Tensor]:
         passes.append(len(images))
-        return extract(self, images)
+        return forward(self, images)
 
-    monkeypatch.setattr(FrechetDistance, "features", counting)
+    monkeypatch.setattr(Constant, "forward", counting)
     cache = tmp_path / "cache"
 
     def scores_of(extractor: nn.Module) -> dict[int, float]:
@@ -494,15 +499,24 @@ def test_reference_is_cached_until_something_changes(tmp_path: Path, monkeypatch
         return fid.scores
 
     first = scores_of(Constant())
-    assert sum(passes) == 1437 + 2 * 25
+    key = 16  # images that tell extractors apart
+    assert sum(passes) == key + 1437 + 2 * 25
     assert scores_of(Constant()) == first
-    assert sum(passes) == 2 * 25
+    assert sum(passes) == key + 2 * 25
     scores_of(Constant(2.0))
-    assert sum(passes) == 1437 + 2 * 25
+    assert sum(passes) == key + 1437 + 2 * 25
     assert len(list(cache.glob("*.npz"))) == 2
     for path in cache.glob("*.npz"):
         path.write_bytes(b"not a zip file")
-    with pytest.warns(UserWarning, match="not a readable .npz.*computing the statistics anew"):
+    with pytest.warns(UserWarning, match="not a readable .npz.*computing it anew"):
+        assert scores_of(Constant()) == first
+    for path in cache.glob("*.npz"):
+        if path.read_bytes() != b"not a zip file":
+            with np.load(path) as file:
+                arrays = dict(file)
+            arrays["sigma"][0, 1] = np.nan
+            np.savez(path, **arrays)
+    with pytest.warns(UserWarning, match="has NaN or infinity in sigma; computing it anew"):
         assert scores_of(Constant()) == first
 
 
@@ -520,7 +534,8 @@ def test_the_key_changes_with_data_transform_and_extractor() -> None:
             return self.images[index], 0
 
     def key(images: Tensor, transform: nn.Module, extractor: nn.Module) -> str:
-        return reference_key(EvaluationBatches(Images(images), transform), extractor)
+        data = EvaluationBatches(Images(images), transform)
+        return reference_key(reference_digest(data), data, LayerReader(extractor))
 
     changed = images.clone()
     changed[2, 0, 1, 1] += 0.001
@@ -550,14 +565,62 @@ def test_the_reference_follows_the_data(tmp_path: Path) -> None:
     assert fid.scores != first
 
 
+def test_validation_and_test_have_one_fid_and_one_cache(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    fid = FrechetDistance(DigitsFeatures(), cache_dir=str(cache))
+    run(tmp_path, sampler(), fid)
+    (file,) = cache.iterdir()
+    metrics = SampleMetrics(DigitsFeatures(), ["fid", "prc"], cache_dir=str(cache))
+    validated = FrechetDistance(DigitsFeatures(), cache_dir=str(cache))
+    trainer = tiny.trainer(tmp_path, [sampler(), validated], limit_val_batches=1)
+    trainer.validate(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+    run(tmp_path, sampler(), metrics)
+    assert list(cache.iterdir()) == [file]
+    with np.load(file) as arrays:
+        assert set(arrays) == {"count", "mu", "sigma", "features"}
+    sweep = metrics.figures[0]
+    assert dict(zip(sweep.details["sweep_steps"], sweep.details["sweep"], strict=True)) == fid.scores
+    assert validated.scores == fid.scores
+    assert canonical(fid.figures[0].settings) == canonical(sweep.settings) == canonical(validated.figures[0].settings)
+
+
+@pytest.mark.parametrize("make", [FrechetDistance, SampleMetrics])
+def test_without_reference_nothing_begins(make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(DigitsDataModule, "reference_data", None)
+    trainer, module = tiny.trainer(tmp_path, [make(DigitsLayers()), sampler()], max_epochs=1), tiny.stage2()
+    with pytest.raises(InputError, match=f"{make.__name__} needs reference images: name a folder or .npz as reference"):
+        trainer.fit(module, datamodule=tiny.digits())
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [("mu", (3,), np.nan), ("sigma", (0, 5), np.nan), ("sigma", (5, 0), np.nan), ("sigma", (2, 2), np.inf)],
+)
+@pytest.mark.parametrize("make", [FrechetDistance, SampleMetrics])
+def test_statistics_that_are_no_numbers_are_refused(
+    name: str, place: Any, value: float, make: Any, tmp_path: Path
+) -> None:
+    arrays = {"mu": np.zeros(64), "sigma": np.eye(64)}
+    arrays[name][place] = value
+    np.savez(tmp_path / "damaged.npz", **arrays)  # type: ignore[arg-type]
+    more = {"metrics": ["fid"]} if make is SampleMetrics else {}
+    metric = make(DigitsLayers(), reference=str(tmp_path / "damaged.npz"), **more)
+    with pytest.raises(InputError, match=rf"damaged\.npz: {name} must be finite, got NaN or infinity in 1 of"):
+        run(tmp_path, sampler(), metric)
+
+
 def test_statistics_files(tmp_path: Path) -> None:
     gaussian = Gaussian(torch.arange(3.0).double(), torch.eye(3).double(), 10)
-    write_statistics(tmp_path / "deep" / "a.npz", gaussian)
-    read = read_statistics(tmp_path / "deep" / "a.npz")
+    np.savez(tmp_path / "a.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
+    read = read_statistics(tmp_path / "a.npz")
     assert torch.equal(read.mean, gaussian.mean)
     assert torch.equal(read.covariance, gaussian.covariance)
-    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["a.npz"]
-    with pytest.raises(FileNotFoundError, match="no statistics file at"):
+    whole = (tmp_path / "a.npz").read_bytes()
+    (tmp_path / "cut.npz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cut\.npz is not a readable \.npz"):
+        read_statistics(tmp_path / "cut.npz")
+    with pytest.raises(FileNotFoundError, match=r"no folder or \.npz at"):
         FrechetDistance(Constant(), reference=str(tmp_path / "nowhere.npz"))
     np.savez(tmp_path / "other.npz", mean=np.zeros(2))
     with pytest.raises(ValueError, match=r"other\.npz has no entry .*; expected mu and sigma"):
@@ -565,6 +628,9 @@ def test_statistics_files(tmp_path: Path) -> None:
     np.savez(tmp_path / "odd.npz", mu=np.zeros(2), sigma=np.eye(3))
     with pytest.raises(ValueError, match=r"mu \(2,\) and sigma \(3, 3\)"):
         read_statistics(tmp_path / "odd.npz")
+    np.savez(tmp_path / "skew.npz", mu=np.zeros(2), sigma=np.array([[1, 0.5], [0, 1]]))
+    with pytest.raises(ValueError, match=r"skew\.npz: sigma must be symmetric"):
+        read_statistics(tmp_path / "skew.npz")
 
 
 # Files and pictures.

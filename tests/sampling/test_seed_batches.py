@@ -26,7 +26,7 @@ from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.paired import OODSplit
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.runs.error_sentences import error_sentence
-from dat_lightning.sampling.reference_images import ReferenceImages
+from dat_lightning.sampling.reference import ReferenceImages
 from dat_lightning.sampling.seed_batches import SeedBatches, Seeds
 from tests import tiny
 from tests.sampling.test_sampling import Collector, Counting, ForeignModule, Interrupted, same_batches
