@@ -7,7 +7,7 @@ from dat_lightning.evaluation.energy_statistics import EnergyStatistics
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import LabelAgreement
 from dat_lightning.evaluation.ood_detection import OODDetection
-from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rate
+from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
 from dat_lightning.evaluation.reliability import Reliability, fit_temperature, reliability
 from dat_lightning.evaluation.robustness import RobustAccuracy
 
@@ -23,7 +23,7 @@ __all__ = [
     "RobustAccuracy",
     "auroc",
     "detection_scores",
-    "false_positive_rate",
+    "false_positive_rates",
     "fit_temperature",
     "reliability",
 ]

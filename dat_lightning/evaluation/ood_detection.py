@@ -20,7 +20,7 @@ from dat_lightning.data.batches import check_pixels, stacked
 from dat_lightning.data.draws import EvaluationBatches
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rate
+from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rates
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, all_ranks, gather
 from dat_lightning.results.measurement import Measurement
@@ -240,14 +240,15 @@ def _measured(
     name: str, inside: Tensor, outside: Tensor, settings: Mapping[str, Any], more: Mapping[str, Any]
 ) -> list[Measurement]:
     """AUROC and FPR@95 of one score on one data set."""
-    rate, threshold = false_positive_rate(inside, outside)
     accepted = [k / 100 for k in range(1, 101)]
+    rates = false_positive_rates(inside, outside, accepted)
+    rate, threshold = rates[accepted.index(0.95)]
     details = {
         **more,
         "threshold": threshold,
         "mean_score_test": float(inside.mean()),
         "mean_score_ood": float(outside.mean()),
-        "roc": {"tpr": accepted, "fpr": [false_positive_rate(inside, outside, share)[0] for share in accepted]},
+        "roc": {"tpr": accepted, "fpr": [fpr for fpr, _ in rates]},
     }
     clean = settings["attack"] is None
     end, which = ("", "OOD images") if clean else ("_attacked", "OOD images that were attacked to raise the score")

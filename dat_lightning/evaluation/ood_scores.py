@@ -1,18 +1,17 @@
 """Out-of-distribution detection by a score of the logits: the scores, and how well one tells two sets apart."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_roc
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import Objective, negative_marginal_energy
 
 Score = Literal["logsumexp", "max_logit", "max_softmax"]
-
-# Share of test images that the threshold of FPR@95 accepts.
-_ACCEPTED = 0.95
 
 
 def max_logit(logits: Tensor, y: Tensor) -> Tensor:
@@ -54,8 +53,6 @@ def detection_scores(logits: Tensor) -> dict[Score, Tensor]:
 def auroc(positive: Tensor, negative: Tensor) -> float:
     """Returns the area under the ROC curve: P(positive > negative) + ½ P(equal).
 
-    Pairs are counted in integers, so the result is exact.
-
     Args:
         positive: Scores of in-distribution images, (N,).
         negative: Scores of others, (M,).
@@ -63,15 +60,12 @@ def auroc(positive: Tensor, negative: Tensor) -> float:
     Raises:
         InputError: If there are no scores of one kind, or one is NaN.
     """
-    _require_scores(positive, negative)
-    negative = negative.sort().values
-    below = torch.searchsorted(negative, positive.contiguous()).sum()
-    not_above = torch.searchsorted(negative, positive.contiguous(), right=True).sum()
-    return int(below + not_above) / (2 * len(positive) * len(negative))
+    above, reached, _ = _curve(positive, negative)
+    return float(torch.trapezoid(reached, above)) / (len(positive) * len(negative))
 
 
-def false_positive_rate(positive: Tensor, negative: Tensor, accepted: float = _ACCEPTED) -> tuple[float, float]:
-    """Returns the share of negatives at or above a threshold, and that threshold.
+def false_positive_rates(positive: Tensor, negative: Tensor, accepted: Sequence[float]) -> list[tuple[float, float]]:
+    """Returns for several shares the share of negatives at or above a threshold, and that threshold.
 
     The threshold is the highest score at or above which at least the share ``accepted`` of the positives lies; with
     0.95 this is FPR@95.
@@ -79,23 +73,40 @@ def false_positive_rate(positive: Tensor, negative: Tensor, accepted: float = _A
     Args:
         positive: Scores of in-distribution images, (N,).
         negative: Scores of others, (M,).
-        accepted: Share of positives, in (0, 1].
+        accepted: Shares of positives, in (0, 1].
 
     Raises:
-        InputError: If there are no scores of one kind, one is NaN, or the share is outside its range.
+        InputError: If there are no scores of one kind, one is NaN, or a share is outside its range.
     """
-    _require_scores(positive, negative)
-    if not 0 < accepted <= 1:
-        raise InputError(f"accepted must lie in (0, 1], got {accepted}")
-    # Rounded first: 0.95 · 20 is 19, whatever its last bits say.
-    count = math.ceil(round(accepted * len(positive), 6))
-    threshold = positive.sort(descending=True).values[count - 1]
-    return float((negative >= threshold).double().mean()), float(threshold)
+    wrong = [share for share in accepted if not 0 < share <= 1]
+    if wrong:
+        raise InputError(f"accepted must lie in (0, 1], got {wrong[0]}")
+    above, reached, thresholds = _curve(positive, negative)
+    found = []
+    for share in accepted:
+        # Rounded first: 0.95 · 20 is 19, whatever its last bits say.
+        count = math.ceil(round(share * len(positive), 6))
+        first = int((reached >= count).int().argmax())
+        found.append((float(above[first]) / len(negative), float(thresholds[first])))
+    return found
 
 
-def _require_scores(positive: Tensor, negative: Tensor) -> None:
+def _curve(positive: Tensor, negative: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many negatives and how many positives lie at or above each threshold, in float64, and the thresholds.
+
+    torchmetrics takes scores outside [0, 1] for logits, and a sigmoid makes large ones equal: it gets ranks, which have
+    the same order. Its rates are in float32, counts are exact.
+    """
     for name, scores in (("positive", positive), ("negative", negative)):
         if len(scores) == 0 or bool(scores.isnan().any()):
             raise InputError(
                 f"{name} scores must be at least one and no NaN, got {len(scores)}, {int(scores.isnan().sum())} NaN"
             )
+    different, place = torch.cat([positive, negative]).unique(return_inverse=True)
+    largest = max(1, len(different) - 1)
+    target = torch.cat([torch.ones(len(positive)), torch.zeros(len(negative))]).long()
+    fpr, tpr, ranks = binary_roc(place.double() / largest, target)
+    above, reached = (fpr.double() * len(negative)).round(), (tpr.double() * len(positive)).round()
+    # The first threshold is above all scores, and nothing reaches it.
+    places = (ranks.double() * largest).round().long().clamp_max(len(different) - 1)
+    return above, reached, different[places]

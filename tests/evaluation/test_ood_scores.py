@@ -9,7 +9,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 from torch import Tensor
 
 from dat_lightning.core import input_gradient
-from dat_lightning.evaluation import auroc, detection_scores, false_positive_rate
+from dat_lightning.evaluation import auroc, detection_scores, false_positive_rates
 from dat_lightning.evaluation.ood_scores import OBJECTIVES
 
 levels = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=30)
@@ -43,7 +43,7 @@ def test_the_false_positive_rate_is_that_of_the_highest_threshold(
     scores: tuple[list[float], list[float]], accepted: float
 ) -> None:
     positive, negative = scores
-    rate, threshold = false_positive_rate(tensor(positive), tensor(negative), accepted)
+    ((rate, threshold),) = false_positive_rates(tensor(positive), tensor(negative), [accepted])
     enough = [t for t in positive if sum(p >= t for p in positive) >= accepted * len(positive) - 1e-9]
     assert threshold == max(enough)
     assert rate == pytest.approx(sum(n >= threshold for n in negative) / len(negative))
@@ -53,7 +53,7 @@ def test_fpr95_is_a_point_of_the_roc_curve_of_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(1)
     positive, negative = torch.randn(2, 700, generator=generator, dtype=torch.float64)
     fpr, tpr, _ = roc_curve([1] * 700 + [0] * 700, torch.cat([positive + 1, negative]), drop_intermediate=False)
-    assert false_positive_rate(positive + 1, negative)[0] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
+    assert false_positive_rates(positive + 1, negative, [0.95])[0][0] == pytest.approx(fpr[np.argmax(tpr >= 0.95)])
 
 
 @pytest.mark.parametrize("percent", range(1, 101))
@@ -61,7 +61,7 @@ def test_a_percentage_of_a_round_number_is_exact(percent: int) -> None:
     """0.07 · 100 is 7.000000000000001 in floating point, and yet seven scores are enough."""
     for size in (100, 1000):
         scores = torch.arange(size, dtype=torch.float64)
-        assert false_positive_rate(scores, scores, percent / 100)[1] == size - size * percent // 100
+        assert false_positive_rates(scores, scores, [percent / 100])[0][1] == size - size * percent // 100
 
 
 def test_scores_are_those_of_the_logits() -> None:
@@ -96,6 +96,6 @@ def test_scores_that_are_none_are_refused() -> None:
     with pytest.raises(ValueError, match="negative scores must be at least one and no NaN, got 0, 0 NaN"):
         auroc(some, none)
     with pytest.raises(ValueError, match=r"positive scores .* got 2, 1 NaN"):
-        false_positive_rate(torch.tensor([1.0, math.nan]), some)
+        false_positive_rates(torch.tensor([1.0, math.nan]), some, [0.5])
     with pytest.raises(ValueError, match=r"accepted must lie in \(0, 1\], got 0"):
-        false_positive_rate(some, some, 0)
+        false_positive_rates(some, some, [0.5, 0])
