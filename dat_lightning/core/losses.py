@@ -32,6 +32,14 @@ def robust_cross_entropy(logits_adv: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits_adv, y)
 
 
+def is_right(logits: Tensor, y: Tensor) -> Tensor:
+    """Returns whether the largest of logits (N, K) is that of the label, (N,); NaN is never right.
+
+    torch's ``argmax`` takes NaN for the largest, so that a broken network would have the accuracy of a class.
+    """
+    return (logits.argmax(1) == y) & ~logits.isnan().any(1)
+
+
 def energy_gradient_norm(logits: Logits, x: Tensor, *, create_graph: bool = False) -> Tensor:
     """Returns ‖∇ₓE(x)‖² of each image, shape (N,); needs gradients enabled.
 

@@ -22,6 +22,7 @@ from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
 from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
+from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.evaluation.robustness import float_logits
 from dat_lightning.results.gathering import Values, all_ranks
 from dat_lightning.results.measurement import Measurement
@@ -173,6 +174,7 @@ class AutoAttack(Evaluator):
             output = logits(x)
             adversary = self._adversary(logits, x, output.shape[1])
             check_classes(y, output, "AutoAttack")
+            require_finite(output, "AutoAttack")
             correct = output.argmax(1) == y
             with torch.enable_grad():
                 vanished = vanishes(input_gradient(logits, x, y, cross_entropy))

@@ -13,6 +13,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
@@ -21,6 +22,7 @@ from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.class_distances import Target, class_distances
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import identity, network_digest, network_identity, reference_digest
 from dat_lightning.results.gathering import Values, on_rank_zero
@@ -193,7 +195,7 @@ class Counterfactuals(Evaluator):
         # Halfway between two levels: rounding errors of a change by exactly changed_level do not count.
         moved = delta.abs().amax(1) > (self.changed_level + 0.5) / 255
         values = {
-            "success": (logits.argmax(1) == targets).cpu(),
+            "success": is_right(logits, targets).cpu(),
             "confidence": probabilities.gather(1, targets.cpu().unsqueeze(1)).squeeze(1),
             "l2": delta.flatten(1).norm(dim=1),
             "linf": delta.flatten(1).abs().amax(1),
@@ -311,4 +313,5 @@ class Counterfactuals(Evaluator):
 def _logits(pl_module: LightningModule, x: Tensor) -> Tensor:
     with torch.no_grad(), no_trace(pl_module):
         logits: Tensor = pl_module(x)
+    require_finite(logits, "Counterfactuals")
     return logits

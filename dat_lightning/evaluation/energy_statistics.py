@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from typing_extensions import override
@@ -23,7 +24,6 @@ from dat_lightning.evaluation.ood_detection import (
     Transform,
     choose,
     evaluate_images,
-    evaluation_transform,
     ood_datasets,
 )
 from dat_lightning.results.digests import set_identity
@@ -45,7 +45,8 @@ class EnergyStatistics(Evaluator, SampleConsumer):
     | ``ood_{data}`` | of each OOD data set |
     | ``generated_{steps}_steps`` | of the Trainer's :class:`PGDSampler`, if it samples in test |
 
-    Sets for which something is missing are left out; the details of ``energy_test`` say which, and why.
+    Sets for which something is missing are left out; a line of the log and the details of ``energy_test`` say which
+    and why.
 
     Logged: ``test/energy_{set}`` and ``test/r1_{set}``, the means. The details of each figure have quantiles, those of
     ``energy_test`` histograms of all sets over common bins.
@@ -176,6 +177,8 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             sets[name] = gather(batches, "the sampler gave no batch")
             settings[name] = {} if self._plan is None else self._plan.settings
         self._samples = {}
+        for name, why in left_out.items():
+            rank_zero_info(f"EnergyStatistics measures no {name} images: {why}")
         return self._figures(sets, settings, details, left_out)
 
     def _data(self, trainer: Trainer, left_out: dict[str, str]) -> list[tuple[str, SizedDataset, Transform]]:
@@ -187,11 +190,10 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             found.append(("train", data.dataset, data.transform))
         else:
             left_out["train"] = "the Trainer has no DataModule with reference_data()"
-        others = ood_datasets(trainer, self.datasets, "EnergyStatistics")
+        others = ood_datasets(trainer, self.datasets, self.transform, self.num_images, "EnergyStatistics")
         if not others:
             left_out["ood"] = "no datasets were given, and the Trainer has no DataModule with held-out OOD images"
-        transform = evaluation_transform(trainer, self.transform)
-        return found + [(f"ood_{name}", dataset, transform) for name, dataset in others.items()]
+        return found + [(f"ood_{name}", *data_and_transform) for name, data_and_transform in others.items()]
 
     def _figures(
         self,

@@ -18,6 +18,7 @@ from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.measurement import Measurement
+from dat_lightning.results.progress import warn_if_spawned
 
 
 class Evaluator(Callback, ABC):
@@ -125,6 +126,7 @@ class Evaluator(Callback, ABC):
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets the last evaluation."""
+        warn_if_spawned(trainer, type(self).__name__)
         self._values = []
         self.figures = []
         self._entry = None

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.losses import is_right
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
@@ -88,7 +89,7 @@ class LabelAgreement(SampleConsumer):
         for steps, images in batch.images.items():
             with torch.no_grad():
                 logits: Tensor = self.judge(to_uint8_rgb(images) if self.judge_input == "uint8" else images)
-            agree = (logits.argmax(1) == batch.labels).cpu()
+            agree = is_right(logits, batch.labels).cpu()
             self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
 
     @override

@@ -29,31 +29,56 @@ from dat_lightning.results.progress import is_silent
 Transform = Callable[[Any], Tensor]
 
 
-def ood_datasets(trainer: Trainer, given: Mapping[str, SizedDataset] | None, who: str) -> dict[str, SizedDataset]:
-    """Returns the given OOD data, or else the DataModule's held-out ones under the name ``held_out``, or none.
+class HeldOutSeeds:
+    """The first seeds of a DataModule's ``held_out_seeds()`` as a data set, for those that name no data set itself."""
+
+    def __init__(self, seeds: Callable[[int], Any], size: int) -> None:
+        self.seeds = seeds
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> Any:
+        return self.seeds(index)
+
+
+def ood_datasets(
+    trainer: Trainer,
+    given: Mapping[str, SizedDataset] | None,
+    transform: Transform | None,
+    count: int,
+    who: str,
+) -> dict[str, tuple[SizedDataset, Transform]]:
+    """Returns OOD data by name, each with its transform: those given, or else the DataModule's held-out ones, or none.
+
+    Args:
+        trainer: Has the DataModule.
+        given: Name → data set.
+        transform: For images of a data set; by default the DataModule's for evaluation, or else none.
+        count: Images that are wanted, for a DataModule that has ``held_out_seeds()`` alone: these are endless.
+        who: Who asks, for messages.
 
     Raises:
         InputError: If a given data set is empty, or its name cannot be part of a figure's and of a file's.
     """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]
+    if transform is None:
+        own = getattr(data, "evaluation_transform", None)
+        transform = own() if callable(own) else _unchanged
     if given is None:
-        source = getattr(trainer.datamodule, "out_of_distribution", None)  # type: ignore[attr-defined]
+        source, seeds = (getattr(data, name, None) for name in ("out_of_distribution", "held_out_seeds"))
+        if not callable(source) and callable(seeds):
+            # They are images in [0, 1] already.
+            return {"held_out": (HeldOutSeeds(seeds(), count), _unchanged)}
         held_out = source("held_out") if callable(source) else None
-        return {} if held_out is None or len(held_out) == 0 else {"held_out": held_out}
+        return {} if held_out is None or len(held_out) == 0 else {"held_out": (held_out, transform)}
     for name, dataset in given.items():
         if not re.fullmatch(r"\w+", name):
             raise InputError(f"{who}.datasets: a name must consist of letters, digits and underscores, got {name!r}")
         if len(dataset) == 0:
             raise InputError(f"{who}.datasets: {name!r} has no images")
-    return dict(given)
-
-
-def evaluation_transform(trainer: Trainer, given: Transform | None) -> Transform:
-    """Returns the given transform, or else the DataModule's for evaluation, or the one that changes nothing."""
-    if given is not None:
-        return given
-    own = getattr(trainer.datamodule, "evaluation_transform", None)  # type: ignore[attr-defined]
-    default: Transform = own() if callable(own) else _unchanged
-    return default
+    return {name: (dataset, transform) for name, dataset in given.items()}
 
 
 def choose(size: int, count: int, seed: int, name: str) -> list[int]:
@@ -183,10 +208,10 @@ class OODDetection(Evaluator):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Checks that there are OOD images."""
         super().on_test_start(trainer, pl_module)
-        if not ood_datasets(trainer, self.datasets, "OODDetection"):
+        if not self._data(trainer):
             raise InputError(
                 "OODDetection has no out-of-distribution images: give it datasets, or use a DataModule with"
-                " out_of_distribution(), as PairedDataModule has it"
+                " out_of_distribution() or held_out_seeds(), as PairedDataModule has them"
             )
 
     @override
@@ -198,8 +223,7 @@ class OODDetection(Evaluator):
     def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the figures of all data sets and scores, clean before attacked."""
         measured: list[Measurement] = []
-        transform = evaluation_transform(trainer, self.transform)
-        for name, dataset in ood_datasets(trainer, self.datasets, "OODDetection").items():
+        for name, (dataset, transform) in self._data(trainer).items():
             chosen = choose(len(dataset), self.num_ood, self.seed, name)
             compute = partial(self._ood_values, pl_module)
             found, skipped = evaluate_images(
@@ -218,6 +242,9 @@ class OODDetection(Evaluator):
                     scores = found[score if attack is None else f"{score}_attacked"]
                     measured += _measured(f"{name}_{score}", values[score], scores, settings, details)
         return measured
+
+    def _data(self, trainer: Trainer) -> dict[str, tuple[SizedDataset, Transform]]:
+        return ood_datasets(trainer, self.datasets, self.transform, self.num_ood, "OODDetection")
 
     def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:
         with torch.no_grad():

@@ -13,12 +13,14 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel, vanishes
 from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
+from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 
@@ -90,6 +92,7 @@ class RobustAccuracy(Evaluator):
             draws = batch["index"].clone()
             output = logits(x)
             check_classes(y, output, "RobustAccuracy", least=1)
+            require_finite(output, "RobustAccuracy")
             correct = output.argmax(1) == y
             with torch.enable_grad():
                 gradient = input_gradient(logits, x, y, cross_entropy)
@@ -115,7 +118,7 @@ class RobustAccuracy(Evaluator):
             # What is broken stays broken, so only the others need another walk.
             if len(left) and not (restart and math.isinf(threat_model.eps)):
                 x_adv = ascend(logits, x[left], y[left], cross_entropy, walk, draws=draws[left], seed=seed)
-                robust[left] = logits(x_adv).argmax(1) == y[left]
+                robust[left] = is_right(logits(x_adv), y[left])
             columns.append(robust.clone())
         return torch.stack(columns, 1)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, AttackMode, no_trace
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
-from dat_lightning.core.losses import energy_gradient_norm, robust_cross_entropy
+from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -168,8 +168,8 @@ class EnergyModule(LightningModule):
         x_adv = self.ascend(Ascent(cross_entropy, self.eval_threat_model), x, y, draws=batch.get("index"))
         return {
             "loss": cross_entropy(logits, y),
-            "accuracy": (logits.argmax(1) == y).float(),
-            "robust_accuracy": (self(x_adv).argmax(1) == y).float(),
+            "accuracy": is_right(logits, y).float(),
+            "robust_accuracy": is_right(self(x_adv), y).float(),
             "energy": marginal_energy(logits),
             "r1": self.energy_gradient_norm(x),
         }

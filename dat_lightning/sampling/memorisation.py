@@ -103,6 +103,12 @@ class Memorisation(SampleConsumer):
         self._found: dict[int, list[Values]] = {}
         self._closest: dict[int, Shortlist] = {}
 
+    @property
+    @override
+    def logged_names(self) -> set[str]:
+        """Names that are logged behind the stage, but for those of single step counts."""
+        return {"memorised_share", "nearest_training_distance", "memorisation_steps"} if "val" in self.stages else set()
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks for a sampler, and forgets earlier data."""

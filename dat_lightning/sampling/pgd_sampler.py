@@ -1,5 +1,6 @@
 """Generation: one class-balanced set of images per evaluation, from one chain, handed to whoever consumes samples."""
 
+import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -91,6 +93,11 @@ class SampleConsumer(Callback):
         InputError: On set-up, if the Trainer has no sampler.
     """
 
+    @property
+    def logged_names(self) -> set[str]:
+        """Names that are logged behind the stage, but for those of single step counts."""
+        return set()
+
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Checks that somebody generates samples."""
@@ -129,7 +136,8 @@ class PGDSampler(Callback):
         num_steps: Step counts of the sweep.
         step_size: L2 length of a step.
         batch_size: Samples per batch and rank.
-        every_n_epochs: During fit, sample after each n-th epoch only.
+        every_n_epochs: During fit, sample after each n-th epoch only. Where a checkpoint or early stopping monitors
+            what samples give, set the Trainer's ``check_val_every_n_epoch`` instead.
         stages: The evaluations that sample.
         precision: Precision of the chain's passes; by default the Trainer's.
         dirpath: Folder that keeps finished batches of test and predict until all consumers of all ranks are done;
@@ -183,12 +191,34 @@ class PGDSampler(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are seeds to start from."""
+        """Checks that there are seeds to start from, and that nobody waits for samples in an epoch without."""
         if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
             raise InputError(
                 "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"
                 " (image, label or None), as PairedDataModule has it"
             )
+
+        if stage == "fit" and "val" in self.stages:
+            self._check_monitors(trainer)
+
+    def _check_monitors(self, trainer: Trainer) -> None:
+        """Raises an InputError if a callback waits after each validation for what is measured after some of them."""
+        every = self.every_n_epochs
+        validates: int | None = trainer.check_val_every_n_epoch
+        if every == 1 or (validates is not None and validates % every == 0):
+            return
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        names = {f"val/{name}" for c in callbacks if isinstance(c, SampleConsumer) for name in c.logged_names}
+        for callback in callbacks:
+            monitor = getattr(callback, "monitor", None)
+            own = getattr(callback, "every_n_epochs", 1)
+            in_step = isinstance(callback, ModelCheckpoint) and own > 0 and own % every == 0
+            if not in_step and isinstance(monitor, str) and re.sub(r"_\d+_steps$", "", monitor) in names:
+                raise InputError(
+                    f"PGDSampler.every_n_epochs={every} and {type(callback).__name__}.monitor={monitor!r} clash: after"
+                    f" the other validations there is no new value. Set trainer.check_val_every_n_epoch={every} instead"
+                    " of PGDSampler.every_n_epochs"
+                )
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

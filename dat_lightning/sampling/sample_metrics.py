@@ -28,7 +28,7 @@ from dat_lightning.features.fidelity import (
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.gathering import all_ranks
 from dat_lightning.results.measurement import Measurement
-from dat_lightning.results.progress import is_silent
+from dat_lightning.results.progress import is_silent, warn_if_spawned
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.reference import ReferenceFeatures
 
@@ -130,6 +130,7 @@ class SampleMetrics(SampleConsumer):
         )
 
     @property
+    @override
     def logged_names(self) -> set[str]:
         """Names that are logged behind the stage, but for those of single step counts."""
         return {f"{self.prefix}{n}" for n in (self._steps_name, *(n for m in self.metrics for n in _NAMES[m]))}
@@ -185,6 +186,8 @@ class SampleMetrics(SampleConsumer):
             sweep[steps] = fidelity_scores(self.metrics, self.settings, mine.pop(steps), self._reference)
         sweep = {steps: scores for part in all_ranks(sweep) for steps, scores in part.items()}
         self.figures = self._figures(sweep, self._plan)
+        if self._plan.stage == "test":
+            warn_if_spawned(trainer, type(self).__name__)
         best = int(self.figures[0].details["num_steps"])
         stage = self._plan.stage
         if stage == "predict":

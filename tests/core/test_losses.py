@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core import energy_bce, energy_gradient_norm, marginal_energy, r1_penalty, robust_cross_entropy
+from dat_lightning.core import (
+    energy_bce,
+    energy_gradient_norm,
+    is_right,
+    marginal_energy,
+    r1_penalty,
+    robust_cross_entropy,
+)
 
 
 def sigmoid(value: float) -> float:
@@ -121,3 +128,9 @@ def test_energy_gradient_norm_has_a_graph_only_when_asked_and_leaves_the_images_
     assert not x.requires_grad
     assert x.grad is None
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_nan_is_never_right() -> None:
+    nan, inf = math.nan, math.inf
+    logits = torch.tensor([[2.0, 1.0], [nan, 1.0], [1.0, nan], [nan, nan], [inf, 0.0], [0.0, 1.0]])
+    assert is_right(logits, torch.zeros(6, dtype=torch.long)).tolist() == [True, False, False, False, True, False]

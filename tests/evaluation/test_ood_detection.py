@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from PIL import Image
 from sklearn.metrics import roc_auc_score
 from torch import Tensor
@@ -213,6 +213,36 @@ def test_data_that_cannot_be_used_are_named(tmp_path: Path) -> None:
         datamodule=without,
     )
     assert set(found) == {"ood_auroc_noise_logsumexp", "ood_fpr95_noise_logsumexp"}
+
+
+class SeedsAlone(LightningDataModule):
+    """Another project's: test images and seeds for samples, and nothing else."""
+
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+
+    def test_dataloader(self) -> Any:
+        return DataLoader(ALL, batch_size=None)  # type: ignore[arg-type]
+
+    def held_out_seeds(self) -> Any:
+        return lambda index: (self.images[index % len(self.images)], None)
+
+
+def test_held_out_seeds_alone_suffice(tmp_path: Path) -> None:
+    data, module = SeedsAlone(Others(5).images), Plain()
+    found = run(tmp_path, OODDetection(None, ["max_logit"], num_ood=5, attack=None), module, datamodule=data)
+    area = found["ood_auroc_held_out_max_logit"]
+    inside, outside = (module(x).detach().double().amax(1) for x in (IMAGES, data.images))
+    pairs = (inside[:, None] > outside).double() + 0.5 * (inside[:, None] == outside).double()
+    assert area.settings["num_ood"] == 5
+    assert area.value == pytest.approx(float(pairs.mean()))
+    statistics = EnergyStatistics(num_images=5)
+    tiny.trainer(tmp_path, [statistics]).test(module, datamodule=data, verbose=False)
+    energies = {figure.name: figure.value for figure in statistics.figures}
+    assert energies["energy_ood_held_out"] == pytest.approx(
+        -float(module(data.images).detach().logsumexp(1).mean()), rel=1e-5
+    )
 
 
 def test_a_config_can_name_data_attack_and_transform() -> None:

@@ -192,6 +192,13 @@ def test_restarts_are_a_plain_loop_over_all_images_whatever_the_batches(tmp_path
     )
 
 
+@pytest.mark.parametrize("evaluator", [RobustAccuracy(), AutoAttack("Linf", 0.2)])
+def test_a_network_without_numbers_has_no_accuracy(evaluator: Any, tmp_path: Path) -> None:
+    network = Margin(lambda margin: margin * math.nan)
+    with pytest.raises(ValueError, match="needs finite logits, got NaN or infinite ones for"):
+        evaluate(tmp_path, network, linear_data(), evaluator)
+
+
 def test_an_unbounded_walk_has_no_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     walks = []
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from safetensors.torch import load_file
@@ -563,6 +564,39 @@ def test_the_reference_follows_the_data(tmp_path: Path) -> None:
     fid.reference = str(tmp_path / "other.npz")
     run(tmp_path, sampler(), fid)
     assert fid.scores != first
+
+
+@pytest.mark.parametrize(
+    "monitor",
+    [
+        EarlyStopping("val/fid", mode="min"),
+        ModelCheckpoint(monitor="val/fid_3_steps"),
+        ModelCheckpoint(monitor="val/fid", every_n_epochs=3),
+    ],
+)
+def test_nobody_waits_for_samples_in_epochs_without(monitor: Callback, tmp_path: Path) -> None:
+    callbacks = [sampler(every_n_epochs=2), FrechetDistance(DigitsFeatures()), monitor]
+    trainer = tiny.trainer(tmp_path, callbacks, max_epochs=1, limit_val_batches=1, enable_checkpointing=True)
+    message = rf"PGDSampler.every_n_epochs=2 and {type(monitor).__name__}.monitor='val/fid.*' clash: .*"
+    with pytest.raises(InputError, match=message + "Set trainer.check_val_every_n_epoch=2 instead"):
+        trainer.fit(tiny.stage2(), datamodule=tiny.digits())
+    assert trainer.global_step == 0
+
+
+@pytest.mark.parametrize(
+    ("monitor", "check"),
+    [
+        (EarlyStopping("val/fid", mode="min"), 4),
+        (EarlyStopping("val/accuracy", mode="max"), 1),
+        (ModelCheckpoint(monitor="val/fid", every_n_epochs=4), 1),
+    ],
+)
+def test_who_waits_no_oftener_than_samples_come_is_no_mistake(monitor: Callback, check: int, tmp_path: Path) -> None:
+    picky = sampler(every_n_epochs=2)
+    trainer = tiny.trainer(tmp_path, [picky, FrechetDistance(DigitsFeatures()), monitor], enable_checkpointing=True)
+    trainer.check_val_every_n_epoch = check
+    trainer.datamodule = tiny.digits()  # type: ignore[attr-defined]
+    picky.setup(trainer, tiny.stage2(), "fit")
 
 
 def test_validation_and_test_have_one_fid_and_one_cache(tmp_path: Path) -> None:
