@@ -25,6 +25,7 @@ from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_report import EvaluationReport
 from dat_lightning.runs.error_sentences import argument_sentence, constructor_error, error_sentence
 from dat_lightning.runs.exporting import ExportingTrainer
+from dat_lightning.runs.lightning_internals import replaces_files
 from dat_lightning.runs.resume import find_checkpoint, protect
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
@@ -88,10 +89,11 @@ class DATCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Checks the checkpoint to go on from; without one, warns if those of an earlier run will be replaced."""
-        if self._find_checkpoint() is not None:
+        # A trial run writes no checkpoints.
+        if self._find_checkpoint() is not None or self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
-        savers = [c for c in callbacks if isinstance(c, ModelCheckpoint) and not c._enable_version_counter]
+        savers = [c for c in callbacks if isinstance(c, ModelCheckpoint) and replaces_files(c)]
         folders = {Path(c.dirpath) for c in savers if c.dirpath is not None}
         found = sorted(str(path) for folder in folders for path in folder.glob("*.ckpt"))
         if found:

@@ -280,6 +280,9 @@ def test_a_run_into_the_folder_of_an_earlier_one_is_warned_of(tmp_path: Path) ->
     last = tmp_path / "runs" / "checkpoints" / "last.ckpt"
     with pytest.warns(UserWarning, match=r"last\.ckpt and 0 more, will be replaced"):
         main(["fit", "--config", STAGE1, "--config", TINY])
+    written = last.read_bytes()
+    main(["fit", "--config", STAGE1, "--config", TINY, "--trainer.fast_dev_run=1"])  # warnings are errors
+    assert last.read_bytes() == written
     main(["fit", "--config", STAGE1, "--config", TINY, "--ckpt_path", str(last), "--trainer.max_epochs=2"])
 
 

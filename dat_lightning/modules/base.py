@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, AttackMode, no_trace
 from dat_lightning.core.energy import marginal_energy
@@ -146,8 +146,7 @@ class EnergyModule(LightningModule):
     def count_evaluations(self, x: Tensor, times: int) -> None:
         """Adds the evaluations of images (N, …), each so many times, to :attr:`network_evaluations`, in training."""
         if self.training:
-            ranks = 1 if self._trainer is None else self.trainer.world_size
-            self.network_evaluations += len(x) * times * ranks
+            self.network_evaluations += len(x) * times * number_of_ranks()
 
     def ascent_network(self) -> nn.Module:
         """Returns the network that ascents in eval mode climb, in its fastest form, with current weights.
@@ -188,8 +187,11 @@ class EnergyModule(LightningModule):
         Raises:
             InputError: If a newer version of this package wrote it, or, where training is to go on, another module.
         """
-        trainer = self._trainer
-        if trainer is not None and trainer.state.fn is TrainerFn.FITTING:
+        try:
+            to_train = self.trainer.state.fn is TrainerFn.FITTING
+        except RuntimeError:  # load_from_checkpoint has no Trainer
+            to_train = False
+        if to_train:
             check_stamp(checkpoint, _class_path(self))
             self._run_name = run_of(checkpoint) or self._run_name
             # Older checkpoints have no count: theirs begins anew.
@@ -377,6 +379,11 @@ class EnergyModule(LightningModule):
             # int: the mean of the ranks' sums would be rounded down (_ResultMetric.compute in Lightning's result.py).
             size: Any = torch.tensor(len(value), dtype=torch.float32)
             self.log(f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
+
+
+def number_of_ranks() -> int:
+    """Returns how many processes train together; one where there is no Trainer."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _class_path(module: EnergyModule) -> str:

@@ -1,6 +1,5 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
-import warnings
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,12 +8,12 @@ from torch import Tensor, distributed
 
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
-from dat_lightning.core.energy import joint_energy, marginal_energy
+from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import Batch, EnergyModule, number_of_ranks
 from dat_lightning.weights.hub import EnergyModel
 
 
@@ -130,9 +129,15 @@ class DualAdversarialModule(EnergyModule):
     # Lightning's hooks.
 
     def on_fit_start(self) -> None:
-        """Loads the initial weights, and silences Lightning's warning about frozen batch norm, which is the method."""
+        """Loads the initial weights."""
         super().on_fit_start()
-        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+        # Just before on_train_start, which freezes them again, Lightning warns of layers in eval mode.
+        for layer in batch_norm_layers(self.energy_model):
+            layer.train()
+
+    def on_train_start(self) -> None:
+        """Freezes batch norm."""
+        self.energy_model.freeze_batch_norm()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the weighted loss of one step, and moves the curriculum."""
@@ -160,8 +165,7 @@ class DualAdversarialModule(EnergyModule):
             "robust_accuracy": (logits.adv.argmax(1) == y_clf).float().mean(),
         }
         self._log_scalars(scalars, len(x_gen))
-        world_size = 1 if self._trainer is None else self.trainer.world_size
-        self.curriculum.update(separation, len(x_gen) * world_size)
+        self.curriculum.update(separation, len(x_gen) * number_of_ranks())
         return loss
 
     def _log_scalars(self, scalars: dict[str, Tensor], batch_size: int) -> None:
@@ -173,7 +177,7 @@ class DualAdversarialModule(EnergyModule):
 
 def _of_all_ranks(scores: Tensor) -> Tensor:
     """The scores (2, N) of all ranks side by side."""
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if number_of_ranks() == 1:
         return scores
     # Not every backend moves types shorter than float32.
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).contiguous()

@@ -6,12 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
@@ -29,6 +27,7 @@ from dat_lightning.runs import (
     shapes_of,
     step_of,
 )
+from dat_lightning.runs.lightning_internals import use_checkpoint_io
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint
 from dat_lightning.weights import changed_settings
 
@@ -42,6 +41,19 @@ _SHARDED = (".metadata", "latest")
 class SameCheckpoint(Callback):
     """Refuses to train from different checkpoints in the processes of a run: each of them looks for its own."""
 
+    def __init__(self) -> None:
+        self._step = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Makes ready for a run."""
+        self._step = 0
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Notes the step of the checkpoint."""
+        self._step = step_of(checkpoint)
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Compares the file's name and its step over all processes.
@@ -51,10 +63,9 @@ class SameCheckpoint(Callback):
         """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
-        connector = trainer._checkpoint_connector
         name = None if trainer.ckpt_path is None else Path(trainer.ckpt_path).name
         chosen: list[Any] = [None] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(chosen, (name, step_of(connector._loaded_checkpoint)))
+        torch.distributed.all_gather_object(chosen, (name, self._step))
         for rank, other in enumerate(chosen):
             if other != chosen[0]:
                 raise InputError(
@@ -73,11 +84,7 @@ def protect(trainer: Trainer) -> None:
     That is :class:`AtomicCheckpointIO`, :class:`SignalCheckpoint` and :class:`SameCheckpoint`. A plug-in for
     checkpoints that the user chose stays; one that wraps another, such as ``AsyncCheckpointIO``, writes through ours.
     """
-    chosen = trainer.strategy._checkpoint_io
-    if isinstance(chosen, _WrappingCheckpointIO):
-        chosen.checkpoint_io = AtomicCheckpointIO()  # does nothing where it has one already
-    elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+    use_checkpoint_io(trainer, AtomicCheckpointIO())
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for kind in (SignalCheckpoint, SameCheckpoint):
         if not any(isinstance(callback, kind) for callback in callbacks):

@@ -1,10 +1,7 @@
 """The end of a run by a signal: a checkpoint at a moment from which it goes on bit for bit."""
 
-import logging
 import os
-import re
 import signal
-import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -12,18 +9,18 @@ from types import FrameType
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-logger = logging.getLogger(__name__)
+from dat_lightning.runs.lightning_internals import collect_checkpoint, logged_step, next_slurm_checkpoint
+from dat_lightning.runs.slurm import is_requeued_by_lightning, remove_older_checkpoints, requeue, time_limit_signal
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
-_HPC = re.compile(r"hpc_ckpt_(\d+)\.ckpt")
 _AGAIN = b"\nstopping after this step, with a checkpoint; Ctrl-C again stops at once, without\n"
 
 
@@ -53,9 +50,11 @@ class SignalCheckpoint(Checkpoint):
 
     The signal waits for the end of the training step, so that the checkpoint is one from which training goes on bit for
     bit: Lightning's own handler for Slurm saves in the middle of whatever is going on. During validation, which changes
-    nothing that trains, the checkpoint is written at once, and validation starts over when the run goes on. All
-    processes of a run agree at the end of each step whether to stop, so it is all the same which of them got the
-    signal. A second SIGTERM changes nothing; a second Ctrl-C stops at once.
+    nothing that trains, the checkpoint is written at once, and validation starts over when the run goes on; but where
+    weights or optimisers are in shards (FSDP, DeepSpeed, ``ZeroRedundancyOptimizer``) all processes write it together
+    when validation ends. All processes of a run agree at the end of each step whether to stop, so it is all the same
+    which of them got the signal. A second SIGTERM changes nothing; a second Ctrl-C stops at once.
+    With ``fast_dev_run``, which writes no checkpoints, the signals do what they do without this callback.
 
     Without Slurm the checkpoint is ``interrupted.ckpt`` in the folder of the first ``ModelCheckpoint`` that has one.
     The exit status is 143 after SIGTERM and 130 after Ctrl-C, for the process of rank zero: training is not done.
@@ -81,7 +80,7 @@ class SignalCheckpoint(Checkpoint):
 
     def __init__(self, dirpath: str | None = None) -> None:
         self.dirpath = dirpath
-        self._trainer: Trainer | None = None
+        self._run: Trainer | None = None
         self._pid = 0
         self._signal = 0
         self._previous: dict[int, _Handler] = {}
@@ -96,10 +95,10 @@ class SignalCheckpoint(Checkpoint):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Makes ready for a run; processes that load data inherit the handler of Ctrl-C and leave it to this one."""
-        self._trainer, self._pid, self._signal = trainer, os.getpid(), 0
+        self._run, self._pid, self._signal = trainer, os.getpid(), 0
         self._training = self._validating = self._accumulating = self._saving = False
         self._last_step, self._saved_at, self._requeued = -1, None, False
-        if stage != "fit":
+        if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         if threading.current_thread() is not threading.main_thread():
             rank_zero_warn(
@@ -111,16 +110,18 @@ class SignalCheckpoint(Checkpoint):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over from Lightning, and marks in TensorBoard's files where a resumed run goes on."""
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         self._training = True
         self._last_step = trainer.global_step
         self._listen(signal.SIGTERM)
-        warning = _slurms_signal(trainer)
-        if warning is not None:
-            self._listen(warning)
+        before_time_limit = time_limit_signal(trainer)
+        if before_time_limit is not None:
+            self._listen(before_time_limit)
         if trainer.global_step > 0 and trainer.is_global_zero:
             for each in trainer.loggers:
                 if isinstance(each, TensorBoardLogger):
-                    _mark_restart(each, trainer.fit_loop.epoch_loop._batches_that_stepped)
+                    _mark_restart(each, logged_step(trainer))
 
     @override
     def on_train_batch_end(
@@ -170,7 +171,7 @@ class SignalCheckpoint(Checkpoint):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Gives the signals back."""
         self._give_back()
-        self._trainer = None
+        self._run = None
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -199,7 +200,7 @@ class SignalCheckpoint(Checkpoint):
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if os.getpid() != self._pid:
             return  # a process that loads data; the one that trains decides
-        trainer = self._trainer
+        trainer = self._run
         if not self._training or trainer is None:
             previous = self._previous.get(signum)
             if callable(previous):
@@ -216,27 +217,30 @@ class SignalCheckpoint(Checkpoint):
         if _urgency(signum) >= _urgency(self._signal):
             self._signal = signum  # a signal to requeue is not undone
         # While a checkpoint is written, here or below, a further signal waits for that one.
-        if self._validating and trainer.is_global_zero and self._saved_at is None and not self._saving:
+        may_save = self._validating and trainer.is_global_zero and _rank_zero_can_save(trainer)
+        if may_save and self._saved_at is None and not self._saving:
             path = self._path(trainer)
             self._saving = True
             try:
                 # Not through the Trainer, which would wait for the other processes: they are elsewhere in validation.
-                trainer.strategy.save_checkpoint(trainer._checkpoint_connector.dump_checkpoint(False), path)
+                trainer.strategy.save_checkpoint(collect_checkpoint(trainer), path)
             finally:
                 self._saving = False
             self._saved_at = path
             if trainer.world_size == 1:
                 self._stop(trainer, self._signal, path)
-            elif _urgency(self._signal) == _REQUEUE and _slurm(trainer) is not None:
-                self._requeued = _requeue()
+            elif _urgency(self._signal) == _REQUEUE and is_requeued_by_lightning(trainer):
+                self._requeued = requeue()
 
     def _boundary(self, trainer: Trainer) -> None:
         """Stops if a process got a signal; all processes are here."""
         if not self._training or self._accumulating:
             return
-        # One small sum per step. Lightning waits for the same at the start of the next one, but asks rank zero alone.
-        ranks = torch.tensor(float(_urgency(self._signal)), device=trainer.strategy.root_device)
-        urgency = int(trainer.strategy.reduce(ranks, reduce_op="max")) if trainer.world_size > 1 else int(ranks)
+        urgency = _urgency(self._signal)
+        if trainer.world_size > 1:
+            # One small sum per step. Lightning waits for the same at the start of the next, but asks rank zero alone.
+            own = torch.tensor(float(urgency), device=trainer.strategy.root_device)
+            urgency = int(trainer.strategy.reduce(own, reduce_op="max"))
         if urgency == 0:
             return
         signum = _signum(trainer, urgency)
@@ -250,22 +254,21 @@ class SignalCheckpoint(Checkpoint):
         self._stop(trainer, signum, path)
 
     def _path(self, trainer: Trainer) -> str:
-        root = trainer.default_root_dir
         if self._saved_at is not None:
             return self._saved_at
-        if _slurm(trainer) is not None:
-            return trainer._checkpoint_connector.hpc_save_path(root)
+        if is_requeued_by_lightning(trainer):
+            return next_slurm_checkpoint(trainer)
         folders = [c.dirpath for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c.dirpath]
-        return str(Path(self.dirpath or (folders or [root])[0]) / "interrupted.ckpt")
+        return str(Path(self.dirpath or (folders or [trainer.default_root_dir])[0]) / "interrupted.ckpt")
 
     def _stop(self, trainer: Trainer, signum: int, path: str) -> None:
         """Raises the end of the run, or lets it go on because the job could not be put back into the queue."""
         requeued = False
-        if _slurm(trainer) is not None:
+        if is_requeued_by_lightning(trainer):
             if trainer.is_global_zero:
-                _remove_older(Path(path))
+                remove_older_checkpoints(Path(path))
             if _urgency(signum) == _REQUEUE:
-                here = trainer.is_global_zero and (self._requeued or _requeue())
+                here = trainer.is_global_zero and (self._requeued or requeue())
                 requeued = bool(trainer.strategy.broadcast(here))
                 if not requeued:
                     rank_zero_warn(f"the job could not be put back into Slurm's queue; training goes on after {path}")
@@ -279,22 +282,6 @@ class SignalCheckpoint(Checkpoint):
 _REQUEUE = 3
 
 
-def _slurm(trainer: Trainer) -> SLURMEnvironment | None:
-    environment = trainer._accelerator_connector.cluster_environment
-    return environment if isinstance(environment, SLURMEnvironment) and environment.auto_requeue else None
-
-
-def _slurms_signal(trainer: Trainer) -> int | None:
-    """Returns the signal that Slurm sends before the time limit, or ``None`` where there is no Slurm.
-
-    It also comes where nothing is put back into the queue, and would end a process that does not listen.
-    """
-    environment = trainer._accelerator_connector.cluster_environment
-    if isinstance(environment, SLURMEnvironment):
-        return int(environment.requeue_signal or signal.SIGUSR1)
-    return int(signal.SIGUSR1) if "SLURM_JOB_ID" in os.environ else None
-
-
 def _urgency(signum: int) -> int:
     """Ranks signals, so that processes that got different ones do the same."""
     if signum not in (signal.SIGINT, signal.SIGTERM):
@@ -304,31 +291,16 @@ def _urgency(signum: int) -> int:
 
 def _signum(trainer: Trainer, urgency: int) -> int:
     if urgency == _REQUEUE:
-        return _slurms_signal(trainer) or int(signal.SIGUSR1)
+        return time_limit_signal(trainer) or int(signal.SIGUSR1)
     return int(signal.SIGTERM if urgency == 2 else signal.SIGINT)
 
 
-def _requeue() -> bool:
-    """Puts the job back into Slurm's queue, and returns whether Slurm agreed."""
-    array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
-    job = f"{array}_{task}" if array is not None else os.environ.get("SLURM_JOB_ID", "")
-    try:
-        done = subprocess.run(["scontrol", "requeue", job], check=False, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        logger.warning("scontrol requeue %s: %s", job, error)
-        return False
-    if done.returncode != 0:
-        logger.warning("scontrol requeue %s: status %d, %s", job, done.returncode, done.stderr.strip())
-    return done.returncode == 0
-
-
-def _remove_older(path: Path) -> None:
-    """Removes Slurm's checkpoints but for the newest and the one before it."""
-    found = sorted(
-        (int(match[1]), file) for file in path.parent.glob("hpc_ckpt_*.ckpt") if (match := _HPC.fullmatch(file.name))
-    )
-    for _, file in found[:-2]:
-        file.unlink(missing_ok=True)
+def _rank_zero_can_save(trainer: Trainer) -> bool:
+    """Returns whether a save is rank zero's alone: weights or optimisers in shards need all ranks to take part."""
+    if trainer.world_size == 1:
+        return True
+    sharded = any(hasattr(optimizer, "consolidate_state_dict") for optimizer in trainer.optimizers)
+    return type(trainer.strategy) is DDPStrategy and not sharded
 
 
 def _mark_restart(tensorboard: TensorBoardLogger, step: int) -> None:

@@ -13,10 +13,12 @@ from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dat_lightning.runs import AtomicCheckpointIO, read_run
 from dat_lightning.runs.resume import protect
-from dat_lightning.runs.signal_checkpoint import StoppedBySignal
+from dat_lightning.runs.signal_checkpoint import SignalCheckpoint, StoppedBySignal
 from tests import tiny
 
 
@@ -140,3 +142,44 @@ def test_without_modelcheckpoint_lightning_says_that_there_is_no_best_model(tmp_
     trainer.fit(tiny.stage1(), tiny.digits())
     with pytest.raises(ValueError, match="is not configured to save the best model"):
         trainer.test(datamodule=tiny.digits(), ckpt_path="best", verbose=False)
+
+
+def test_a_trial_run_leaves_the_checkpoint_of_an_earlier_signal(tmp_path: Path) -> None:
+    before = tmp_path / "saved" / "interrupted.ckpt"
+    before.parent.mkdir()
+    before.write_bytes(b"of a run that goes on")
+    saver = ModelCheckpoint(dirpath=tmp_path / "saved")
+    sender = SendSignal(signal.SIGTERM, "training")
+    trainer = tiny.trainer(tmp_path, [sender, saver], enable_checkpointing=True, fast_dev_run=2)
+    protect(trainer)
+    with pytest.raises(SIGTERMException):
+        trainer.fit(tiny.stage1(), datamodule=tiny.digits())
+    assert before.read_bytes() == b"of a run that goes on"
+
+
+class Counting(TorchDispatchMode):
+    """Counts what reads a tensor's value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.reads = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.reads += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def test_one_process_reads_no_tensor_to_learn_of_a_signal(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path)
+    callback = SignalCheckpoint()
+    callback.setup(trainer, tiny.stage1(), "fit")
+    callback.on_train_start(trainer, tiny.stage1())
+    try:
+        with Counting() as counting:
+            trainer.fit_loop.epoch_loop.batch_progress.is_last_batch = False
+            for step in range(3):
+                trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = step + 1
+                callback.on_train_batch_end(trainer, tiny.stage1(), None, None, step)
+    finally:
+        callback.teardown(trainer, tiny.stage1(), "fit")
+    assert counting.reads == 0

@@ -1,0 +1,50 @@
+"""All that this package takes from Lightning beyond its public interface, each with the reason.
+
+What is inherited is listed beside these in tests/runs/test_lightning_internals.py, which fails with a sentence when
+Lightning has moved something, and when another file of the package reaches into a Trainer.
+"""
+
+from typing import Any
+
+from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+
+
+def collect_checkpoint(trainer: Trainer) -> dict[str, Any]:
+    """Returns the contents of a checkpoint: ``Trainer.save_checkpoint`` also waits for all ranks."""
+    return trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+
+
+def next_slurm_checkpoint(trainer: Trainer) -> str:
+    """Returns where Lightning, which goes on from there by itself, would save when Slurm's signal comes."""
+    return trainer._checkpoint_connector.hpc_save_path(trainer.default_root_dir)
+
+
+def cluster_environment(trainer: Trainer) -> ClusterEnvironment | None:
+    """Returns the environment that the Trainer runs in: the strategy of a single device does not show it."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def logged_step(trainer: Trainer) -> int:
+    """Returns the step that loggers are given, which with several optimisers is not ``global_step``."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def replaces_files(saver: ModelCheckpoint) -> bool:
+    """Returns whether a callback writes over files of the same name, which it keeps to itself."""
+    return not saver._enable_version_counter
+
+
+def use_checkpoint_io(trainer: Trainer, checkpoint_io: CheckpointIO) -> None:
+    """Has a Trainer write checkpoints by a plug-in where its user chose none.
+
+    One that wraps another, such as ``AsyncCheckpointIO``, is given this one if it has none yet; the public property
+    would give it Lightning's first.
+    """
+    chosen = trainer.strategy._checkpoint_io
+    if isinstance(chosen, _WrappingCheckpointIO):
+        chosen.checkpoint_io = checkpoint_io  # does nothing where it has one already
+    elif type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = checkpoint_io
