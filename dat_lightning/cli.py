@@ -12,7 +12,7 @@ from jsonargparse import Namespace
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -27,6 +27,7 @@ from dat_lightning.runs.error_sentences import argument_sentence, constructor_er
 from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.lightning_internals import replaces_files
 from dat_lightning.runs.resume import find_checkpoint, protect
+from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
 from dat_lightning.weights.export import logger as export_logger
@@ -180,7 +181,8 @@ class DATCLI(LightningCLI):
                 "_class_path": model["class_path"],
                 **model.get("init_args", {}),
                 "_instantiator": "lightning.pytorch.cli.instantiate_module",
-            }
+            },
+            logger=False,  # SaveRunSettings logs them, with those of the data and the Trainer
         )
 
 
@@ -210,9 +212,7 @@ def main(args: ArgsType = None) -> None:
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            # A requeued job finds the configuration of its first life.
-            save_config_callback=SaveConfigCallback,
-            save_config_kwargs={"overwrite": True},
+            save_config_callback=SaveRunSettings,
             parser_class=DATArgumentParser,
             args=args,
         )

@@ -31,8 +31,7 @@ from dat_lightning.runs.lightning_internals import use_checkpoint_io
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint
 from dat_lightning.weights import changed_settings
 
-# Words that Lightning understands; it resolves the second and third.
-_LAST, _PASSED_ON = "last", ("best", "hpc")
+_LAST = "last"
 _HINT = "; for its weights alone use --model.init_from"
 # What the savers of FSDP and DeepSpeed have in the folder that is a checkpoint.
 _SHARDED = (".metadata", "latest")
@@ -109,10 +108,15 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
         to_train: Whether training goes on, which needs the optimiser's state.
 
     Raises:
-        InputError: If the checkpoint is damaged, foreign, of another kind of module or of a newer version; if there
-            are some, but none is whole; or if there is none to evaluate.
+        InputError: If it is ``best``, which only the process that trains knows; if the checkpoint is damaged, foreign,
+            of another kind of module or of a newer version; if there are some, but none is whole; or if there is none
+            to evaluate.
     """
-    if given in _PASSED_ON:
+    if given == "best":
+        raise InputError(_no_best(trainer))
+    if given == "hpc":
+        if not any(path.name.startswith("hpc_ckpt_") for path in _in_root(trainer)):
+            raise InputError(f"--ckpt_path hpc: there is no hpc_ckpt_<n>.ckpt in {trainer.default_root_dir}")
         return given
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
     wanted = Wanted(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
@@ -131,6 +135,15 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
     rank_zero_info(f"--ckpt_path {given} is {found}")
     _tell(given, found, trainer, wanted)
     return str(found)
+
+
+def _no_best(trainer: Trainer) -> str:
+    """Returns why ``best`` names no checkpoint here, and which files it may have meant."""
+    files = [path for folder in _folders(trainer) for path in checkpoints_in(folder)]
+    named = f", such as {', '.join(map(str, files[:5]))}" if files else ""
+    return (
+        f"--ckpt_path best: only the process that trains knows its best checkpoint; name the file{named}, or use last"
+    )
 
 
 def _newest(given: str, trainer: Trainer, wanted: Wanted, kind: str) -> Path | None:

@@ -68,6 +68,22 @@ def test_last_is_the_newest_whole_one_of_this_kind_of_run(tmp_path: Path) -> Non
         assert find("last", tmp_path) == str(tmp_path / "interrupted.ckpt")
 
 
+@pytest.mark.parametrize("to_train", [True, False])
+def test_best_is_a_sentence_because_this_process_has_not_trained(to_train: bool, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--ckpt_path best: only the process .*; name the file, or use last$"):
+        find("best", tmp_path, to_train=to_train)
+    save(tmp_path / "saved" / "fid.ckpt", 1)
+    with pytest.raises(ValueError, match=r"name the file, such as .*/saved/fid\.ckpt, or use last$"):
+        find("best", tmp_path, to_train=to_train)
+
+
+def test_hpc_is_a_sentence_where_there_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^--ckpt_path hpc: there is no hpc_ckpt_<n>\.ckpt in "):
+        find("hpc", tmp_path)
+    save(tmp_path / "hpc_ckpt_1.ckpt", 1)
+    assert find("hpc", tmp_path) == "hpc"
+
+
 def test_last_does_not_start_anew_where_nothing_is_whole(tmp_path: Path) -> None:
     save(tmp_path / "saved" / "last.ckpt", 1, whole=False)
     save(tmp_path / "saved" / "best.ckpt", 2, stage=2)
