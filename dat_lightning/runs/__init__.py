@@ -2,32 +2,31 @@
 
 from dat_lightning.runs.atomic import AtomicCheckpointIO
 from dat_lightning.runs.checkpoints import (
-    Wanted,
+    Requirements,
     can_resume,
     checkpoints_in,
+    name_another,
     newest_whole,
-    offer,
-    peek,
-    read_run,
+    read_run_checkpoint,
+    read_without_tensors,
     shapes_of,
     step_of,
 )
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint, StoppedBySignal
-from dat_lightning.weights.archives import DamagedCheckpointError, know_as_whole
+from dat_lightning.weights.archives import DamagedCheckpointError
 
 __all__ = [
     "AtomicCheckpointIO",
     "DamagedCheckpointError",
+    "Requirements",
     "SignalCheckpoint",
     "StoppedBySignal",
-    "Wanted",
     "can_resume",
     "checkpoints_in",
-    "know_as_whole",
+    "name_another",
     "newest_whole",
-    "offer",
-    "peek",
-    "read_run",
+    "read_run_checkpoint",
+    "read_without_tensors",
     "shapes_of",
     "step_of",
 ]

@@ -12,7 +12,7 @@ from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-
 from lightning.fabric.plugins import TorchCheckpointIO
 from typing_extensions import override
 
-from dat_lightning.runs.checkpoints import offer, read_run
+from dat_lightning.runs.checkpoints import name_another, read_run_checkpoint
 from dat_lightning.weights.archives import DamagedCheckpointError, check_whole
 from dat_lightning.weights.files import written_whole
 
@@ -68,10 +68,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return super().load_checkpoint(path, map_location, weights_only)
         try:
             if weights_only is not False:
-                return read_run(local)
+                return read_run_checkpoint(local)
             check_whole(local)
         except DamagedCheckpointError as error:
-            raise DamagedCheckpointError(f"{error}{offer(local)}") from error
+            raise DamagedCheckpointError(f"{error}{name_another(local)}") from error
         return super().load_checkpoint(path, map_location, weights_only)
 
 

@@ -17,7 +17,7 @@ _NEEDED = ("pytorch-lightning_version", "state_dict", "loops", "optimizer_states
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Requirements:
     """What a checkpoint has to be of, for a run to use it.
 
     Args:
@@ -32,7 +32,7 @@ class Wanted:
     settings: Mapping[str, Any] = field(default_factory=dict)
     to_train: bool = True
 
-    def misfit(self, contents: Mapping[str, Any]) -> str | None:
+    def unmet(self, contents: Mapping[str, Any]) -> str | None:
         """Returns what is wrong with a checkpoint of another kind of module or network, or ``None``."""
         if self.kind is not None and not is_of_kind(contents, self.kind):
             return f"it is one of a {kind_of(contents)}"
@@ -44,10 +44,10 @@ class Wanted:
             missing, unexpected = len(own - found.keys()), len(found.keys() - own)
             return f"{missing} names missing, {unexpected} unexpected, such as {min(own ^ found.keys())}"
         name = next(name for name, shape in self.shapes.items() if shape != found[name])
-        return f"{name} has the shape {_by(found[name])}, not {_by(self.shapes[name])}"
+        return f"{name} has the shape {_shape_text(found[name])}, not {_shape_text(self.shapes[name])}"
 
 
-_ANY = Wanted()
+_ANY = Requirements()
 
 
 def shapes_of(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -55,11 +55,11 @@ def shapes_of(state_dict: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     return {name: tuple(getattr(value, "shape", ())) for name, value in state_dict.items()}
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def _shape_text(shape: tuple[int, ...]) -> str:
     return "×".join(map(str, shape)) or "of a number"
 
 
-def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
+def read_run_checkpoint(path: Path, mmap: bool = False) -> dict[str, Any]:
     """Returns a checkpoint of a run, on the CPU; every byte is checked first, and nothing in it is executed.
 
     Args:
@@ -74,11 +74,11 @@ def read_run(path: Path, mmap: bool = False) -> dict[str, Any]:
     return _load(path, mmap)
 
 
-def peek(path: Path) -> dict[str, Any]:
+def read_without_tensors(path: Path) -> dict[str, Any]:
     """Returns a checkpoint of a run, on the CPU, whose tensors stay in the file and have not been checked.
 
     Raises:
-        DamagedCheckpointError: As :func:`read_run` does, as far as can be told without the tensors' bytes.
+        DamagedCheckpointError: As :func:`read_run_checkpoint` does, without the tensors' bytes.
         InputError: If a newer version of this package wrote it.
     """
     fault = damaged_part(path, tensors=False)
@@ -118,31 +118,31 @@ def checkpoints_in(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else []
 
 
-def newest_whole(candidates: Iterable[Path], wanted: Wanted = _ANY) -> Path | None:
+def newest_whole(candidates: Iterable[Path], required: Requirements = _ANY) -> Path | None:
     """Returns the newest checkpoint that is whole, or ``None``.
 
-    Those with the settings that are wanted come first. Then the run of which a file was written last decides: its
+    Those with the settings of the run come first. Then the run of which a file was written last decides: its
     checkpoint with the most steps is the newest, and of two with as many the one that was written later. The time of
     writing alone would change when files are copied; steps alone would prefer an older run in the same folder.
 
     Args:
         candidates: Checkpoints; all are opened, and read whole until a whole one is found.
-        wanted: What it has to be of.
+        required: What it has to be of.
     """
     found: list[tuple[Path, int, dict[str, Any]]] = []
     last_written: dict[str | None, int] = {}
     for path in candidates:
         try:
-            contents, written = peek(path), path.stat().st_mtime_ns
+            contents, written = read_without_tensors(path), path.stat().st_mtime_ns
         except (ValueError, OSError):
             continue
-        if wanted.misfit(contents) is None and (can_resume(contents) or not wanted.to_train):
+        if required.unmet(contents) is None and (can_resume(contents) or not required.to_train):
             found.append((path, written, contents))
             last_written[run_of(contents)] = max(written, last_written.get(run_of(contents), 0))
 
     def rank(entry: tuple[Path, int, dict[str, Any]]) -> tuple[bool, int, int, int, str]:
         path, written, contents = entry
-        others = bool(changed_settings(contents, wanted.settings))
+        others = bool(changed_settings(contents, required.settings))
         return others, -last_written[run_of(contents)], -step_of(contents), -written, path.name
 
     for path, _, _ in sorted(found, key=rank):
@@ -160,7 +160,7 @@ def step_of(contents: Mapping[str, Any]) -> int:
     return step if isinstance(step, int) else 0
 
 
-def offer(path: Path, wanted: Wanted = _ANY) -> str:
+def name_another(path: Path, required: Requirements = _ANY) -> str:
     """Returns the part of a sentence that says what to go on from where a checkpoint cannot be used."""
-    other = newest_whole((other for other in checkpoints_in(path.parent) if other.name != path.name), wanted)
+    other = newest_whole((other for other in checkpoints_in(path.parent) if other.name != path.name), required)
     return f"; no other checkpoint in {path.parent} is whole" if other is None else f"; the newest whole one is {other}"

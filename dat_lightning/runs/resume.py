@@ -16,14 +16,13 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.runs import (
     AtomicCheckpointIO,
     DamagedCheckpointError,
-    Wanted,
+    Requirements,
     can_resume,
     checkpoints_in,
-    know_as_whole,
+    name_another,
     newest_whole,
-    offer,
-    peek,
-    read_run,
+    read_run_checkpoint,
+    read_without_tensors,
     shapes_of,
     step_of,
 )
@@ -68,12 +67,12 @@ class SameCheckpoint(Callback):
         for rank, other in enumerate(chosen):
             if other != chosen[0]:
                 raise InputError(
-                    f"rank {rank} goes on from {_said(*other)}, rank 0 from {_said(*chosen[0])}: all processes must"
-                    " share the folder of the checkpoints"
+                    f"rank {rank} goes on from {_described(*other)}, rank 0 from {_described(*chosen[0])}:"
+                    " all processes must share the folder of the checkpoints"
                 )
 
 
-def _said(name: str | None, step: int) -> str:
+def _described(name: str | None, step: int) -> str:
     return "no checkpoint" if name is None else f"{name} (step {step})"
 
 
@@ -119,21 +118,21 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
             raise InputError(f"--ckpt_path hpc: there is no hpc_ckpt_<n>.ckpt in {trainer.default_root_dir}")
         return given
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    wanted = Wanted(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
+    required = Requirements(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
     if given is None:
         if not (to_train and SLURMEnvironment.detect() and _in_root(trainer)):
             return None
         given = _LAST
     if given != _LAST and (not Path(given).is_dir() or any((Path(given) / name).exists() for name in _SHARDED)):
         if Path(given).is_file():
-            _check(Path(given), type(model).__name__, wanted)
-            _tell(given, Path(given), trainer, wanted)
+            _check(Path(given), type(model).__name__, required)
+            _warn_before_training(given, Path(given), trainer, required)
         return given
-    found = _newest(given, trainer, wanted, type(model).__name__)
+    found = _newest(given, trainer, required, type(model).__name__)
     if found is None:
         return None
     rank_zero_info(f"--ckpt_path {given} is {found}")
-    _tell(given, found, trainer, wanted)
+    _warn_before_training(given, found, trainer, required)
     return str(found)
 
 
@@ -146,10 +145,10 @@ def _no_best(trainer: Trainer) -> str:
     )
 
 
-def _newest(given: str, trainer: Trainer, wanted: Wanted, kind: str) -> Path | None:
+def _newest(given: str, trainer: Trainer, required: Requirements, kind: str) -> Path | None:
     """Returns the checkpoint that a folder or ``last`` means."""
     candidates = _of_run(trainer) if given == _LAST else checkpoints_in(Path(given))
-    found = newest_whole(candidates, wanted)
+    found = newest_whole(candidates, required)
     if found is None and (candidates or given != _LAST):
         folders = ", ".join(sorted({str(path.parent) for path in candidates})) or given
         raise InputError(
@@ -157,38 +156,37 @@ def _newest(given: str, trainer: Trainer, wanted: Wanted, kind: str) -> Path | N
             f" {kind} with this network"
         )
     if found is None:
-        if not wanted.to_train:
+        if not required.to_train:
             folders = ", ".join(map(str, [*_folders(trainer), trainer.default_root_dir]))
             raise InputError(f"--ckpt_path last: there is no checkpoint of this run in {folders}; name a file")
         rank_zero_info("--ckpt_path last: there is no checkpoint of this run yet; it starts anew")
         return None
-    know_as_whole(found)
     latest = max(candidates, key=lambda path: path.stat().st_mtime_ns)
     if latest.stat().st_mtime_ns > found.stat().st_mtime_ns:
-        why = _passed_over(latest, wanted)
+        why = _why_not_taken(latest, required)
         rank_zero_warn(f"--ckpt_path {given}: {latest} is newer, but {why}; the run goes on from {found}")
     return found
 
 
-def _passed_over(path: Path, wanted: Wanted) -> str:
+def _why_not_taken(path: Path, required: Requirements) -> str:
     """Returns why a checkpoint that was written later is not the one to go on from."""
     try:
-        contents = read_run(path, mmap=True)
+        contents = read_run_checkpoint(path, mmap=True)
     except (ValueError, OSError):
         return "cannot be used"
-    if wanted.misfit(contents) is not None or not (can_resume(contents) or not wanted.to_train):
+    if required.unmet(contents) is not None or not (can_resume(contents) or not required.to_train):
         return "cannot be used"
-    if changed_settings(contents, wanted.settings):
+    if changed_settings(contents, required.settings):
         return "has other settings of the module than this run"
     return f"has fewer steps ({step_of(contents)})"
 
 
-def _tell(given: str, path: Path, trainer: Trainer, wanted: Wanted) -> None:
+def _warn_before_training(given: str, path: Path, trainer: Trainer, required: Requirements) -> None:
     """Warns of what a user who goes on from a checkpoint may not expect."""
-    if not wanted.to_train:
+    if not required.to_train:
         return
-    contents = peek(path)
-    changed = changed_settings(contents, wanted.settings)
+    contents = read_without_tensors(path)
+    changed = changed_settings(contents, required.settings)
     if changed:
         more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
         rank_zero_warn(
@@ -235,20 +233,19 @@ def _in_root(trainer: Trainer) -> list[Path]:
     return [path for name in ("hpc_ckpt_*.ckpt", "interrupted.ckpt") for path in checkpoints_in(root, name)]
 
 
-def _check(path: Path, kind: str, wanted: Wanted) -> None:
+def _check(path: Path, kind: str, required: Requirements) -> None:
     """Raises an error if a checkpoint is not one of this kind of run."""
     try:
-        contents = read_run(path, mmap=True)
+        contents = read_run_checkpoint(path, mmap=True)
     except DamagedCheckpointError as error:
-        raise InputError(f"--ckpt_path: {error}{offer(path, wanted)}") from error
+        raise InputError(f"--ckpt_path: {error}{name_another(path, required)}") from error
     if "pytorch-lightning_version" not in contents:
         raise InputError(f"--ckpt_path {path} is no checkpoint of a run of this program{_HINT}")
     # Evaluation takes weights alone, from whatever module they are.
-    misfit = (wanted if wanted.to_train else replace(wanted, kind=None)).misfit(contents)
-    if misfit is not None:
+    unmet = (required if required.to_train else replace(required, kind=None)).unmet(contents)
+    if unmet is not None:
         raise InputError(
-            f"--ckpt_path {path} is a checkpoint of another kind of module or network than {kind}: {misfit}{_HINT}"
+            f"--ckpt_path {path} is a checkpoint of another kind of module or network than {kind}: {unmet}{_HINT}"
         )
-    if wanted.to_train and not can_resume(contents):
+    if required.to_train and not can_resume(contents):
         raise InputError(f"--ckpt_path {path} has weights alone, and training goes on from an optimiser's state{_HINT}")
-    know_as_whole(path)

@@ -5,9 +5,6 @@ from pathlib import Path
 
 from dat_lightning.core.errors import InputError
 
-# Files that were found whole and are about to be loaded, as they were then.
-_KNOWN_WHOLE: dict[Path, tuple[int, ...]] = {}
-
 
 class DamagedCheckpointError(InputError):
     """Says that a file is not a checkpoint that can be read whole."""
@@ -59,18 +56,6 @@ def check_whole(path: Path) -> None:
     Raises:
         DamagedCheckpointError: If it is damaged, as far as its checksums tell, or of another kind.
     """
-    if _KNOWN_WHOLE.pop(path.absolute(), None) == _identity(path):
-        return
     fault = damaged_part(path)
     if fault is not None:
         raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {fault}")
-
-
-def know_as_whole(path: Path) -> None:
-    """Spares a file that has been checked the next check, unless it changes before."""
-    _KNOWN_WHOLE[path.absolute()] = _identity(path)
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns

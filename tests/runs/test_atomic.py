@@ -10,7 +10,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import AsyncCheckpointIO
 
-from dat_lightning.runs import AtomicCheckpointIO, DamagedCheckpointError, Wanted, newest_whole, read_run
+from dat_lightning.runs import (
+    AtomicCheckpointIO,
+    DamagedCheckpointError,
+    Requirements,
+    newest_whole,
+    read_run_checkpoint,
+)
 from dat_lightning.runs.resume import protect
 from dat_lightning.weights.stamp import FORMAT
 from tests import tiny
@@ -144,9 +150,9 @@ def test_what_training_cannot_go_on_from_is_not_offered(tmp_path: Path) -> None:
     torch.save(alone, weights)
     for k, path in enumerate((whole, other, weights)):
         os.utime(path, (1000 + k,) * 2)
-    assert newest_whole([whole, other, weights], Wanted(shapes={"weight": (50,)})) == whole
+    assert newest_whole([whole, other, weights], Requirements(shapes={"weight": (50,)})) == whole
     assert newest_whole([whole, other, weights]) == other
-    assert newest_whole([whole, other, weights], Wanted(shapes={"weight": (50,)}, to_train=False)) == weights
+    assert newest_whole([whole, other, weights], Requirements(shapes={"weight": (50,)}, to_train=False)) == weights
 
 
 def test_a_file_without_checksums_can_be_read(tmp_path: Path) -> None:
@@ -155,7 +161,7 @@ def test_a_file_without_checksums_can_be_read(tmp_path: Path) -> None:
         torch.save(contents(1), tmp_path / "last.ckpt")
     finally:
         torch.serialization.set_crc32_options(True)
-    assert read_run(tmp_path / "last.ckpt")["global_step"] == 1
+    assert read_run_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
 
 
 def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_checkpoint_of_a_newer_version_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=expected):
         tiny.trainer(tmp_path).fit(tiny.stage1(), datamodule=tiny.digits(), ckpt_path=path, weights_only=True)
     with pytest.raises(ValueError, match=expected):
-        read_run(path)
+        read_run_checkpoint(path)
     with pytest.raises(ValueError, match=expected):
         tiny.trainer(tmp_path).fit(tiny.stage1(init_from=str(path)), datamodule=tiny.digits())
     del saved["dat_lightning"]  # written before there were stamps
@@ -203,4 +209,4 @@ def test_a_trainer_is_protected_once_and_keeps_what_its_user_chose(
     monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", spy)
     trainer.fit(tiny.stage1(), datamodule=tiny.digits())
     assert set(writers) == {"Own" if chosen == "own" else "AtomicCheckpointIO"}
-    assert read_run(tmp_path / "saved" / "last.ckpt")["global_step"] == 6
+    assert read_run_checkpoint(tmp_path / "saved" / "last.ckpt")["global_step"] == 6

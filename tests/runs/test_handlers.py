@@ -16,7 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dat_lightning.runs import AtomicCheckpointIO, read_run
+from dat_lightning.runs import AtomicCheckpointIO, read_run_checkpoint
 from dat_lightning.runs.resume import protect
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint, StoppedBySignal
 from tests import tiny
@@ -68,7 +68,7 @@ def test_a_second_signal_during_the_save_starts_no_other(
     assert saves == [0]
     assert end.code == 128 + signal.SIGTERM
     assert end.path == str(tmp_path / "saved" / "interrupted.ckpt")
-    read_run(Path(end.path))
+    read_run_checkpoint(Path(end.path))
 
 
 def slurm_alone() -> dict[str, Any]:
