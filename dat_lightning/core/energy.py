@@ -1,6 +1,7 @@
 """A classifier read as an energy-based model: logits f(x), joint energy −f(x)[y], marginal energy −logsumexp f(x)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def batch_norm_layers(module: nn.Module) -> list[nn.Module]:
 class EnergyModel(nn.Module):
     """Gives a backbone raw pixels, and its logits the names of an energy-based model.
 
-    A module from images to logits like any classifier, so that evaluators such as AutoAttack take it as it is.
+    A module from images to logits like any classifier, so that evaluators such as AutoAttack take it as it is. The
+    names in its state dict are the same whether or not the backbone is one that ``torch.compile`` returned.
     ``dat_lightning.EnergyModel`` is this one with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Args:
@@ -65,6 +67,8 @@ class EnergyModel(nn.Module):
         self.register_buffer("mean", None if mean is None else torch.tensor(mean).view(1, -1, 1, 1))
         self.register_buffer("std", None if std is None else torch.tensor(std).view(1, -1, 1, 1))
         self.batch_norm_frozen = False
+        self.register_state_dict_post_hook(_save_plain_names)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_expect_plain_names)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns the logits f(x)."""
@@ -96,3 +100,25 @@ class EnergyModel(nn.Module):
         if self.batch_norm_frozen:
             self.freeze_batch_norm()
         return self
+
+
+# What torch.compile puts into the names of a network's weights.
+_COMPILED = "_orig_mod."
+
+
+def _save_plain_names(model: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    for name in [name for name in state if name.startswith(prefix) and _COMPILED in name]:
+        state[name.replace(_COMPILED, "")] = state.pop(name)
+
+
+def _expect_plain_names(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    own = {prefix + name.replace(_COMPILED, ""): prefix + name for name, _ in _named_tensors(model)}
+    for name in [name for name in state if name.startswith(prefix)]:
+        plain = name.replace(_COMPILED, "")
+        state[own.get(plain, plain)] = state.pop(name)
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    # Tied weights have two names in a state dict.
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)

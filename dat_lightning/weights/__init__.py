@@ -1,9 +1,9 @@
 """Files of weights: ours and other people's in, without running code from them; safetensors and the Hub out."""
 
+from dat_lightning.weights.foreign import StandIn
 from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.layouts import energy_model_weights
 from dat_lightning.weights.loading import LoadedWeights, load_weights
-from dat_lightning.weights.pickles import StandIn
 from dat_lightning.weights.reading import read_checkpoint
 from dat_lightning.weights.stamp import changed_settings, check_stamp, run_of, stamp
 

@@ -231,7 +231,8 @@ def _module(model: HubModel) -> nn.Module:
 
 
 def _description(name: str, network: nn.Module) -> dict[str, Any]:
-    description = architecture_of(network)
+    # torch.compile wraps a network.
+    description = architecture_of(getattr(network, "_orig_mod", network))
     if description is None:
         kind = type(network).__name__
         raise InputError(

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.weights.pickles import StandIn
+from dat_lightning.weights.foreign import StandIn
 
 _AVERAGED = ("ema", "model_ema", "state_dict_ema", "ema_state_dict")
 _ENTRIES = (*_AVERAGED, "state_dict", "model", "model_state_dict", "net")

@@ -92,7 +92,7 @@ def _head_of_other_classes(
 ) -> tuple[str, ...]:
     """Returns the names of the last linear layer's weights if they, and they alone, differ in the number of classes."""
     layers = [
-        (name, layer)
+        (name.replace("_orig_mod.", ""), layer)
         for name, layer in model.named_modules()
         if isinstance(layer, nn.Linear) or (isinstance(layer, nn.Conv2d) and layer.kernel_size == (1, 1))
     ]

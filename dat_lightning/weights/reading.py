@@ -1,19 +1,15 @@
 """Files of weights: the formats, and one clear error for each file that is none of them."""
 
-import pickle
 import tarfile
-import warnings
 import zipfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dat_lightning.core.errors import InputError
-from dat_lightning.weights import pickles
 from dat_lightning.weights.archives import check_whole, is_archive
-from dat_lightning.weights.names import ForbiddenNameError
+from dat_lightning.weights.foreign import StandIn, foreign_names, load_with_stand_ins
 from dat_lightning.weights.stamp import check_stamp
 
 
@@ -26,7 +22,7 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is no checkpoint, is damaged, or names something that could run code.
+        InputError: If it is no checkpoint, is damaged, or holds what ``torch.load`` does not read.
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
@@ -36,13 +32,11 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
     if is_archive(file):
         check_whole(file)
     try:
-        contents = _read_safetensors(file) if file.suffix == ".safetensors" else _read_torch(file)
-    except ForbiddenNameError as error:
-        raise InputError(f"{path} is not a readable checkpoint: {error}; nothing in it was run") from error
+        contents = _read_safetensors(file) if file.suffix == ".safetensors" else load_with_stand_ins(file)
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         raise InputError(f"{path} is not a readable checkpoint: {_diagnosis(file)}") from error
     if not isinstance(contents, Mapping):
-        kind = contents.name if isinstance(contents, pickles.StandIn) else type(contents).__name__
+        kind = contents.name if isinstance(contents, StandIn) else type(contents).__name__
         raise InputError(f"{path} holds a {kind}, not a checkpoint or state dict")
     try:
         check_stamp(contents)
@@ -56,18 +50,6 @@ def _read_safetensors(file: Path) -> Mapping[str, Any]:
 
     tensors: Mapping[str, Any] = load_file(file, device="cpu")
     return tensors
-
-
-def _read_torch(file: Path) -> Any:
-    with file.open("rb") as opened, warnings.catch_warnings():
-        # About pickle protocols, sparse tensors and storages of old; none is for the reader of a checkpoint.
-        warnings.simplefilter("ignore")
-        try:
-            return torch.load(opened, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:
-            opened.seek(0)
-        # Only a pickle that torch's own restricted reader refuses comes here: no archive of code, no tar file.
-        return torch.load(opened, map_location="cpu", pickle_module=pickles, weights_only=False)
 
 
 def _diagnosis(file: Path) -> str:
@@ -86,4 +68,11 @@ def _diagnosis(file: Path) -> str:
             return "it is of another kind: torch's tar format of 2016, or another tar file; save it with a newer torch"
     except Exception:  # a damaged directory of an archive
         return "it is damaged"
-    return "it is damaged or of another kind"
+    found: list[str] = []
+    with suppress(Exception):
+        found = foreign_names(file)
+    what = f"; it holds {', '.join(found[:5])}" if found else ""
+    return (
+        f"it is damaged or of another kind than torch.load(weights_only=True) reads{what}; if you trust it, load it"
+        " where it was made, and save its state dict with safetensors.torch.save_file"
+    )

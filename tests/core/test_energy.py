@@ -131,3 +131,28 @@ def test_frozen_batch_norm_keeps_its_statistics_and_trains_its_affine_parameters
         assert torch.equal(value, before[name]), name
     for name, gradient in zip(parameters, gradients, strict=True):
         assert gradient.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("saved_compiled", [True, False])
+def test_the_names_of_a_compiled_network_are_those_of_the_network(saved_compiled: bool) -> None:
+    """torch.compile wraps a network at once, and compiles it when it is called, which is not here."""
+
+    def model(compiled: bool) -> EnergyModel:
+        network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+        return EnergyModel(torch.compile(network) if compiled else network, mean=[0.5], std=[0.5])  # type: ignore[arg-type]
+
+    source = nn.ModuleDict({"energy_model": model(saved_compiled)})
+    state = source.state_dict()
+    plain = nn.ModuleDict({"energy_model": model(False)}).state_dict()
+    assert set(state) == set(plain)
+    named = {name.replace("backbone.", "backbone._orig_mod."): value for name, value in state.items()}
+    for compiled in (True, False):
+        for file in (state, named):  # the second as older versions wrote it
+            target = nn.ModuleDict({"energy_model": model(compiled)})
+            target.load_state_dict(file)
+            for name, value in target.state_dict().items():
+                assert torch.equal(value, state[name]), name
+        with pytest.raises(RuntimeError, match=r"Missing key.*backbone\..*2\.bias"):
+            target.load_state_dict({name: value for name, value in state.items() if not name.endswith("2.bias")})
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*backbone\..*surplus"):
+            target.load_state_dict({**state, "energy_model.backbone.surplus": torch.zeros(1)})

@@ -333,3 +333,21 @@ def test_a_new_head_is_not_offered_for_a_fault_that_it_would_not_mend(tmp_path: 
         with pytest.raises(ValueError, match="mean is") as error:
             load_weights(model, tmp_path / "a.ckpt", new_head=new_head)
         assert "new_head=True" not in str(error.value)
+
+
+@pytest.mark.parametrize("saved_compiled", [True, False])
+def test_a_compiled_network_loads_its_own_file_and_a_plain_one(saved_compiled: bool, tmp_path: Path) -> None:
+    def compiled(seed: int) -> EnergyModel:
+        model = small_model(seed=seed)
+        return EnergyModel(torch.compile(model.backbone), [0.5], [0.25])  # type: ignore[arg-type]
+
+    source = compiled(1) if saved_compiled else EnergyModel(small_model(seed=1).backbone, [0.5], [0.25])
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    model = compiled(0)
+    load_weights(model, tmp_path / "weights.pt")
+    assert_same_weights(model, source)
+    # Of another project, which saved the compiled network itself.
+    torch.save({"model": source.backbone.state_dict()}, tmp_path / "theirs.pt")
+    model = compiled(0)
+    load_weights(model, tmp_path / "theirs.pt")
+    assert_same_weights(model, source)
