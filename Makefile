@@ -3,17 +3,19 @@ PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/digits
 BIN := $(VENV)/bin
+# Decides about threads from the machine and its load, before torch is loaded.
+RUN := $(BIN)/python -m dat_lightning.threads
 
 .PHONY: demo test test-all lint types bench docs format clean
 
 demo: $(VENV)/.installed-demo  ## train both stages on digits, and write $(OUT)/report.html
-	$(BIN)/python -m dat_lightning.demo --out $(OUT)
+	$(RUN) -m dat_lightning.demo --out $(OUT)
 
 test: lint types  ## what CI runs
-	$(BIN)/python -m pytest
+	$(RUN) -m pytest
 
 test-all: lint types  ## the slow tests as well
-	$(BIN)/python -m pytest -m ''
+	$(RUN) -m pytest -m ''
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -27,7 +29,7 @@ format: $(VENV)/.installed-test
 	$(BIN)/ruff format .
 
 bench: $(VENV)/.installed-test  ## speed against a plain implementation, also as bench.json
-	$(BIN)/python -m tests.benchmarks.bench --json bench.json
+	$(RUN) -m tests.benchmarks.bench --json bench.json
 
 docs: $(VENV)/.installed-docs  ## the pages, into site/
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml

@@ -9,6 +9,7 @@ from typing import Any, Literal, NoReturn
 
 import torch
 from jsonargparse import Namespace
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -30,6 +31,7 @@ from dat_lightning.runs.resume import find_checkpoint, protect
 from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
+from dat_lightning.threads import NUMBER, usable_cores
 from dat_lightning.weights.export import logger as export_logger
 
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
@@ -172,6 +174,9 @@ class DATCLI(LightningCLI):
                 # How anybody's constructor refuses a value of the right type.
                 raise InputError(f"the configuration cannot be instantiated: {cause}") from cause
             raise cause from None
+        if isinstance(getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment):
+            # Processes that Lightning is about to start, on the cores of this one.
+            limit_threads(self.trainer.num_devices)
         protect(self.trainer)
         self._dump_config()
         model = self.config_dump["model"]
@@ -197,6 +202,7 @@ def main(args: ArgsType = None) -> None:
             after Ctrl-C and 138 after Slurm's signal, because the run is not done then.
     """
     try:
+        limit_threads()
         arguments = sys.argv[1:] if args is None else args
         if isinstance(arguments, list) and arguments[:1] == ["explore"]:
             run_explore(arguments[1:])
@@ -231,6 +237,21 @@ def main(args: ArgsType = None) -> None:
             raise
         sys.stderr.write(f"dat-lightning: error: {sentence}\n")
         sys.exit(1)
+
+
+def limit_threads(processes: int = 1) -> None:
+    """Sees to it that torch starts no more threads than this process may use cores, unless the user has set a number.
+
+    Args:
+        processes: Processes that share those cores; they inherit the number.
+    """
+    if NUMBER in os.environ:
+        return
+    threads = min(torch.get_num_threads(), max(1, usable_cores() // processes))
+    torch.set_num_threads(threads)
+    if processes > 1:
+        # Lightning would share the machine's cores, whatever the quota.
+        os.environ[NUMBER] = str(threads)
 
 
 def explore_parser() -> DATArgumentParser:

@@ -6,14 +6,14 @@ from typing import Any, Literal, cast
 from uuid import uuid4
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info
+from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 
-from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, AttackMode, no_trace
+from dat_lightning.core.ascent import Ascent, AttackMode, no_trace
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
@@ -21,7 +21,7 @@ from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import EvaluationEntry, batch_part, check_pixels, class_labels
-from dat_lightning.speed import Execution, NetworkForms
+from dat_lightning.speed import Execution, NetworkForms, emulation_warning
 from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
 
@@ -140,7 +140,7 @@ class EnergyModule(LightningModule):
         self.count_evaluations(x, ascent.network_evaluations())
         # A folded form has no train mode.
         network = self.ascent_network() if mode == "eval" else self.network_forms.for_passes(self.energy_model)
-        dtype = AUTOCAST_DTYPES[self.execution.attack_precision]
+        dtype = self.execution.attack_dtype(x.device)
         return ascent(network, x, y, start=start, mode=mode, draws=draws, seed=self.seed, autocast_dtype=dtype)
 
     def count_evaluations(self, x: Tensor, times: int) -> None:
@@ -208,6 +208,8 @@ class EnergyModule(LightningModule):
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
 
+        Warns if bfloat16 is to be emulated.
+
         Raises:
             InputError: If the learning rate schedule is shorter than the training.
         """
@@ -215,6 +217,7 @@ class EnergyModule(LightningModule):
         if self.trainer.ckpt_path is None or self._run_name is None:
             self._run_name = uuid4().hex
             self.network_evaluations = 0
+        self._warn_of_emulation()
         for config in self.trainer.lr_scheduler_configs:
             self._check_cosine(config.scheduler, config.interval)
             total = getattr(config.scheduler, "total_steps", None)
@@ -239,12 +242,14 @@ class EnergyModule(LightningModule):
         self._load_initial_weights()
 
     def on_test_start(self) -> None:
-        """Loads the initial weights."""
+        """Loads the initial weights; warns as in training."""
         self._load_initial_weights()
+        self._warn_of_emulation()
 
     def on_predict_start(self) -> None:
-        """Loads the initial weights."""
+        """Loads the initial weights; warns as in training."""
         self._load_initial_weights()
+        self._warn_of_emulation()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Checks the values of the first batch, and its labels against the network.
@@ -313,6 +318,12 @@ class EnergyModule(LightningModule):
             loaded = load_weights(self.energy_model, self.init_from, new_head=self.new_head)
             rank_zero_info(f"weights from {self.init_from}: {loaded}")
         self._initialized = True
+
+    def _warn_of_emulation(self) -> None:
+        attacks = {"execution.attack_precision": self.execution.attack_precision}
+        warning = emulation_warning({"trainer.precision": str(self.trainer.precision), **attacks}, self.device)
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def _entered(self, batch: Any, batch_idx: int, loader: Any, parts: Sequence[str] = ("x", "y")) -> Batch:
         """An evaluation batch in form; graphs are compiled for whole ones, and values checked of the first."""

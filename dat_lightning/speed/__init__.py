@@ -2,6 +2,15 @@
 
 from dat_lightning.speed.execution import Execution
 from dat_lightning.speed.folding import FoldedNetwork
+from dat_lightning.speed.hardware import emulation_warning, has_bfloat16
 from dat_lightning.speed.network_forms import CompiledNetwork, CompileMode, NetworkForms
 
-__all__ = ["CompileMode", "CompiledNetwork", "Execution", "FoldedNetwork", "NetworkForms"]
+__all__ = [
+    "CompileMode",
+    "CompiledNetwork",
+    "Execution",
+    "FoldedNetwork",
+    "NetworkForms",
+    "emulation_warning",
+    "has_bfloat16",
+]

@@ -4,7 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from dat_lightning.core.ascent import Precision
+import torch
+
+from dat_lightning.core.ascent import AUTOCAST_DTYPES, Precision
+from dat_lightning.speed.hardware import has_bfloat16
 from dat_lightning.speed.network_forms import CompileMode
 
 
@@ -18,13 +21,20 @@ class Execution:
             sizes than those of training, evaluation and sampling run uncompiled.
         fold_batch_norm: Whether ascents in eval mode climb a copy in which batch norm is part of the convolutions: the
             same function up to rounding, and faster.
-        attack_precision: Precision of ascents' passes, in training and evaluation; by default the Trainer's.
+        attack_precision: Precision of ascents' passes, in training and evaluation; by default the Trainer's. ``auto``
+            is bfloat16 on devices that compute in it by themselves.
     """
 
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
     compile: CompileMode = False
     fold_batch_norm: bool = False
-    attack_precision: Precision | None = None
+    attack_precision: Precision | Literal["auto"] | None = None
+
+    def attack_dtype(self, device: torch.device) -> torch.dtype | None:
+        """Returns the type of ascents' passes on a device, ``None`` for the surrounding one."""
+        if self.attack_precision == "auto":
+            return torch.bfloat16 if has_bfloat16(device) else None
+        return AUTOCAST_DTYPES[self.attack_precision]
 
 
 EXECUTION_SETTINGS = tuple(field.name for field in fields(Execution))
