@@ -153,6 +153,8 @@ class DATCLI(LightningCLI):
         """Keeps a checkpoint from running code, unless ``--weights_only false`` asks for that; exports on the CPU."""
         # LightningCLI(run=False) has no subcommand.
         arguments = self.config if self.subcommand is None else self.config[self.subcommand]
+        if not isinstance(arguments["trainer"], Namespace):
+            raise InputError(f"trainer must be settings with names, got {arguments['trainer']!r}")
         torch.set_float32_matmul_precision(arguments["float32_matmul_precision"])
         if "weights_only" in arguments and arguments["weights_only"] is None:
             arguments["weights_only"] = True

@@ -173,6 +173,24 @@ def test_mistakes_cost_one_sentence(args: list[str], said: str, capsys: pytest.C
     assert said in line.replace(f"{Path.cwd()}/", "")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"trainer": -1}, "trainer must be settings with names, got -1"),
+        (
+            {"trainer": {"callbacks": [{"class_path": "dat_lightning.PGDSampler", "init_args": {"batch_size": None}}]}},
+            "batch_size must be at least 1, got None",
+        ),
+    ],
+)
+def test_what_the_parser_lets_pass_is_a_sentence(
+    wrong: dict[str, Any], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = yaml.safe_load(Path(STAGE1).read_text(encoding="utf-8"))
+    (tmp_path / "wrong.yaml").write_text(yaml.safe_dump(config | wrong), encoding="utf-8")
+    assert said in refusal(capsys, "fit", "--config", "wrong.yaml")
+
+
 def test_a_foreign_file_is_no_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "notes.ckpt").write_text("not a checkpoint")
     line = refusal(capsys, "fit", "--config", STAGE2, "--config", TINY, "--model.init_from", "notes.ckpt")

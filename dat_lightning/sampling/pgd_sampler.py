@@ -170,7 +170,7 @@ class PGDSampler(Callback):
     ) -> None:
         positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
         for name, value in positive.items():
-            if value < 1:
+            if value is None or value < 1:  # what null in YAML gives
                 raise InputError(f"{name} must be at least 1, got {value}")
         if not num_steps or min(num_steps) < 0:
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
