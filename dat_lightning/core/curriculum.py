@@ -63,6 +63,24 @@ class AUCCurriculum(nn.Module):
         self.register_buffer("values", torch.zeros(window_samples))
         self.register_buffer("count", torch.tensor(0))
         self.register_buffer("window", torch.tensor(0))
+        self._noted: tuple[Tensor, int, int | None] | None = None
+
+    def steps_on_host(self) -> int:
+        """Returns T; waits for the device, unless :meth:`note_steps` has told it since T last changed."""
+        if self._noted is not None:
+            tensor, version, value = self._noted
+            if value is not None and tensor is self.num_steps and version == tensor._version:
+                return value
+        return int(self.num_steps)
+
+    def note_steps(self, value: int | None) -> None:
+        """Says what T is now, by someone who has read it together with other numbers.
+
+        Args:
+            value: T, as read after the last :meth:`update`; ``None`` for what has changed without a trace.
+        """
+        traced = value is not None and not self.num_steps.is_inference()  # such a tensor does not count its changes
+        self._noted = (self.num_steps, self.num_steps._version, value) if traced else None
 
     def update(self, value: Tensor, batch_size: int) -> None:
         """Records the AUC of one step and lets T grow if the window says so; no host synchronisation.

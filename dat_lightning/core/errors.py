@@ -1,4 +1,4 @@
-"""The one error about what a user gave: an argument, a file, data."""
+"""The one error about what a user gave: an argument, a file, data; and its like about a run that fails."""
 
 
 class InputError(ValueError):
@@ -6,3 +6,7 @@ class InputError(ValueError):
 
     The command line prints it as a sentence. Every other error is a fault of a program and keeps its traceback.
     """
+
+
+class TrainingFailureError(InputError):
+    """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""

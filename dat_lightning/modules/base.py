@@ -1,19 +1,21 @@
 """The LightningModule that both stages share: attack, evaluation, prediction, optimiser, initial weights."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, cast
 from uuid import uuid4
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, distributed, nn
 
 from dat_lightning.core.ascent import Ascent, AttackMode, no_trace
+from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
@@ -22,7 +24,7 @@ from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import EvaluationEntry, batch_part, check_pixels, class_labels
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
-from dat_lightning.weights import check_stamp, load_weights, run_of, stamp
+from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
 
 Batch = Mapping[str, Tensor]
@@ -83,6 +85,8 @@ class EnergyModule(LightningModule):
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
         self.lr_interval = lr_interval
+        # LearningRateFinder writes here what it has found.
+        self.lr: float | None = None
         self.threat_model = threat_model
         self.eval_threat_model = eval_threat_model or threat_model
         self.attack_mode: AttackMode = attack_mode
@@ -91,6 +95,8 @@ class EnergyModule(LightningModule):
         self.new_head = new_head
         self.execution = execution
         self.network_forms = NetworkForms(execution.compile, execution.fold_batch_norm)
+        # What callbacks ask of a module: this, and freezes_batch_norm.
+        self.curriculum: AUCCurriculum | None = None
         self.seed = seed
         self.network_evaluations = 0
         self._initialized = False
@@ -98,7 +104,12 @@ class EnergyModule(LightningModule):
         self._batches: EvaluationEntry | None = None
         self._run_name: str | None = None
         if execution.memory_format == "channels_last":
-            self.energy_model.to(memory_format=torch.channels_last)
+            self._to_channels_last()
+
+    @property
+    def freezes_batch_norm(self) -> bool:
+        """Whether batch norm layers are to stay in eval mode while the module trains."""
+        return self.energy_model.batch_norm_frozen
 
     # One method per equation.
 
@@ -173,6 +184,20 @@ class EnergyModule(LightningModule):
             "r1": self.energy_gradient_norm(x),
         }
 
+    def log_training(self, scalars: Mapping[str, Tensor], batch_size: int, shown: Collection[str]) -> None:
+        """Logs ``train/<name>`` of each scalar.
+
+        Args:
+            scalars: By name; rank 0's share of the batch, as a curve is not worth a collective in every step.
+            batch_size: Of this rank.
+            shown: Names that the progress bar shows.
+        """
+        # Lightning reads what a bar may show in every step, and waits for the device each time.
+        has_bar = self._trainer is not None and self.trainer.progress_bar_callback is not None
+        for name, value in scalars.items():
+            shows = has_bar and name in shown
+            self.log(f"train/{name}", value.detach(), prog_bar=shows, sync_dist=False, batch_size=batch_size)
+
     def energy_gradient_norm(self, x: Tensor) -> Tensor:
         """Returns ‖∇ₓE(x)‖² of each image, (N,), without a graph; works where gradients are off."""
         with torch.inference_mode(False), torch.enable_grad():
@@ -180,6 +205,24 @@ class EnergyModule(LightningModule):
             return energy_gradient_norm(self.energy_model, x.clone()).detach()
 
     # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Refuses Lightning's callbacks that do not get along with the module.
+
+        Raises:
+            InputError: If there is one.
+        """
+        callbacks: list[Callback] = self.trainer.callbacks if stage == "fit" else []  # type: ignore[attr-defined]
+        if self.freezes_batch_norm and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
+            raise InputError(
+                "StochasticWeightAveraging estimates the statistics of batch norm anew, which this module freezes: use"
+                " dat_lightning.ExponentialMovingAverage"
+            )
+        if self.lr_scheduler is not None and any(isinstance(c, LearningRateFinder) for c in callbacks):
+            raise InputError(
+                "LearningRateFinder finds a constant rate, which lr_scheduler would overwrite: set lr_scheduler to null"
+                " while it searches"
+            )
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
@@ -201,7 +244,16 @@ class EnergyModule(LightningModule):
         self._initialized = True
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the number of the checkpoint's format into it, the module's class, and the name of the run."""
+        """Writes the number of the checkpoint's format into it, the module's class, and the name of the run.
+
+        Raises:
+            InputError: If a hyperparameter is an object, which nobody could read back.
+        """
+        check_hyperparameters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        if not self._initialized and self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+            # LearningRateFinder saves before on_fit_start what it goes back to.
+            self._load_initial_weights()
+            checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
         stamp(checkpoint, _class_path(self), self._run_name)
         checkpoint["network_evaluations"] = self.network_evaluations
 
@@ -282,13 +334,22 @@ class EnergyModule(LightningModule):
             optimizer = self.optimizer(p for p in self.parameters() if p.requires_grad)
         except (TypeError, ValueError) as error:
             raise InputError(f"the optimizer cannot be made as configured: {error}") from error
+        for group in optimizer.param_groups if self.lr is not None else ():
+            group["lr"] = self.lr
         if self.lr_scheduler is None:
             return optimizer
         try:
             scheduler = self.lr_scheduler(optimizer)
         except (TypeError, ValueError, ZeroDivisionError) as error:
             raise InputError(f"the learning rate schedule cannot be made as configured: {error}") from error
-        schedule = {"scheduler": scheduler, "interval": self.lr_interval}
+        schedule: dict[str, object] = {"scheduler": scheduler, "interval": self.lr_interval}
+        if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            if not hasattr(scheduler, "monitor"):
+                raise InputError(
+                    "lr_scheduler torch.optim.lr_scheduler.ReduceLROnPlateau does not say what it watches: use"
+                    " lightning.pytorch.cli.ReduceLROnPlateau, which has an argument monitor, such as val/loss"
+                )
+            schedule["monitor"] = scheduler.monitor
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -337,6 +398,16 @@ class EnergyModule(LightningModule):
             self.network_forms.expect(len(found["x"]) + 1)
         return found
 
+    def _to_channels_last(self) -> None:
+        named = [*self.energy_model.named_parameters(), *self.energy_model.named_buffers()]
+        wrong = next((name for name, tensor in named if tensor.dim() == 5), None)
+        if wrong is not None:
+            raise InputError(
+                f"{wrong} of the network has five dimensions, which the layout channels_last has no place for: set"
+                " execution.memory_format to contiguous"
+            )
+        self.energy_model.to(memory_format=torch.channels_last)
+
     def _check_values(self, batch: Batch) -> None:
         """Looks at values, which waits for a device; an error says so before a GPU fails on a label too large."""
         for key in ("x", "x_gen", "x_clf", "x_ood"):
@@ -346,7 +417,7 @@ class EnergyModule(LightningModule):
         parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
         for name in parts:
             with torch.no_grad(), no_trace(self.energy_model):
-                num_classes = self._logits_of_one(batch[f"x{name}"]).shape[1]
+                num_classes = self._first_logits(batch[f"x{name}"]).shape[1]
             if isinstance(declared, int) and declared > num_classes:
                 raise InputError(
                     f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
@@ -359,10 +430,10 @@ class EnergyModule(LightningModule):
                     f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
                 )
 
-    def _logits_of_one(self, x: Tensor) -> Tensor:
-        """Logits of the first image, or a sentence if the network cannot take it."""
+    def _first_logits(self, x: Tensor) -> Tensor:
+        """Logits of the first images, or a sentence if the network cannot take them, or gives something else."""
         try:
-            logits: Tensor = self.energy_model(x[:1])
+            logits: Tensor = self.energy_model(x[:2])
         except RuntimeError as error:
             # Out of memory is another matter, as are errors of devices.
             if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
@@ -373,6 +444,17 @@ class EnergyModule(LightningModule):
                 f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
                 " backbone's in_channels and the data's image_size to what goes together"
             ) from error
+        network = type(self.energy_model.backbone).__name__
+        if not isinstance(logits, Tensor) or logits.dim() != 2:
+            found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+            raise InputError(f"the network {network} must return logits, a tensor (N, K), got {found}")
+        values = logits.float()
+        constant = {"log_softmax": values.exp().sum(1), "softmax": values.sum(1) + (values < 0).any(1)}
+        for ending, totals in constant.items() if logits.shape[1] > 1 else ():
+            if bool(((totals - 1).abs() < 1e-4).all()):
+                raise InputError(
+                    f"the network {network} seems to end in {ending}, which leaves no energy: let it return logits"
+                )
         return logits
 
     def part(self, batch: Batch, key: str) -> Tensor:

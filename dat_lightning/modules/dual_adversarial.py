@@ -72,7 +72,7 @@ class DualAdversarialModule(EnergyModule):
         for name, weight in weights.items():
             if not weight >= 0:
                 raise InputError(f"{name}_weight must be at least 0, got {weight}")
-        self.curriculum = curriculum if curriculum is not None else AUCCurriculum()
+        self.curriculum: AUCCurriculum = curriculum if curriculum is not None else AUCCurriculum()
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.contrastive_rule = contrastive_rule
         self.energy_weight = energy_weight
@@ -95,8 +95,8 @@ class DualAdversarialModule(EnergyModule):
             y_gen: The classes, (N,).
             draws: Global numbers of the examples, (N,), which name the streams of a rule with noise.
         """
-        # The loop's length has to be known on the host: the one synchronisation of a step, at its start.
-        chain = replace(self.contrastive_chain, num_steps=int(self.curriculum.num_steps))
+        # The loop's length has to be known on the host: the one synchronisation of a step. DivergenceGuard shares it.
+        chain = replace(self.contrastive_chain, num_steps=self.curriculum.steps_on_host())
         return self.ascend(Ascent(self.contrastive_objective, chain, self.contrastive_rule), x_ood, y_gen, draws=draws)
 
     def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
@@ -164,15 +164,9 @@ class DualAdversarialModule(EnergyModule):
             "energy_contrast": marginal_energy(logits.contrast).mean(),
             "robust_accuracy": (logits.adv.argmax(1) == y_clf).float().mean(),
         }
-        self._log_scalars(scalars, len(x_gen))
+        self.log_training(scalars, len(x_gen), shown=("loss", "contrastive_steps", "auc"))
         self.curriculum.update(separation, len(x_gen) * number_of_ranks())
         return loss
-
-    def _log_scalars(self, scalars: dict[str, Tensor], batch_size: int) -> None:
-        shown = {"loss", "contrastive_steps", "auc"}
-        for name, value in scalars.items():
-            # Rank 0's share of the batch: a curve is not worth a collective in every step.
-            self.log(f"train/{name}", value.detach(), prog_bar=name in shown, sync_dist=False, batch_size=batch_size)
 
 
 def _of_all_ranks(scores: Tensor) -> Tensor:

@@ -23,7 +23,6 @@ class RobustClassifierModule(EnergyModule):
         logits = self(self.adversarial_examples(x, y, batch.get("draw")))
         loss = self.classification_loss(logits, y)
         robust_accuracy = (logits.argmax(1) == y).float().mean()
-        # Rank 0's share of the batch: a curve is not worth a collective in every step.
-        self.log("train/loss", loss, prog_bar=True, sync_dist=False, batch_size=len(x))
-        self.log("train/robust_accuracy", robust_accuracy, prog_bar=True, sync_dist=False, batch_size=len(x))
+        scalars = {"loss": loss, "robust_accuracy": robust_accuracy}
+        self.log_training(scalars, len(x), shown=("loss", "robust_accuracy"))
         return loss

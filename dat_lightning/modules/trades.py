@@ -102,10 +102,7 @@ class TradesModule(EnergyModule):
             "accuracy": (logits_clean.argmax(1) == y).float().mean(),
             "robust_accuracy": (logits_adv.argmax(1) == y).float().mean(),
         }
-        for name, value in scalars.items():
-            shown = name in ("loss", "robust_accuracy")
-            # Rank 0's share of the batch: a curve is not worth a collective in every step.
-            self.log(f"train/{name}", value.detach(), prog_bar=shown, sync_dist=False, batch_size=len(x))
+        self.log_training(scalars, len(x), shown=("loss", "robust_accuracy"))
         return loss
 
     # Parts.

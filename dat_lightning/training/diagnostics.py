@@ -13,11 +13,10 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
-from dat_lightning.core.energy import batch_norm_layers
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, TrainingFailureError
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
-from dat_lightning.training.signatures import TrainingFailureError, curriculum_of
+from dat_lightning.training.signatures import curriculum_of, thawed_batch_norm
 
 _GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
 
@@ -28,7 +27,7 @@ class Diagnostics(Callback):
     | signature | when |
     |---|---|
     | a loss or an energy is NaN or infinite | stops the run |
-    | batch norm in train mode in Stage 2 | stops the run |
+    | batch norm in train mode where the module freezes it | stops the run |
     | mean energy beyond ``max_energy`` | stops or warns, see ``action`` |
     | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
     | T still 0 after ``patience`` steps | warns once |
@@ -77,8 +76,10 @@ class Diagnostics(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets what an earlier run logged."""
+        """Forgets an earlier run: what it logged, and what it was warned of."""
         self._stale, self._skipped_in_epoch = {}, False
+        if stage == "fit":
+            self._warned_stuck, self._last_look = False, 0
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -101,8 +102,7 @@ class Diagnostics(Callback):
             return
         self._last_look = step
         curriculum = curriculum_of(pl_module)
-        if curriculum is not None:
-            self._check_batch_norm(pl_module)
+        self._check_batch_norm(pl_module)
         self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)
         if curriculum is not None:
             self._check_curriculum(trainer, curriculum)
@@ -129,11 +129,11 @@ class Diagnostics(Callback):
         return name in self._stale and self._stale[name].data_ptr() == value.data_ptr()
 
     def _check_batch_norm(self, pl_module: LightningModule) -> None:
-        training = [m for m in batch_norm_layers(pl_module) if m.training]
-        if training:
+        thawed = thawed_batch_norm(pl_module)
+        if thawed:
             raise TrainingFailureError(
-                f"{len(training)} batch norm layers are in train mode in Stage 2. Real, contrastive and adversarial"
-                " images have different statistics, so the energy drifts without bound. Call"
+                f"{thawed} batch norm layers are in train mode, which this module freezes. Real, contrastive and"
+                " adversarial images have different statistics, so the energy drifts without bound. Call"
                 " energy_model.freeze_batch_norm(), as DualAdversarialModule does, and do not override train()."
             )
 

@@ -14,9 +14,14 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, TrainingFailureError
 from dat_lightning.training.post_mortem import PostMortem, bad_gradients, named_images, named_tensors, save_post_mortem
-from dat_lightning.training.signatures import TrainingFailureError, batch_energies, circumstances_of, failure_signatures
+from dat_lightning.training.signatures import (
+    batch_energies,
+    circumstances_of,
+    curriculum_of,
+    failure_signatures,
+)
 
 # Steps over which the share of skipped ones is taken.
 _WINDOW = 100
@@ -98,6 +103,7 @@ class DivergenceGuard(Callback):
         self._in_a_row = 0
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
         self._num_saved = 0
+        self._has_run = False
         self._start_afresh()
 
     def _start_afresh(self) -> None:
@@ -113,7 +119,11 @@ class DivergenceGuard(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Forgets a step that an earlier run did not end."""
+        """Forgets an earlier run: its counts, and a step that it did not end."""
+        if stage == "fit" and self._has_run:
+            self.num_skipped = self._in_a_row = self._num_saved = 0
+            self._recent.clear()
+            self._has_run = False
         self.skipped_step = None
         self._start_afresh()
 
@@ -131,6 +141,7 @@ class DivergenceGuard(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the counts."""
+        self._has_run = False
         self.num_skipped = state_dict["num_skipped"]
         self._in_a_row = state_dict["in_a_row"]
         self._num_saved = state_dict["num_saved"]
@@ -141,7 +152,7 @@ class DivergenceGuard(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remembers the batch, and at the start of a step the buffers that it may change."""
-        self._batch, self._batch_idx = batch, batch_idx
+        self._batch, self._batch_idx, self._has_run = batch, batch_idx, True
         if self._buffers is None:
             named = [(m, name, b) for m in pl_module.modules() for name, b in m._buffers.items()]
             self._buffers = [(m, name, b, None if b is None else b.detach().clone()) for m, name, b in named]
@@ -162,7 +173,7 @@ class DivergenceGuard(Callback):
             if any_failed:
                 self._failure = _Failure(self._batch, self._batch_idx, self._loss, loss_failed, any_loss_failed)
         if self._failure is not None:
-            self._restore_buffers()
+            self._restore_buffers(pl_module)
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -186,7 +197,7 @@ class DivergenceGuard(Callback):
         self._batch, self._loss = None, None
         if self._failure is not None:
             # What changed after the last backward pass.
-            self._restore_buffers()
+            self._restore_buffers(pl_module)
         elif self._has_stepped:
             self._in_a_row = 0
             self._recent.append(False)
@@ -218,8 +229,13 @@ class DivergenceGuard(Callback):
         # squares overflow, as they soon do in float16, that is found out the slow way.
         gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
         norm = get_total_norm(gradients) if gradients else loss
-        values = torch.stack([loss.float().reshape(()), norm.detach().float().to(loss.device)])
-        is_sound, has_sound_gradients = values.isfinite().tolist()
+        sound = torch.stack([loss.float().reshape(()), norm.detach().float().to(loss.device)]).isfinite()
+        # The next step's chain needs T on the host: one transfer for both.
+        curriculum = curriculum_of(pl_module)
+        more = [] if curriculum is None else [curriculum.num_steps.to(sound.device)]
+        is_sound, has_sound_gradients, *steps = torch.stack([*sound.long(), *more]).tolist()
+        if curriculum is not None:
+            curriculum.note_steps(*steps)
         has_sound_gradients = has_sound_gradients or not bad_gradients(pl_module.named_parameters())
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if not has_sound_gradients and is_sound and scaler is not None and scaler.get_scale() > 1:
@@ -234,12 +250,15 @@ class DivergenceGuard(Callback):
         flags = torch.tensor([float(flag) for flag in own], device=pl_module.device)
         return tuple(flag > 0 for flag in trainer.strategy.reduce(flags, reduce_op="max").tolist())
 
-    def _restore_buffers(self) -> None:
+    def _restore_buffers(self, pl_module: LightningModule) -> None:
         """Puts the tensors of the start of the step back with their values, also where others have their names now."""
         for module, name, buffer, value in self._buffers or ():
             if buffer is not None and value is not None:
                 buffer.data.copy_(value)
             module._buffers[name] = buffer
+        curriculum = curriculum_of(pl_module)
+        if curriculum is not None:
+            curriculum.note_steps(None)
 
     @staticmethod
     def _withhold(trainer: Trainer, optimizer: Optimizer) -> None:

@@ -10,11 +10,6 @@ from torch import Tensor
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import EnergyModel, batch_norm_layers, marginal_energy
-from dat_lightning.core.errors import InputError
-
-
-class TrainingFailureError(InputError):
-    """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""
 
 
 def failure_signatures(trainer: Trainer, pl_module: LightningModule, images: Mapping[str, Tensor]) -> list[str]:
@@ -30,15 +25,22 @@ def failure_signatures(trainer: Trainer, pl_module: LightningModule, images: Map
     Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
     """
     curriculum = curriculum_of(pl_module)
-    found = [*_weights(pl_module), *_pixels(images), *_precision(trainer, pl_module, images)]
+    found = [*_weights(pl_module), *_pixels(images), *_precision(trainer, pl_module, images), *_batch_norm(pl_module)]
     if curriculum is not None:
-        found += [*_batch_norm(pl_module), *_attack(pl_module), *_seeds(curriculum)]
+        found += [*_attack(pl_module), *_seeds(curriculum)]
     return [*found, _learning_rate(trainer, is_joint=curriculum is not None)]
 
 
 def curriculum_of(pl_module: LightningModule) -> AUCCurriculum | None:
-    """Returns the curriculum of a Stage-2 module, ``None`` for any other."""
-    return next((m for m in pl_module.modules() if isinstance(m, AUCCurriculum)), None)
+    """Returns the module's curriculum, as :class:`~dat_lightning.EnergyModule` has it, or ``None``."""
+    curriculum: AUCCurriculum | None = getattr(pl_module, "curriculum", None)
+    return curriculum
+
+
+def thawed_batch_norm(pl_module: LightningModule) -> int:
+    """Returns how many batch norm layers are in train mode although the module says that it freezes them."""
+    freezes = getattr(pl_module, "freezes_batch_norm", False)
+    return sum(layer.training for layer in batch_norm_layers(pl_module)) if freezes else 0
 
 
 def curriculum_auc(curriculum: AUCCurriculum) -> float | None:
@@ -116,11 +118,11 @@ def _precision(trainer: Trainer, pl_module: LightningModule, images: Mapping[str
 
 
 def _batch_norm(pl_module: LightningModule) -> Iterator[str]:
-    training = [m for m in batch_norm_layers(pl_module) if m.training]
-    if training:
+    thawed = thawed_batch_norm(pl_module)
+    if thawed:
         yield (
-            f"{len(training)} batch norm layers are in train mode in Stage 2, so that the energy drifts without bound:"
-            " call energy_model.freeze_batch_norm(), as DualAdversarialModule does"
+            f"{thawed} batch norm layers are in train mode, so that the energy drifts without bound: call"
+            " energy_model.freeze_batch_norm(), as DualAdversarialModule does"
         )
 
 

@@ -5,13 +5,14 @@ from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.layouts import energy_model_weights
 from dat_lightning.weights.loading import LoadedWeights, load_weights
 from dat_lightning.weights.reading import read_checkpoint
-from dat_lightning.weights.stamp import changed_settings, check_stamp, run_of, stamp
+from dat_lightning.weights.stamp import changed_settings, check_hyperparameters, check_stamp, run_of, stamp
 
 __all__ = [
     "EnergyModel",
     "LoadedWeights",
     "StandIn",
     "changed_settings",
+    "check_hyperparameters",
     "check_stamp",
     "energy_model_weights",
     "load_weights",

@@ -1,8 +1,11 @@
 """What a checkpoint says of its run: the number of its format, the module's class, the run, and its settings."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
+
+import torch
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.speed.execution import settings_of_today
@@ -14,6 +17,8 @@ ENTRY = "dat_lightning"
 
 # Of the settings that the command line stores, those that do not decide what is computed; of execution one does.
 _NOT_COMPARED = frozenset({"_class_path", "_instantiator", "execution"})
+
+_PLAIN = (bool, int, float, complex, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
 
 
 def stamp(checkpoint: MutableMapping[str, Any], kind: str | None = None, run: str | None = None) -> None:
@@ -84,6 +89,34 @@ def changed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any])
     if not isinstance(old, Mapping) or not old or not settings:
         return []
     return list(_changed(_compared(old), _compared(settings)))
+
+
+def check_hyperparameters(settings: Mapping[str, Any]) -> None:
+    """Checks that hyperparameters are what a checkpoint gives back: numbers, strings, tensors, and collections of them.
+
+    Args:
+        settings: As they are about to be saved.
+
+    Raises:
+        InputError: If one is an object; it is named.
+    """
+    for name, value in settings.items():
+        found = next(_objects(value), None)
+        if found is not None:
+            raise InputError(
+                f"the hyperparameter {name} holds a {type(found).__qualname__}, which no checkpoint gives back: leave"
+                f" it out, self.save_hyperparameters(ignore=[{name!r}]), and give it to load_from_checkpoint"
+            )
+
+
+def _objects(value: Any) -> Iterator[Any]:
+    if type(value) in (dict, OrderedDict):
+        yield from _objects([*value, *value.values()])
+    elif type(value) in (list, tuple, set):
+        for entry in value:
+            yield from _objects(entry)
+    elif not (value is None or isinstance(value, _PLAIN)):
+        yield value
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:

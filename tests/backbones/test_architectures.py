@@ -5,6 +5,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -187,3 +188,28 @@ def test_omitting_a_parameter_that_is_not_there_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"omit must hold parameters of 'test plain', got \['sizes'\]"):
         register_architecture("test plain", omit=["sizes"])(plain)
+
+
+class Settings(Sequence[int]):
+    """A sequence that is no list, as OmegaConf's is."""
+
+    def __init__(self, *values: int) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.values[index]
+
+
+def test_sequences_and_numbers_of_others_are_described_as_json_has_them() -> None:
+    network = SmallResNet(num_classes=int(np.int64(3)), widths=Settings(4, 8))
+    assert architecture_of(network) == architecture_of(SmallResNet(num_classes=3, widths=[4, 8]))
+    linear = Linear(np.int64(2), names=Settings(1), scale=np.float32(0.5))  # type: ignore[arg-type]
+    description = architecture_of(linear)
+    assert json.loads(json.dumps(description)) == description
+    assert description == {
+        "name": "test linear",
+        "arguments": {"inputs": 2, "outputs": 3, "names": [1], "scale": 0.5},
+    }

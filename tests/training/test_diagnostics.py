@@ -108,6 +108,14 @@ def test_t_stuck_at_zero(tmp_path: Path) -> None:
         fit(tmp_path, module, HiddenSameData(batch_size=256), patience=3)
 
 
+def test_a_second_run_is_warned_anew(tmp_path: Path) -> None:
+    diagnostics = Diagnostics(every_n_steps=1, patience=3)
+    for _ in range(2):
+        module = tiny.stage2(curriculum=AUCCurriculum(max_steps=5, auc_threshold=1.0, window_samples=32))
+        with pytest.warns(UserWarning, match="T is still 0 after 3 steps"):
+            tiny.trainer(tmp_path, [diagnostics]).fit(module, tiny.digits())
+
+
 def test_limits_must_be_positive() -> None:
     with pytest.raises(ValueError, match="patience must be positive, got 0"):
         Diagnostics(patience=0)

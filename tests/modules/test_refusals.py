@@ -1,0 +1,178 @@
+"""What a module refuses or handles at the start of a run: networks, callbacks, schedules, hyperparameters."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch import Tensor, nn
+
+from dat_lightning import DualAdversarialModule, EnergyModel, ExponentialMovingAverage, RobustClassifierModule
+from dat_lightning.core.errors import InputError
+from dat_lightning.speed import Execution
+from tests import tiny
+
+
+class Wrapped(nn.Module):
+    """A network whose logits become something else."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.network = tiny.energy_model().backbone
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(self.network(x))
+
+
+class Framed(nn.Module):
+    """A network with a parameter for frames of a film."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames = nn.Parameter(torch.zeros(1, 1, 1, 16, 16))
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc((x + self.frames[0]).flatten(1))
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda logits: (logits, logits), r"network Wrapped must return logits, a tensor \(N, K\), got a tuple"),
+        (lambda logits: logits[:, :, None], r"must return logits, a tensor \(N, K\), got \(2, 10, 1\)"),
+        (lambda logits: logits.log_softmax(1), "seems to end in log_softmax, which leaves no energy: let it return"),
+        (lambda logits: logits.softmax(1), "seems to end in softmax, which leaves no energy"),
+    ],
+)
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_a_network_that_gives_no_logits_is_a_sentence(
+    run: str, change: Callable[[Tensor], Any], said: str, tmp_path: Path
+) -> None:
+    module = tiny.stage1(energy_model=EnergyModel(Wrapped(change)))
+    with pytest.raises(InputError, match=said):
+        getattr(tiny.trainer(tmp_path), run)(module, tiny.digits())
+
+
+def test_logits_that_are_all_zero_are_logits(tmp_path: Path) -> None:
+    """As those of a new head often are; so may one logit alone be."""
+    module = tiny.stage1(energy_model=EnergyModel(Wrapped(lambda logits: logits * 0)))
+    tiny.trainer(tmp_path, limit_train_batches=1).fit(module, tiny.digits())
+
+
+def test_a_parameter_of_five_dimensions_needs_the_plain_layout(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"backbone\.frames of the network has five dimensions.*set execution"):
+        tiny.stage1(energy_model=EnergyModel(Framed()))
+    module = tiny.stage1(energy_model=EnergyModel(Framed()), execution=Execution(memory_format="contiguous"))
+    tiny.trainer(tmp_path, limit_train_batches=2).fit(module, tiny.digits())
+    assert float(module.energy_model.backbone.get_parameter("frames").detach().abs().max()) > 0
+
+
+def test_a_schedule_that_watches_a_figure_is_passed_its_monitor(tmp_path: Path) -> None:
+    rates = []
+
+    class Watch(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    # Nothing is ever better than minus infinity: the rate falls by half after each epoch but the first.
+    schedule = partial(ReduceLROnPlateau, monitor="val/loss", factor=0.5, patience=0, threshold=1e6)
+    trainer = tiny.trainer(tmp_path, [Watch()], max_epochs=4, limit_train_batches=1, limit_val_batches=1)
+    trainer.fit(tiny.stage1(lr_scheduler=schedule), tiny.digits())
+    assert rates == [0.05, 0.025, 0.0125, 0.00625]
+    blind = tiny.stage1(lr_scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    with pytest.raises(InputError, match=r"does not say what it watches: use lightning\.pytorch\.cli\.ReduceLROnPl"):
+        tiny.trainer(tmp_path).fit(blind, tiny.digits())
+
+
+def test_averaging_that_estimates_batch_norm_anew_is_refused_where_it_is_frozen(tmp_path: Path) -> None:
+    averaging = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
+    with pytest.raises(InputError, match=r"StochasticWeightAveraging.*use dat_lightning\.ExponentialMovingAverage"):
+        tiny.trainer(tmp_path, [averaging]).fit(tiny.stage2(), tiny.digits())
+    trainer = tiny.trainer(tmp_path, [averaging], max_epochs=2, limit_train_batches=2, limit_val_batches=1)
+    trainer.fit(tiny.stage1(), tiny.digits())
+
+
+class Hyper(RobustClassifierModule):
+    def __init__(self, energy_model: EnergyModel, width: int = 3, **shared: Any) -> None:
+        super().__init__(energy_model, **shared)
+        self.save_hyperparameters(ignore=[] if width == 3 else ["energy_model"])
+
+
+@pytest.mark.filterwarnings("ignore:Attribute 'energy_model' is an instance of")
+def test_a_hyperparameter_that_no_checkpoint_gives_back_is_named_when_it_is_saved(tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(Hyper(tiny.energy_model(), optimizer=tiny.SGD, threat_model=tiny.ATTACK), tiny.digits())
+    with pytest.raises(InputError, match=r"hyperparameter energy_model holds a EnergyModel.*ignore=\['energy_model'\]"):
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = Hyper(tiny.energy_model(), width=4)
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(module, tiny.digits())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = Hyper.load_from_checkpoint(tmp_path / "a.ckpt", energy_model=tiny.energy_model(seed=1))
+    assert again.hparams == {"width": 4}
+    weights = [m.energy_model.backbone.get_parameter("fc.weight") for m in (again, module)]
+    assert torch.equal(*weights)
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")  # the search is without callbacks
+@pytest.mark.filterwarnings("ignore:Found 5 module.s. in eval mode")
+def test_the_rate_finder_sets_the_configured_optimizer(tmp_path: Path) -> None:
+    """It searches from the initial weights, and goes back to them."""
+    source = tiny.energy_model(seed=5)
+    torch.save(source.state_dict(), tmp_path / "weights.pt")
+    seen: list[tuple[float, bool]] = []
+
+    class Watch(ExponentialMovingAverage):
+        def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+            found = pl_module.energy_model.state_dict()
+            same = all(torch.equal(value, found[name]) for name, value in source.state_dict().items())
+            seen.append((trainer.optimizers[0].param_groups[0]["lr"], same))
+
+    finder = LearningRateFinder(min_lr=1e-4, max_lr=1.0, num_training_steps=15, early_stop_threshold=None)
+    module = tiny.stage2(init_from=str(tmp_path / "weights.pt"))
+    trainer = tiny.trainer(tmp_path, [Watch(), finder], limit_train_batches=18)
+    trainer.fit(module, tiny.digits())
+    assert finder.optimal_lr is not None
+    assert seen == [(finder.optimal_lr.suggestion(), True)]
+    assert seen[0][0] not in (None, 0.05)
+    assert trainer.global_step == 18
+    constant = tiny.stage1(lr_scheduler=partial(torch.optim.lr_scheduler.StepLR, step_size=1))
+    with pytest.raises(InputError, match=r"LearningRateFinder finds a constant rate.*set lr_scheduler to null"):
+        tiny.trainer(tmp_path, [LearningRateFinder()]).fit(constant, tiny.digits())
+
+
+def test_a_compiled_network_has_the_names_of_the_plain_one(tmp_path: Path) -> None:
+    plain = tiny.stage2(energy_model=tiny.energy_model(seed=1))
+    compiled = tiny.stage2(energy_model=EnergyModel(torch.compile(tiny.energy_model(seed=2).backbone), [0.3], [0.35]))  # type: ignore[arg-type]
+    assert any("_orig_mod" in name for name, _ in compiled.named_parameters())
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    compiled.load_state_dict(plain.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(compiled.parameters(), plain.parameters(), strict=True))
+    compiled.energy_model.load_state_dict(compiled.energy_model.state_dict())
+    prefixed = {name.replace("backbone.", "backbone._orig_mod."): v + 1 for name, v in plain.state_dict().items()}
+    plain.load_state_dict(prefixed)
+    weight = plain.energy_model.backbone.get_parameter("fc.weight")
+    assert torch.equal(weight, prefixed["energy_model.backbone._orig_mod.fc.weight"])
+    copied = copy.deepcopy(compiled)
+    copied.load_state_dict(prefixed)
+    assert torch.equal(next(iter(copied.energy_model.backbone.parameters())), next(plain.energy_model.parameters()))
+    with pytest.raises(RuntimeError, match=r"Missing key.*fc\.weight"):
+        compiled.load_state_dict({k: v for k, v in plain.state_dict().items() if "fc.weight" not in k})
+
+
+def test_shared_arguments_reach_the_parent() -> None:
+    module = DualAdversarialModule(
+        tiny.energy_model(), r1_weight=0.5, seed=7, execution=Execution(fold_batch_norm=True)
+    )
+    assert (module.r1_weight, module.seed, module.network_forms.fold_batch_norm) == (0.5, 7, True)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'sead'"):
+        DualAdversarialModule(tiny.energy_model(), sead=7)
