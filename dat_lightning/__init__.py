@@ -34,6 +34,7 @@ __all__ = [
     "GeneratedImages",
     "ImageDataModule",
     "ImageFolder",
+    "JEMModule",
     "LabelledFolder",
     "Langevin",
     "Measurement",
@@ -125,6 +126,7 @@ _ROOMS = {
     "TorchFidelityLayers": "features",
     "DualAdversarialModule": "modules",
     "EnergyModule": "modules",
+    "JEMModule": "modules",
     "RobustClassifierModule": "modules",
     "TradesModule": "modules",
     "EvaluationReport": "pages",
@@ -197,7 +199,13 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         RobustAccuracy,
     )
     from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
-    from dat_lightning.modules import DualAdversarialModule, EnergyModule, RobustClassifierModule, TradesModule
+    from dat_lightning.modules import (
+        DualAdversarialModule,
+        EnergyModule,
+        JEMModule,
+        RobustClassifierModule,
+        TradesModule,
+    )
     from dat_lightning.pages import EvaluationReport
     from dat_lightning.results import Figure, Measurement
     from dat_lightning.runs import AtomicCheckpointIO, SignalCheckpoint

@@ -16,7 +16,7 @@ from torch import Tensor, distributed, nn
 
 from dat_lightning.core.ascent import Ascent, AttackMode, no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
-from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
@@ -193,7 +193,7 @@ class EnergyModule(LightningModule):
             shown: Names that the progress bar shows.
         """
         # Lightning reads what a bar may show in every step, and waits for the device each time.
-        has_bar = self._trainer is not None and self.trainer.progress_bar_callback is not None
+        has_bar = self._is_fitting() and self.trainer.progress_bar_callback is not None
         for name, value in scalars.items():
             shows = has_bar and name in shown
             self.log(f"train/{name}", value.detach(), prog_bar=shows, sync_dist=False, batch_size=batch_size)
@@ -230,11 +230,7 @@ class EnergyModule(LightningModule):
         Raises:
             InputError: If a newer version of this package wrote it, or, where training is to go on, another module.
         """
-        try:
-            to_train = self.trainer.state.fn is TrainerFn.FITTING
-        except RuntimeError:  # load_from_checkpoint has no Trainer
-            to_train = False
-        if to_train:
+        if self._is_fitting():
             check_stamp(checkpoint, _class_path(self))
             self._run_name = run_of(checkpoint) or self._run_name
             # Older checkpoints have no count: theirs begins anew.
@@ -250,7 +246,7 @@ class EnergyModule(LightningModule):
             InputError: If a hyperparameter is an object, which nobody could read back.
         """
         check_hyperparameters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        if not self._initialized and self._trainer is not None and self.trainer.state.fn is TrainerFn.FITTING:
+        if not self._initialized and self._is_fitting():
             # LearningRateFinder saves before on_fit_start what it goes back to.
             self._load_initial_weights()
             checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
@@ -266,6 +262,10 @@ class EnergyModule(LightningModule):
             InputError: If the learning rate schedule is shorter than the training.
         """
         self._load_initial_weights()
+        if self.freezes_batch_norm:
+            # Just before on_train_start, which freezes them again, Lightning warns of layers in eval mode.
+            for layer in batch_norm_layers(self.energy_model):
+                layer.train()
         if self.trainer.ckpt_path is None or self._run_name is None:
             self._run_name = uuid4().hex
             self.network_evaluations = 0
@@ -278,6 +278,11 @@ class EnergyModule(LightningModule):
                     f"lr_scheduler has total_steps={total}, but trainer.max_epochs and max_steps ask for"
                     f" {self.trainer.estimated_stepping_batches} steps; set total_steps to that"
                 )
+
+    def on_train_start(self) -> None:
+        """Freezes batch norm again, where it is to be frozen."""
+        if self.freezes_batch_norm:
+            self.energy_model.freeze_batch_norm()
 
     def _check_cosine(self, scheduler: object, interval: str) -> None:
         if not isinstance(scheduler, torch.optim.lr_scheduler.CosineAnnealingLR):
@@ -373,6 +378,12 @@ class EnergyModule(LightningModule):
         }
 
     # Parts.
+
+    def _is_fitting(self) -> bool:
+        try:
+            return self.trainer.state.fn is TrainerFn.FITTING
+        except RuntimeError:  # as in load_from_checkpoint there is no Trainer
+            return False
 
     def _load_initial_weights(self) -> None:
         if not self._initialized and self.init_from is not None:

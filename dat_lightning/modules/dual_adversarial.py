@@ -8,7 +8,7 @@ from torch import Tensor, distributed
 
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
-from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.energy import joint_energy, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
@@ -127,17 +127,6 @@ class DualAdversarialModule(EnergyModule):
         return auc(*_of_all_ranks(scores))
 
     # Lightning's hooks.
-
-    def on_fit_start(self) -> None:
-        """Loads the initial weights."""
-        super().on_fit_start()
-        # Just before on_train_start, which freezes them again, Lightning warns of layers in eval mode.
-        for layer in batch_norm_layers(self.energy_model):
-            layer.train()
-
-    def on_train_start(self) -> None:
-        """Freezes batch norm."""
-        self.energy_model.freeze_batch_norm()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the weighted loss of one step, and moves the curriculum."""

@@ -66,7 +66,7 @@ def one_step() -> dict[str, Any]:
     values = {}
     for name, module in modules.items():
         module.double().train()
-        if hasattr(module, "curriculum"):
+        if module.curriculum is not None:
             module.curriculum.num_steps.fill_(3)
         loss = module.training_step(batch, 0)
         loss.backward()

@@ -1,0 +1,137 @@
+"""JEM: its loss against a plain loop, the replay buffer, resuming, and divergence."""
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from dat_lightning import JEMModule
+from dat_lightning.core.errors import InputError, TrainingFailureError
+from tests import tiny
+
+ADAM = partial(torch.optim.Adam, lr=1e-3)
+
+
+def jem(**kwargs: Any) -> JEMModule:
+    small: dict[str, Any] = {"optimizer": ADAM, "threat_model": tiny.ATTACK, "num_steps": 3, "buffer_size": 64}
+    return JEMModule(tiny.energy_model(), **{**small, **kwargs})
+
+
+def attached(path: Path, module: JEMModule) -> JEMModule:
+    """In a Trainer, without a run."""
+    module.trainer = tiny.trainer(path)
+    return module
+
+
+def batch(size: int, first_draw: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(first_draw)
+    images = {
+        name: torch.rand(size, 1, 16, 16, generator=generator, dtype=torch.float64) for name in ("x_gen", "x_clf")
+    }
+    return {**images, "y_clf": torch.arange(size) % 10, "draw": torch.arange(first_draw, first_draw + size)}
+
+
+def test_the_loss_and_the_chains_are_those_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64 and without random numbers, for two steps of half the buffer each."""
+    module = attached(tmp_path, jem(noise=0.0, data_noise=0.0, restart_share=0.0, energy_weight=0.5)).double()
+    monkeypatch.setattr(JEMModule, "log", lambda *args, **kwargs: None)
+    before: Tensor | None = None
+    for first in (0, 8):
+        entries = batch(8, first)
+        if before is None:
+            module._buffer_of(entries["x_gen"])
+        assert module.replay_buffer is not None
+        before = module.replay_buffer.clone()
+        loss = module.training_step(entries, 0)
+        moved = (module.replay_buffer != before).flatten(1).any(1)
+        assert int(moved.sum()) == 8
+        network = module.energy_model
+        ends = []
+        for x in before[moved]:
+            for _ in range(3):
+                image = x.unsqueeze(0).clone().requires_grad_()
+                (gradient,) = torch.autograd.grad(network(image).exp().sum().log(), image)
+                x = (x + gradient[0]).clamp(0, 1)
+            ends.append(x)
+        torch.testing.assert_close(module.replay_buffer[moved], torch.stack(ends), rtol=0, atol=1e-10)
+        expected = torch.zeros((), dtype=torch.float64)
+        for k in range(8):
+            logits = network(entries["x_clf"][k : k + 1])[0]
+            likely = network(entries["x_gen"][k : k + 1]).exp().sum().log(), network(ends[k][None]).exp().sum().log()
+            expected += (-logits.log_softmax(0)[entries["y_clf"][k]] + 0.5 * (likely[1] - likely[0])) / 8
+        torch.testing.assert_close(loss, expected)
+    assert not any("replay" in name for name in module.state_dict())
+
+
+def test_random_numbers_are_those_of_the_paper(tmp_path: Path) -> None:
+    """Data noise, restarts and the chain's noise by their statistics, and as functions of the draw."""
+    module = attached(tmp_path, jem(num_steps=1, step_size=0.0, noise=0.01, buffer_size=4000))
+    x = torch.full((2000, 1, 16, 16), 0.5)
+    noised = module.noised(x, range(2000), "gen")
+    assert float((noised - x).std()) == pytest.approx(0.03, rel=0.01)
+    assert torch.equal(module.noised(x[:3], [7, 8, 9], "gen"), noised[7:10])
+    assert not torch.equal(module.noised(x, range(2000), "clf"), noised)
+    buffer = torch.full((4000, 1, 16, 16), 0.5)
+    ends = module.chain_samples(buffer, range(2000))
+    anew = (ends - 0.5).abs().flatten(1).amax(1) > 0.2
+    assert float(anew.float().mean()) == pytest.approx(0.05, abs=0.015)
+    assert float((ends - 0.5)[~anew].std()) == pytest.approx(0.01, rel=0.02)
+    assert float(ends[anew].mean()) == pytest.approx(0.5, abs=0.01)
+    assert int((buffer != 0.5).flatten(1).any(1).sum()) == 2000
+    spoiled = torch.full((4, 1, 16, 16), torch.nan)
+    assert module.chain_samples(spoiled, range(4)).isfinite().all()
+
+
+class Keeper(Callback):
+    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self.buffer = pl_module.replay_buffer.clone()
+
+
+def run(path: Path, steps: int, resume: Path | None = None) -> tuple[Trainer, JEMModule, Tensor]:
+    keeper, module = Keeper(), jem()
+    trainer = tiny.trainer(path, [keeper], max_epochs=-1, max_steps=steps, limit_val_batches=1)
+    trainer.fit(module, tiny.digits(), ckpt_path=resume, weights_only=True)
+    return trainer, module, keeper.buffer
+
+
+def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    """In the middle of the second epoch."""
+    _, whole, whole_buffer = run(tmp_path, 10)
+    trainer, _, buffer = run(tmp_path, 8)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert torch.equal(saved["replay_buffer"], buffer)
+    assert not torch.equal(buffer, whole_buffer)
+    _, resumed, resumed_buffer = run(tmp_path, 10, tmp_path / "a.ckpt")
+    assert torch.equal(resumed_buffer, whole_buffer)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    assert "replay_buffer" not in torch.load(tmp_path / "weights.ckpt", weights_only=True)
+    again = JEMModule.load_from_checkpoint(tmp_path / "a.ckpt", energy_model=tiny.energy_model(seed=4))
+    assert torch.equal(again.energy_model.backbone.get_parameter("fc.weight"), saved["state_dict"][_FC])
+
+
+_FC = "energy_model.backbone.fc.weight"
+
+
+def test_divergence_is_a_sentence(tmp_path: Path) -> None:
+    module = jem(optimizer=partial(torch.optim.SGD, lr=1e4), max_energy_gap=50.0)
+    with pytest.raises(TrainingFailureError, match=r"^JEM has diverged at step 11: .* max_energy_gap 50, .*lower"):
+        tiny.trainer(tmp_path, max_epochs=2).fit(module, tiny.digits())
+
+
+def test_the_size_of_the_buffer_has_to_fit(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="buffer_size must be at least the batch size, got 16"):
+        tiny.trainer(tmp_path).fit(jem(buffer_size=16), tiny.digits())
+    trainer, _, _ = run(tmp_path, 2)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    with pytest.raises(InputError, match="number of processes, 1, and be 64 as in the checkpoint; got 128"):
+        tiny.trainer(tmp_path, max_epochs=3).fit(jem(buffer_size=128), tiny.digits(), ckpt_path=tmp_path / "a.ckpt")
+    for wrong in ({"restart_share": 1.5}, {"buffer_size": 0}, {"data_noise": -1.0}, {"max_energy_gap": 0.0}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))}=?"):
+            jem(**wrong)
