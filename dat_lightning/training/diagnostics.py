@@ -1,6 +1,7 @@
 """Watches a run for the known ways in which it fails, and says what the cause is and what helps."""
 
 import math
+import time
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.errors import InputError, TrainingFailureError
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
+from dat_lightning.training.pace import Pace, Step
 from dat_lightning.training.signatures import curriculum_of, thawed_batch_norm
 
 _GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
@@ -32,10 +34,11 @@ class Diagnostics(Callback):
     | ‖∇ₓE(x)‖² beyond ``max_gradient`` | stops or warns, see ``action`` |
     | T still 0 after ``patience`` steps | warns once |
     | …, and OOD seeds cannot be told from training images | warns once that they may be the same data |
+    | steps take several times what the first did, at equal work | warns once, with the likely reason |
 
     :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
     is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
-    training; the last row is for data of others.
+    training; the row on OOD seeds is for data of others.
     Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
 
     Args:
@@ -73,6 +76,9 @@ class Diagnostics(Callback):
         self._last_look = 0
         self._stale: dict[str, Tensor] = {}
         self._skipped_in_epoch = False
+        self._pace = Pace()
+        self._started = (0.0, 0)
+        self._ended: float | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -80,18 +86,31 @@ class Diagnostics(Callback):
         self._stale, self._skipped_in_epoch = {}, False
         if stage == "fit":
             self._warned_stuck, self._last_look = False, 0
+            self._pace, self._ended = Pace(), None
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leaves aside an epoch's means if one of its steps was skipped."""
+        self._ended = None
         if self._skipped_in_epoch:
             self._stale, self._skipped_in_epoch = dict(trainer.callback_metrics), False
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes its time for no step's."""
+        self._ended = None
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes when a step begins."""
+        self._started = (time.monotonic(), getattr(pl_module, "network_evaluations", 0))
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: STEP_OUTPUT, batch: Any, batch_idx: int
     ) -> None:
         """Looks, if it is time."""
+        self._check_pace(pl_module)
         step = trainer.global_step
         if step_was_skipped(trainer):
             # What is NaN there has been dealt with. It stands until the module logs it again, which may be later.
@@ -106,6 +125,16 @@ class Diagnostics(Callback):
         self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)
         if curriculum is not None:
             self._check_curriculum(trainer, curriculum)
+
+    def _check_pace(self, pl_module: LightningModule) -> None:
+        # By the host's clock: no step waits for a device.
+        (started, evaluations), now = self._started, time.monotonic()
+        wait = started - (started if self._ended is None else self._ended)
+        work = getattr(pl_module, "network_evaluations", evaluations + 1) - evaluations
+        self._ended = now
+        warning = self._pace.add(Step(wait, now - started + wait, work))
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def _largest_values(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, curriculum: AUCCurriculum | None
