@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import torch
-from jsonargparse import Namespace
+import yaml
+from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf.errors import OmegaConfBaseException
 from typing_extensions import override
 
 import dat_lightning
@@ -24,6 +26,7 @@ from dat_lightning.explore.serving import logger as explore_logger
 from dat_lightning.modules import EnergyModule
 from dat_lightning.pages.drawing import require_matplotlib
 from dat_lightning.pages.evaluation_report import EvaluationReport
+from dat_lightning.runs.configurations import with_bases, with_changed_callbacks
 from dat_lightning.runs.error_sentences import argument_sentence, constructor_error, error_sentence
 from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.lightning_internals import replaces_files
@@ -37,11 +40,41 @@ from dat_lightning.weights.export import logger as export_logger
 DEBUG_VARIABLE = "DAT_LIGHTNING_DEBUG"
 
 
+# ${trainer.default_root_dir} in a file means that of the subcommand that the file is for.
+set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
+
+
 class DATArgumentParser(LightningArgumentParser):
-    """Reports a wrong argument in a sentence, without the pages of usage before it, and completes no abbreviations."""
+    """Reports a wrong argument in a sentence, without the pages of usage before it, and completes no abbreviations.
+
+    ``${trainer.default_root_dir}`` in a configuration stands for the value of that name once all files and arguments
+    are read, and a file may go on top of another, its ``base``.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        super().__init__(*args, **{"allow_abbrev": False, "parser_mode": "omegaconf+", **kwargs})
+
+    @override
+    def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        """Parses arguments; a ``${name}`` that leads nowhere is a wrong argument like others."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except OmegaConfBaseException as error:
+            self.error(f"{error.full_key}: {str(error).splitlines()[0]}", error)
+
+    @override
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """Parses a configuration; one that has a ``base`` as if the base had been given before it."""
+        files = with_bases(Path(path))
+        if len(files) == 1:
+            parsed: Namespace = super().parse_path(path, *args, **kwargs)
+            return parsed
+        config = Namespace()  # type: ignore[no-untyped-call]
+        for file, contents in files:
+            text = yaml.safe_dump(with_changed_callbacks(contents, config, file), sort_keys=False)
+            ActionConfigFile.apply_config(self, config, "config", text)
+        config.pop("config")
+        return config
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dat_lightning import DualAdversarialModule, RobustClassifierModule
 from dat_lightning.cli import main
+from dat_lightning.runs.configurations import with_bases
 from tests.recipes import write_folders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,8 +74,8 @@ def test_printed_configs_read_back(config: Path, tmp_path: Path, capsys: pytest.
 
     first = printed(config)
     (tmp_path / "printed.yaml").write_text(first)
-    assert printed(tmp_path / "printed.yaml") == first
-    shipped, full = yaml.safe_load(config.read_text()), yaml.safe_load(first)
+    assert yaml.safe_load(printed(tmp_path / "printed.yaml")) == yaml.safe_load(first)
+    shipped, full = with_bases(config)[0][1], yaml.safe_load(first)
     assert full["model"]["init_args"]["threat_model"]["eps"] == shipped["model"]["init_args"]["threat_model"]["eps"]
     assert full["seed_everything"] == shipped["seed_everything"]
 

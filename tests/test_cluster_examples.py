@@ -14,6 +14,8 @@ import pytest
 import torch
 import yaml
 
+from tests.frozen.record import printed
+
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 BATCH_SCRIPTS = sorted(EXAMPLES.glob("*.sbatch"))
@@ -100,7 +102,7 @@ def test_the_recipes_batches_can_be_shared(script: Path) -> None:
     named = set(re.findall(r"configs/(?!trainer)\w+/\w+\.yaml", text))
     assert bool(named) == (script in BATCH_SCRIPTS)
     for name in named:
-        recipe = yaml.safe_load((ROOT / name).read_text())
+        recipe = printed(ROOT / name)
         asked = options(script)
         assert recipe["data"]["init_args"]["batch_size"] % (int(asked["nodes"]) * int(asked["ntasks-per-node"])) == 0
 
@@ -151,8 +153,8 @@ def test_a_job_trains_and_its_next_life_goes_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("script", BATCH_SCRIPTS, ids=lambda path: path.name)
 def test_every_job_has_its_own_folder_of_checkpoints(script: Path, tmp_path: Path) -> None:
     """All savers of a recipe are moved there; what else has a folder keeps it."""
-    recipe = yaml.safe_load((ROOT / "configs" / "imagenet" / "resnet50_T30.yaml").read_text())
-    folders = [c["init_args"]["dirpath"] for c in recipe["trainer"]["callbacks"] if "dirpath" in c.get("init_args", {})]
+    recipe = printed(ROOT / "configs" / "imagenet" / "resnet50_T30.yaml")
+    folders = [c["init_args"]["dirpath"] for c in recipe["trainer"]["callbacks"] if c["init_args"].get("dirpath")]
     (tmp_path / "printed.yaml").write_text(yaml.safe_dump(recipe))
     program(tmp_path / "bin", "srun", 'echo "$@"')
     said = run(script, "--model.seed=3", folder=tmp_path, instead='echo "$@" >asked; cat printed.yaml', **SLURM)

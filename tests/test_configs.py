@@ -1,6 +1,7 @@
 """Shipped recipes: each says what the method's table says, instantiates as it is, and trains at reduced size."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from dat_lightning import (
 )
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
 from dat_lightning.data.entries import image_name
+from tests.frozen.record import printed
 from tests.recipes import Means, write_all
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -157,14 +159,14 @@ def test_stage_1_trains_as_the_method_says(name: str) -> None:
 
 @pytest.mark.parametrize("recipe", [r for r in RECIPES if r.stem != "features"], ids=name_of)
 def test_the_best_checkpoints_by_fid_and_by_robust_accuracy_are_kept(recipe: Path) -> None:
-    callbacks = yaml.safe_load(recipe.read_text(encoding="utf-8"))["trainer"]["callbacks"]
+    callbacks = printed(recipe)["trainer"]["callbacks"]
     kept = [c["init_args"] for c in callbacks if c["class_path"].endswith("ModelCheckpoint")]
-    watched = {c["monitor"]: (c["mode"], c["filename"]) for c in kept if "monitor" in c}
+    watched = {c["monitor"]: (c["mode"], c["filename"]) for c in kept if c["monitor"]}
     assert watched == {
         "val/fid": ("min", "best_fid"),
         "val/robust_accuracy": ("max", "best_robust_accuracy"),
     }
-    assert [c["filename"] for c in kept if "monitor" not in c] in (["last"], ["last", "recent"])
+    assert [c["filename"] for c in kept if not c["monitor"]] in (["last"], ["last", "recent"])
     (sampler,) = (c["init_args"] for c in callbacks if c["class_path"].endswith("PGDSampler"))
     assert sampler["num_samples"] == 10_000
     assert sampler["step_size"] == (8.0 if recipe.parent.name == "imagenet" else 0.2)
@@ -266,7 +268,7 @@ def small_network(recipe: Path) -> list[str]:
 def test_a_recipe_trains_samples_and_keeps_its_checkpoints(recipe: str, tmp_path: Path) -> None:
     """Two steps and one evaluation as shipped, but for sizes."""
     path = CONFIGS / f"{recipe}.yaml"
-    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config = printed(path)
     for callback in config["trainer"]["callbacks"]:
         if callback["class_path"] == "dat_lightning.PGDSampler":
             callback["init_args"] |= {"num_samples": 8, "num_steps": [0, 1], "batch_size": 4}
@@ -305,8 +307,8 @@ def test_a_recipe_trains_samples_and_keeps_its_checkpoints(recipe: str, tmp_path
 @pytest.mark.slow
 def test_the_small_recipes_run_from_one_script(tmp_path: Path) -> None:
     """The script trains a feature network and both stages, and tests them; here with a network of almost nothing."""
-    (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "cifar10_small").mkdir()
+    (tmp_path / "configs" / "cifar10_small").mkdir(parents=True)
+    shutil.copytree(CONFIGS / "cifar10", tmp_path / "configs" / "cifar10")  # what the small ones are on top of
     for recipe in (CONFIGS / "cifar10_small").glob("*.yaml"):
         text = recipe.read_text(encoding="utf-8").replace("depth: 16", "depth: 10").replace(": 4\n", ": 1\n")
         text = text.replace("num_samples: 10000", "num_samples: 20").replace("[10, 15, 20, 25, 30, 35, 40]", "[1, 2]")

@@ -15,7 +15,6 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.core.update_rules import STEEPEST, UpdateRule
 
 MAX_STEPS = 500
 MAX_IMAGES = 64
@@ -191,7 +190,6 @@ class Explorer:
         step_size: float = 0.5,
         seed: int = 0,
         watch: Watch | None = None,
-        rule: UpdateRule = STEEPEST,
     ) -> Samples:
         """Returns samples of a class: the unbounded ascent on f(x)[target] from OOD seeds.
 
@@ -204,7 +202,6 @@ class Explorer:
             step_size: L2 length of a step.
             seed: Which starting images; no two seeds share one, as long as there are enough.
             watch: Told after each step, of all images together.
-            rule: How steps are made; noise depends on seed and image alone.
 
         Raises:
             InputError: If an argument is outside its range, or logits are not finite.
@@ -217,11 +214,9 @@ class Explorer:
         starts = self.starting_images(seed, num_images)
         chain, parts = unbounded_ascent(step_size, num_steps), []
         chunks = starts.split(_BATCH_SIZE)
-        draws = torch.arange(len(starts)).split(_BATCH_SIZE)
         for number, chunk in enumerate(chunks):
             told = None if watch is None else _part(watch, number, len(chunks))
-            states = self._ascend(chunk, target, chain, (num_steps,), told, rule, draws[number], seed)
-            parts.append(states[num_steps])
+            parts.append(self._ascend(chunk, target, chain, (num_steps,), told)[num_steps])
         images = torch.cat(parts)
         return Samples(target, starts, images, self._logits(images))
 
@@ -236,15 +231,7 @@ class Explorer:
     # Parts.
 
     def _ascend(
-        self,
-        starts: Tensor,
-        target: int,
-        threat_model: ThreatModel,
-        snapshots: Sequence[int],
-        watch: Watch | None,
-        rule: UpdateRule = STEEPEST,
-        draws: Tensor | None = None,
-        seed: int = 0,
+        self, starts: Tensor, target: int, threat_model: ThreatModel, snapshots: Sequence[int], watch: Watch | None
     ) -> dict[int, Tensor]:
         done = 0
 
@@ -259,9 +246,7 @@ class Explorer:
         x = starts.to(self.device)
         y = torch.full((len(x),), target, device=self.device)
         with self._alone():
-            states = ascend_snapshots(
-                watched, x, y, targeted_logit, threat_model, snapshots, rule=rule, draws=draws, seed=seed
-            )
+            states = ascend_snapshots(watched, x, y, targeted_logit, threat_model, snapshots)
         if watch is not None:
             watch(threat_model.num_steps, threat_model.num_steps)
         return {step: state.cpu() for step, state in states.items()}

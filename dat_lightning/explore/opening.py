@@ -15,12 +15,11 @@ from dat_lightning.backbones.architectures import architecture_of, build_archite
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
-from dat_lightning.core.update_rules import STEEPEST, UpdateRule
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
-from dat_lightning.sampling import PGDSampler
+from dat_lightning.runs.configurations import with_bases
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
 
@@ -77,7 +76,6 @@ class Opened:
         notes: What a reader has to know about it, a sentence each.
         eps: A radius to begin with, for counterfactuals.
         step_size: A step to begin with, for samples.
-        rule: How steps of samples are made.
     """
 
     explorer: Explorer
@@ -87,7 +85,6 @@ class Opened:
     notes: tuple[str, ...]
     eps: float
     step_size: float
-    rule: UpdateRule = STEEPEST
 
 
 def open_checkpoint(
@@ -115,7 +112,7 @@ def open_checkpoint(
     chosen = _checked_device(device)
     if image_size is not None and image_size < 1:
         raise InputError(f"image_size must be at least 1, got {image_size}")
-    sections = [_sections(Path(each)) for each in config]
+    sections = [section for each in config for section in _sections(Path(each))]
     settings: Mapping[str, Any] = {}
     if (path / CONFIG_FILE).is_file():
         model, contents = EnergyModel.from_pretrained(path), {}
@@ -131,7 +128,7 @@ def open_checkpoint(
             model = _described_network(path, settings)
         load_weights(model, path)
     # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
-    settings = {**settings, **_sampling_chain(sections)}
+    settings = {**settings, **_sampling_step(sections)}
     data = _data([section["data"] for section in sections if "data" in section], contents, model)
     return _put_together(path, model, data, settings, image_size, chosen)
 
@@ -173,10 +170,7 @@ def _put_together(
         or settings.get("contrastive_step_size")
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
-    rule = settings.get("rule", STEEPEST)
-    if rule != STEEPEST:
-        notes.append(f"Samples are drawn as the run's configuration says, by {rule!r}.")
-    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size), rule)
+    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size))
 
 
 def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
@@ -222,38 +216,40 @@ def _instantiated(base: type[Any], name: str, sections: list[Any]) -> Any:
     return instantiate(parsed)[name]
 
 
-def _sections(config: Path) -> Mapping[str, Any]:
-    """The sections of a configuration, which may stand below ``fit``."""
+def _sections(config: Path) -> list[Mapping[str, Any]]:
+    """The sections of a configuration, which may stand below ``fit``, after those of the files that it is on top of."""
     if not config.is_file():
         raise FileNotFoundError(f"--config names {config}, which is no file")
     try:
-        contents = yaml.safe_load(config.read_text(encoding="utf-8"))
+        files = with_bases(config)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"--config {config} is no YAML: {error}") from error
-    if not isinstance(contents, dict):
-        raise InputError(f"--config {config} must hold sections such as model and data")
-    below = contents.get("fit")
-    sections = {**contents, **below} if isinstance(below, dict) else contents
-    return {name: section for name, section in sections.items() if isinstance(section, dict)}
+    found: list[Mapping[str, Any]] = []
+    for _, contents in files:
+        below = contents.get("fit")
+        sections = {**contents, **below} if isinstance(below, dict) else contents
+        found.append({name: section for name, section in sections.items() if isinstance(section, dict)})
+    return found
 
 
 def _first_steps(module: EnergyModule) -> dict[str, Any]:
     """What a configured module says about attack and steps, as hyperparameters do."""
     first: dict[str, Any] = {"threat_model": {"norm": module.threat_model.norm, "eps": module.threat_model.eps}}
     if isinstance(module, DualAdversarialModule):
-        first |= {"contrastive_step_size": module.contrastive_chain.step_size, "rule": module.contrastive_rule}
+        first["contrastive_step_size"] = module.contrastive_chain.step_size
     return first
 
 
-def _sampling_chain(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Step and rule of the configurations' last PGDSampler, if they have one."""
-    found: dict[str, Any] = {}
+def _sampling_step(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The step of the configurations' last PGDSampler, if they have one that says it."""
+    found = {}
     for section in sections:
         callbacks = _mapping(section.get("trainer")).get("callbacks")
+        if isinstance(callbacks, dict) and "step_size" in _mapping(callbacks.get("PGDSampler")):
+            found = {"sampling_step_size": callbacks["PGDSampler"]["step_size"]}
         for callback in callbacks if isinstance(callbacks, list) else []:
             if str(_mapping(callback).get("class_path", "")).rpartition(".")[2] == "PGDSampler":
-                sampler = _instantiated(PGDSampler, "sampler", [callback])
-                found = {"sampling_step_size": sampler.chain.step_size, "rule": sampler.rule}
+                found = {"sampling_step_size": _mapping(callback.get("init_args")).get("step_size")}
     return found
 
 

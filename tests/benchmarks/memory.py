@@ -27,6 +27,7 @@ from torch import Tensor
 
 from dat_lightning import DualAdversarialModule, ExponentialMovingAverage, ImageDataModule, ImageFolder, LabelledFolder
 from dat_lightning.core import cross_entropy, no_trace
+from tests.frozen.record import printed
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"resnet50": "resnet50_T15", "wrn50_4": "wrn50_4_T30", "convnext_l": "convnext_l_T110"}
@@ -69,10 +70,7 @@ def recipe_module(net: str, merge_forwards: bool, grad_checkpointing: bool) -> D
 
 
 def _model_section(net: str) -> Any:
-    import yaml
-
-    text = (ROOT / "configs" / "imagenet" / f"{RECIPES[net]}.yaml").read_text(encoding="utf-8")
-    return yaml.safe_load(text)["model"]
+    return printed(ROOT / "configs" / "imagenet" / f"{RECIPES[net]}.yaml")["model"]
 
 
 def kept_bytes(forward: Callable[[], Any], module: torch.nn.Module) -> int:

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from dat_lightning import EnergyModel, SmallResNet
-from dat_lightning.core import Langevin, ascend, targeted_logit, unbounded_ascent
 from dat_lightning.explore import Explorer
 from dat_lightning.explore.explorer import MAX_IMAGES
 from tests import tiny
@@ -102,19 +101,6 @@ def test_whoever_watches_sees_every_step_once_and_the_end(explorer: Explorer) ->
     explorer.generate(1, 20, 3, watch=lambda done, total: told.append((done, total)))
     assert told[-1] == (6, 6)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
-
-
-def test_samples_take_their_own_noise_however_many_there_are(explorer: Explorer) -> None:
-    many = explorer.generate(1, 20, 3, 0.5, rule=Langevin(noise=0.1)).images
-    few = explorer.generate(1, 17, 3, 0.5, rule=Langevin(noise=0.1)).images
-    torch.testing.assert_close(few, many[:17])
-    starts = explorer.starting_images(0, 1)
-    draws = torch.tensor([0])
-    chain = unbounded_ascent(0.5, 3)
-    y = torch.tensor([1])
-    walked = ascend(explorer.model, starts, y, targeted_logit, chain, rule=Langevin(noise=0.1), draws=draws)
-    torch.testing.assert_close(many[:1], walked)
-    assert not torch.allclose(many[:1], explorer.generate(1, 1, 3, 0.5, seed=0).images, atol=0.01)
 
 
 def test_the_network_is_left_as_it_was(explorer: Explorer) -> None:

@@ -12,6 +12,7 @@ import os
 import platform
 import sys
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -142,15 +143,21 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix[:-1]: node}
 
 
-def resolved(configs: list[Path]) -> dict[str, Any]:
+def printed(*configs: Path) -> Any:
     """Returns what ``--print_config`` shows for some configuration files together."""
     from dat_lightning.cli import main
 
     shown = io.StringIO()
     arguments = [argument for path in configs for argument in ("--config", str(path))]
-    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+    with warnings.catch_warnings(), contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        warnings.simplefilter("ignore")  # that the command line is called from Python is the point here
         main(["fit", *arguments, "--print_config"])
-    return flat(yaml.safe_load(shown.getvalue()))
+    return yaml.safe_load(shown.getvalue())
+
+
+def resolved(configs: list[Path]) -> dict[str, Any]:
+    """Returns the same as dotted names and plain values."""
+    return flat(printed(*configs))
 
 
 def recipes() -> dict[str, list[Path]]:

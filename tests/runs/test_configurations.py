@@ -1,0 +1,111 @@
+"""A configuration on top of another: as if both had been given, and what cannot be is a sentence."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dat_lightning.core.errors import InputError
+from dat_lightning.runs.configurations import with_bases
+from tests.frozen.record import ROOT, printed
+from tests.test_cli import refusal
+
+STAGE1 = ROOT / "configs" / "digits" / "stage1.yaml"
+
+pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def write(path: str, contents: Any) -> Path:
+    place = Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(yaml.safe_dump(contents), encoding="utf-8")
+    return place
+
+
+def test_a_base_is_as_if_it_had_been_given_before() -> None:
+    """Two levels in two folders; the higher file wins, and another class keeps the arguments that it takes."""
+    adam = {"class_path": "torch.optim.AdamW", "init_args": {"betas": [0.9, 0.95]}}
+    middle = {"model": {"init_args": {"optimizer": adam}}, "trainer": {"max_epochs": 7}}
+    upper = {"trainer": {"max_epochs": 9, "default_root_dir": "elsewhere"}}
+    write("middle.yaml", {"base": str(STAGE1), **middle})
+    based = printed(write("sub/upper.yaml", {"base": "../middle.yaml", **upper}))
+    assert based == printed(STAGE1, write("plain.yaml", middle), write("top.yaml", upper))
+    assert based["trainer"]["max_epochs"] == 9
+    optimizer = based["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "torch.optim.AdamW"
+    assert optimizer["init_args"]["weight_decay"] == 5e-4
+    # Where everything of a run goes is said once.
+    assert based["trainer"]["logger"]["init_args"]["save_dir"] == "elsewhere"
+    folders = {c["init_args"].get("dirpath") for c in based["trainer"]["callbacks"]} - {None}
+    assert folders == {"elsewhere/samples", "elsewhere/checkpoints"}
+
+
+def test_the_command_line_moves_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
+    from dat_lightning.cli import main
+
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", str(STAGE1), "--print_config", "--trainer.default_root_dir", "/other"])
+    shown = capsys.readouterr().out
+    assert "runs/digits" not in shown
+    assert "/other/checkpoints" in shown
+
+
+def test_a_mapping_changes_callbacks_where_they_stand() -> None:
+    changes: dict[str, Any] = {"PGDSampler": {"num_steps": [3]}, "EarlyStopping": {"patience": 2}}
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    write("with_stopping.yaml", {"base": str(STAGE1), "trainer": {"callbacks+": [stopping]}})
+    before = printed(Path("with_stopping.yaml"))["trainer"]["callbacks"]
+    after = printed(write("top.yaml", {"base": "with_stopping.yaml", "trainer": {"callbacks": changes}}))
+    assert len(before) == len(printed(STAGE1)["trainer"]["callbacks"]) + 1
+    for old, new in zip(before, after["trainer"]["callbacks"], strict=True):
+        expected = {**old["init_args"], **changes.get(old["class_path"].rpartition(".")[2], {})}
+        assert new == {"class_path": old["class_path"], "init_args": expected}
+    # A list still takes the place of the whole list.
+    alone = printed(write("list.yaml", {"base": str(STAGE1), "trainer": {"callbacks": [stopping]}}))
+    assert [c["class_path"] for c in alone["trainer"]["callbacks"]] == [stopping["class_path"]]
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        ({"base": "top.yaml"}, "top.yaml is its own base: top.yaml on top of top.yaml"),
+        ({"base": "other.yaml"}, "top.yaml is its own base: top.yaml on top of other.yaml on top of top.yaml"),
+        ({"base": "sub/nowhere.yaml"}, "top.yaml names a base that is missing: sub/nowhere.yaml"),
+        ({"base": "list.yaml"}, "list.yaml must be a mapping of settings, got list"),
+        ({"base": ["a.yaml", "b.yaml"]}, "top.yaml: base must be the name of one file, got ['a.yaml', 'b.yaml']"),
+    ],
+)
+def test_bases_that_lead_nowhere_are_a_sentence(contents: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write("other.yaml", {"base": "top.yaml"})
+    write("list.yaml", [1])
+    top = write("top.yaml", contents)
+    with pytest.raises((InputError, FileNotFoundError)) as error:
+        with_bases(top)
+    assert str(error.value) == said
+    assert said in refusal(capsys, "fit", "--config", "top.yaml")
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        (
+            {"trainer": {"callbacks": {"PGDSample": {"num_steps": [3]}}}},
+            "top.yaml: trainer.callbacks changes PGDSample, of which its base has 0, not one",
+        ),
+        (
+            {"trainer": {"callbacks": {"PGDSampler": [3]}}},
+            "top.yaml: trainer.callbacks.PGDSampler must be a mapping of arguments, got [3]",
+        ),
+        ({"trainer": {"default_root_dir": "${trainer.nowhere}"}}, "nowhere"),
+        ({"trainer": {"default_root_dir": "${trainer.default_root_dir}"}}, "default_root_dir"),
+    ],
+)
+def test_changes_that_cannot_be_are_a_sentence(contents: Any, said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write("top.yaml", {"base": str(STAGE1), **contents})
+    assert said in refusal(capsys, "fit", "--config", "top.yaml")
