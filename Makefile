@@ -2,14 +2,19 @@
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/digits
+STUDY ?= trade_off
+CORES ?= 2
 BIN := $(VENV)/bin
 # Decides about threads from the machine and its load, before torch is loaded.
 RUN := $(BIN)/python -m dat_lightning.threads
 
-.PHONY: demo test test-all lint types bench docs format clean
+.PHONY: demo study test test-all lint types bench docs format clean
 
 demo: $(VENV)/.installed-demo  ## train both stages on digits, and write $(OUT)/report.html
 	$(RUN) -m dat_lightning.demo --out $(OUT)
+
+study: $(VENV)/.installed-studies  ## run, or go on with, a study of configs/studies: STUDY=trade_off, CORES=2
+	$(BIN)/snakemake -s configs/studies/Snakefile --cores $(CORES) --config study=$(STUDY)
 
 test: lint types  ## what CI runs
 	$(RUN) -m pytest

@@ -166,7 +166,7 @@ def test_every_job_has_its_own_folder_of_checkpoints(script: Path, tmp_path: Pat
     expected = [f"{job}/checkpoints" if "checkpoints" in folder else folder for folder in folders]
     assert expected.count(f"{job}/checkpoints") == 4
     callbacks = written["trainer"]["callbacks"]
-    assert [c["init_args"]["dirpath"] for c in callbacks if "dirpath" in c.get("init_args", {})] == expected
+    assert [c["init_args"]["dirpath"] for c in callbacks if c["init_args"].get("dirpath")] == expected
 
 
 @pytest.mark.slow

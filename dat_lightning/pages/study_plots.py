@@ -9,8 +9,8 @@ from typing import Any
 from dat_lightning.core.errors import InputError
 from dat_lightning.pages.comparison import direction
 from dat_lightning.pages.drawing import PALETTE, label, require_matplotlib, write_beside
-from dat_lightning.studies.collection import Result, Summary, summaries, summary
-from dat_lightning.studies.study_file import Plot, PlotKind, Study
+from dat_lightning.pages.study_file import Plot, PlotKind, Study
+from dat_lightning.pages.study_results import Result, Summary, summaries, summary
 
 _SIZE = (7.2, 4.2)
 # What stands at the horizontal axis, if the study does not say.
