@@ -8,6 +8,7 @@ from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import LabelAgreement
 from dat_lightning.evaluation.ood_detection import OODDetection
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
+from dat_lightning.evaluation.real_images import RealImages
 from dat_lightning.evaluation.reliability import Reliability, fit_temperature, reliability
 from dat_lightning.evaluation.robustness import RobustAccuracy
 
@@ -19,6 +20,7 @@ __all__ = [
     "Evaluator",
     "LabelAgreement",
     "OODDetection",
+    "RealImages",
     "Reliability",
     "RobustAccuracy",
     "auroc",

@@ -1,1 +1,0 @@
-"""The demonstration: both stages on handwritten digits, judged by one protocol and shown in one report."""
