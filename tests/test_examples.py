@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, DualAdversarialModule
 from dat_lightning.cli import main
-from tests import tiny
+from tests import lines_of_a_step, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "subclassing.py"
@@ -205,3 +205,32 @@ def test_the_checks_can_fail() -> None:
     with pytest.raises(AttributeError):
         pkgutil.resolve_name("dat_lightning.PGDSamplers")
     assert isinstance(pkgutil.resolve_name("dat_lightning.demo"), ModuleType)
+
+
+def test_the_page_says_how_much_code_a_step_is() -> None:
+    assert lines_of_a_step.table() in TEXTS["docs/pages/extending.md"]
+    counted = [code for code, _ in lines_of_a_step.counts().values()]
+    assert len(counted) == 6
+    assert sum(counted) <= 420, "docs/pages/extending.md says about 400 lines: what is not the step belongs elsewhere"
+
+
+def test_a_line_of_code_is_neither_text_nor_import() -> None:
+    source = '''"""Module,
+over two lines."""
+
+import os
+
+
+def f(x: int) -> int:
+    """Function."""
+    # Why.
+    return g(
+        x,  # the argument
+    )
+'''
+    assert lines_of_a_step.code_lines(source) == 4
+
+
+def test_a_new_method_is_one_small_file() -> None:
+    """JEM: in under 120 lines of code."""
+    assert lines_of_a_step.code_lines((lines_of_a_step.PACKAGE / "modules" / "jem.py").read_text("utf-8")) < 120

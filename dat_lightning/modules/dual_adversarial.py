@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
@@ -13,7 +13,9 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
-from dat_lightning.modules.base import Batch, EnergyModule, number_of_ranks
+from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.ranks import number_of_ranks, of_all_ranks
+from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
 
@@ -124,7 +126,7 @@ class DualAdversarialModule(EnergyModule):
         Ranks must have equally many images, as those of :class:`~dat_lightning.data.PairedDataModule` do.
         """
         scores = -torch.stack([joint_energy(part.detach(), y_gen) for part in (logits.gen, logits.contrast)])
-        return auc(*_of_all_ranks(scores))
+        return auc(*of_all_ranks(scores))
 
     # Lightning's hooks.
 
@@ -156,14 +158,3 @@ class DualAdversarialModule(EnergyModule):
         self.log_training(scalars, len(x_gen), shown=("loss", "contrastive_steps", "auc"))
         self.curriculum.update(separation, len(x_gen) * number_of_ranks())
         return loss
-
-
-def _of_all_ranks(scores: Tensor) -> Tensor:
-    """The scores (2, N) of all ranks side by side."""
-    if number_of_ranks() == 1:
-        return scores
-    # Not every backend moves types shorter than float32.
-    scores = scores.to(torch.promote_types(scores.dtype, torch.float32)).contiguous()
-    parts = [torch.empty_like(scores) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(parts, scores)
-    return torch.cat(parts, dim=1)

@@ -13,7 +13,8 @@ from dat_lightning.core.errors import InputError, TrainingFailureError
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.random_streams import normal_noise, stream_generator, uniform_noise
 from dat_lightning.core.update_rules import Langevin
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
 # Steps between looks at the energies, each of which waits for the device.

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.trained import Batch
 
 
 class RobustClassifierModule(EnergyModule):

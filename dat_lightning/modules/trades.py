@@ -11,7 +11,8 @@ from dat_lightning.core.ascent import Ascent, no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
-from dat_lightning.modules.base import Batch, EnergyModule
+from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
 # Standard deviation of the noise that the attack starts with, in units of [0, 1] pixels.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dat_lightning import RobustClassifierModule
-from dat_lightning.modules.base import Batch
+from dat_lightning.modules.trained import Batch
 from dat_lightning.training import DivergenceGuard
 from tests import tiny
 

@@ -1,0 +1,123 @@
+"""What a module checks before it trains or evaluates: network and data fit together, as do schedule and length."""
+
+import math
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
+from torch import Tensor
+
+from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.energy import EnergyModel
+from dat_lightning.core.errors import InputError
+from dat_lightning.data.batches import check_pixels, class_labels
+
+
+def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], who: str, declared: object) -> None:
+    """Looks at values, which waits for a device; an error says so before a GPU fails on a label too large.
+
+    Args:
+        energy_model: The network.
+        batch: Images and labels by name.
+        who: Who needs them, for messages.
+        declared: How many classes the data say they have, if they do.
+
+    Raises:
+        InputError: If pixels are not in [0, 1], a label is no integer or not below the number of logits, or the network
+            cannot take the images or gives no logits.
+    """
+    for key in ("x", "x_gen", "x_clf", "x_ood"):
+        if key in batch:
+            check_pixels(batch[key], f"{key} of {who}", allow_nan=True)
+    parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
+    for name in parts:
+        with torch.no_grad(), no_trace(energy_model):
+            num_classes = _first_logits(energy_model, batch[f"x{name}"]).shape[1]
+        if isinstance(declared, int) and declared > num_classes:
+            raise InputError(
+                f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
+                " num_classes to that"
+            )
+        labels = class_labels(batch[f"y{name}"], f"y{name} of {who}")
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
+            raise InputError(
+                f"the network has {num_classes} logits, but y{name} has labels {int(labels.min())} …"
+                f" {int(labels.max())}: set the backbone's num_classes to the number of classes of the data"
+            )
+
+
+def _first_logits(energy_model: EnergyModel, x: Tensor) -> Tensor:
+    """Logits of the first images, or a sentence if the network cannot take them, or gives something else."""
+    try:
+        logits: Tensor = energy_model(x[:2])
+    except RuntimeError as error:
+        # Out of memory is another matter, as are errors of devices.
+        if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
+            raise
+        shape = "×".join(str(n) for n in x.shape[1:])
+        first = str(error).splitlines()[0]
+        raise InputError(
+            f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
+            " backbone's in_channels and the data's image_size to what goes together"
+        ) from error
+    network = type(energy_model.backbone).__name__
+    if not isinstance(logits, Tensor) or logits.dim() != 2:
+        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(f"the network {network} must return logits, a tensor (N, K), got {found}")
+    values = logits.float()
+    constant = {"log_softmax": values.exp().sum(1), "softmax": values.sum(1) + (values < 0).any(1)}
+    for ending, totals in constant.items() if logits.shape[1] > 1 else ():
+        if bool(((totals - 1).abs() < 1e-4).all()):
+            raise InputError(
+                f"the network {network} seems to end in {ending}, which leaves no energy: let it return logits"
+            )
+    return logits
+
+
+def check_layout(energy_model: EnergyModel) -> None:
+    """Raises an InputError if a parameter has no place in the layout ``channels_last``."""
+    named = [*energy_model.named_parameters(), *energy_model.named_buffers()]
+    wrong = next((name for name, tensor in named if tensor.dim() == 5), None)
+    if wrong is not None:
+        raise InputError(
+            f"{wrong} of the network has five dimensions, which the layout channels_last has no place for: set"
+            " execution.memory_format to contiguous"
+        )
+
+
+def check_callbacks(callbacks: list[Callback], *, freezes_batch_norm: bool, has_schedule: bool) -> None:
+    """Raises an InputError for Lightning's callbacks that do not get along with a module."""
+    if freezes_batch_norm and any(isinstance(c, StochasticWeightAveraging) for c in callbacks):
+        raise InputError(
+            "StochasticWeightAveraging estimates the statistics of batch norm anew, which this module freezes: use"
+            " dat_lightning.ExponentialMovingAverage"
+        )
+    if has_schedule and any(isinstance(c, LearningRateFinder) for c in callbacks):
+        raise InputError(
+            "LearningRateFinder finds a constant rate, which lr_scheduler would overwrite: set lr_scheduler to null"
+            " while it searches"
+        )
+
+
+def check_schedules(trainer: Trainer) -> None:
+    """Raises an InputError if a learning rate schedule does not go with the length of the training."""
+    for config in trainer.lr_scheduler_configs:
+        _check_cosine(trainer, config.scheduler, config.interval)
+        total = getattr(config.scheduler, "total_steps", None)
+        if total is not None and config.interval == "step" and total < trainer.estimated_stepping_batches:
+            raise InputError(
+                f"lr_scheduler has total_steps={total}, but trainer.max_epochs and max_steps ask for"
+                f" {trainer.estimated_stepping_batches} steps; set total_steps to that"
+            )
+
+
+def _check_cosine(trainer: Trainer, scheduler: object, interval: str) -> None:
+    if not isinstance(scheduler, torch.optim.lr_scheduler.CosineAnnealingLR):
+        return
+    ends = trainer.estimated_stepping_batches if interval == "step" else trainer.max_epochs
+    if ends is not None and 0 < scheduler.T_max < ends < math.inf:
+        raise InputError(
+            f"lr_scheduler has T_max={scheduler.T_max}, but training has {ends} {interval}s: the rate would rise"
+            " again after its minimum; set T_max to that"
+        )
