@@ -59,19 +59,22 @@ class CheckUnitRange(v2.Transform):  # type: ignore[misc]
     """Leaves an image as it is, unless it is a float tensor that is not in [0, 1].
 
     A data set's own bicubic resize may have overshot, which is tolerated; normalised pixels, or those from 0 to 255,
-    reach far beyond.
+    reach far beyond. NaN and infinite pixels pass: the guard of a training step skips and keeps their batch.
 
     Raises:
-        InputError: If a pixel is NaN, or outside [0, 1] by more than a quarter.
+        InputError: If a finite pixel is outside [0, 1] by more than a quarter.
     """
 
     _transformed_types = (Tensor,)
 
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Returns the image."""
-        if inpt.is_floating_point() and inpt.numel() and not (inpt.min() >= -0.25 and inpt.max() <= 1.25):
+        if not inpt.is_floating_point():
+            return inpt
+        finite = inpt[inpt.isfinite()]
+        if finite.numel() and not (finite.min() >= -0.25 and finite.max() <= 1.25):
             raise InputError(
-                f"float pixels must lie in [0, 1], got values in [{float(inpt.min()):.3g}, {float(inpt.max()):.3g}]:"
+                f"float pixels must lie in [0, 1], got values in [{float(finite.min()):.3g}, {float(finite.max()):.3g}]:"
                 " let the data set give PIL images, uint8 tensors, or floats that are neither scaled nor normalised"
             )
         return inpt

@@ -87,7 +87,7 @@ class Floats(Dataset[Any]):
 @pytest.mark.parametrize("augmentation", ["cifar", "imagenet"])
 @pytest.mark.parametrize(
     ("low", "high", "found"),
-    [(-2.1, 2.6, r"\[-2.1, 2.6\]"), (0, 255, r"\[0, 255\]"), (-1, 1, r"\[-1, 1\]"), (0.5, math.nan, r"\[nan, nan\]")],
+    [(-2.1, 2.6, r"\[-2.1, 2.6\]"), (0, 255, r"\[0, 255\]"), (-1, 1, r"\[-1, 1\]")],
 )
 def test_float_pixels_of_another_range_are_refused_wherever_they_enter(
     augmentation: Any, low: float, high: float, found: str
