@@ -72,9 +72,10 @@ class CheckUnitRange(v2.Transform):  # type: ignore[misc]
         if not inpt.is_floating_point():
             return inpt
         finite = inpt[inpt.isfinite()]
-        if finite.numel() and not (finite.min() >= -0.25 and finite.max() <= 1.25):
+        low, high = (float(finite.min()), float(finite.max())) if finite.numel() else (0.0, 1.0)
+        if low < -0.25 or high > 1.25:
             raise InputError(
-                f"float pixels must lie in [0, 1], got values in [{float(finite.min()):.3g}, {float(finite.max()):.3g}]:"
+                f"float pixels must lie in [0, 1], got values in [{low:.3g}, {high:.3g}]:"
                 " let the data set give PIL images, uint8 tensors, or floats that are neither scaled nor normalised"
             )
         return inpt
