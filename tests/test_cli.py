@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dat_lightning import DualAdversarialModule, RobustClassifierModule
 from dat_lightning.cli import main
 from dat_lightning.runs.configurations import with_bases
+from dat_lightning.speed import Execution
 from tests.recipes import write_folders
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,6 +97,14 @@ def test_the_whole_way(tmp_path: Path) -> None:
         assert file["arr_0"].shape == (20, 16, 16, 3)
         assert file["arr_1"].tolist() == [i % 10 for i in range(20)]
     module = DualAdversarialModule.load_from_checkpoint(last)
+    assert module.execution == Execution()
+    # As checkpoints were before execution was an argument of its own.
+    contents = torch.load(last, weights_only=True)
+    del contents["hyper_parameters"]["execution"]
+    contents["hyper_parameters"] |= {"memory_format": "contiguous", "compile": False, "fold_batch_norm": True}
+    torch.save(contents, tmp_path / "older.ckpt")
+    older = DualAdversarialModule.load_from_checkpoint(tmp_path / "older.ckpt")
+    assert older.execution == Execution(memory_format="contiguous", fold_batch_norm=True)
     assert module.contrastive_chain.step_size == 0.5
     saved = torch.load(last, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
@@ -226,7 +235,7 @@ def test_a_bug_keeps_its_traceback(bug: type[Exception], method: str, monkeypatc
     if method == "__init__":
         if bug is ValueError:
             pytest.skip("a constructor's way to refuse a value of the configuration")
-        monkeypatch.setattr("dat_lightning.modules.base.NetworkForms", broken)
+        monkeypatch.setattr("dat_lightning.modules.trained.NetworkForms", broken)
     else:
         monkeypatch.setattr(RobustClassifierModule, method, broken)
     with pytest.raises(bug, match="planted"):

@@ -18,7 +18,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.data.batches import EvaluationEntry, batch_part
 from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
 from dat_lightning.modules.ranks import number_of_ranks
-from dat_lightning.speed import Execution, NetworkForms, emulation_warning
+from dat_lightning.speed import Execution, NetworkForms, emulation_warning, former_execution
 from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
 
@@ -39,6 +39,7 @@ class TrainedModule(LightningModule):
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         execution: Layout, compiling, folding and precision: how the network is run.
+        former: What older checkpoints say of execution, whose parts were arguments of the module.
 
     Attributes:
         curriculum: The number of contrastive steps, in modules that have one; callbacks ask for it.
@@ -58,8 +59,11 @@ class TrainedModule(LightningModule):
         init_from: str | None = None,
         new_head: bool = False,
         execution: Execution = Execution(),
+        **former: Any,
     ) -> None:
         super().__init__()
+        if former:
+            execution = former_execution(former)
         self.energy_model = energy_model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

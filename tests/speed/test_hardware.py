@@ -92,7 +92,7 @@ def test_a_run_says_so_before_its_first_step(
 ) -> None:
     processor(monkeypatch, "avx2")
     said: list[str] = []
-    monkeypatch.setattr("dat_lightning.modules.base.rank_zero_warn", said.append)
+    monkeypatch.setattr("dat_lightning.modules.trained.rank_zero_warn", said.append)
     module = tiny.stage1(execution=Execution(attack_precision=attacks))  # type: ignore[arg-type]
     trainer = tiny.trainer(tmp_path, precision=precision, limit_train_batches=0, limit_test_batches=0)
     trainer.fit(module, tiny.digits())
