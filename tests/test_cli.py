@@ -105,7 +105,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     torch.save(contents, tmp_path / "older.ckpt")
     older = DualAdversarialModule.load_from_checkpoint(tmp_path / "older.ckpt")
     assert older.execution == Execution(memory_format="contiguous", fold_batch_norm=True)
-    assert module.contrastive_chain.step_size == 0.5
+    assert module.contrastive_chain.step_size == 0.75
     saved = torch.load(last, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
     norm = "energy_model.backbone.norm.running_mean"

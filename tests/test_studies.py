@@ -226,8 +226,8 @@ def test_after_kill_9_finished_runs_are_kept_and_the_interrupted_one_goes_on(tmp
     run(killed)
     assert first.stat().st_mtime_ns == before
     log = (killed / "logs" / "T_2-seed0-fit.txt").read_text()
-    assert log.count("starts anew") == 1
     assert "--ckpt_path last is " in log
+    assert "starts anew" not in log
     one, two = (torch.load(p / "T_2" / "seed0" / "checkpoints" / "last.ckpt") for p in (tmp_path / "whole", killed))
     assert one["global_step"] == two["global_step"] == 200
     for name, weight in one["state_dict"].items():
@@ -241,4 +241,4 @@ def test_after_kill_9_finished_runs_are_kept_and_the_interrupted_one_goes_on(tmp
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(study), encoding="utf-8")
     run(killed)
     assert first.stat().st_mtime_ns == before
-    assert (killed / "logs" / "T_2-seed0-fit.txt").read_text().count("starts anew") == 2
+    assert "starts anew" in (killed / "logs" / "T_2-seed0-fit.txt").read_text()
