@@ -143,7 +143,7 @@ def test_what_tensorboard_shows(tmp_path: Path) -> None:
     assert set(events.Tags()["images"]) == {"val/samples/1_steps", "val/samples/2_steps"}
     hyperparameters = yaml.safe_load((folder / "hparams.yaml").read_text())
     assert hyperparameters["threat_model"]["eps"] == 1.0
-    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["contrastive_step_size"] == 0.5
+    assert yaml.safe_load((folder / "config.yaml").read_text())["model"]["init_args"]["contrastive_step_size"] == 0.75
 
 
 def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
