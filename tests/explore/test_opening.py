@@ -28,7 +28,7 @@ def test_a_run_s_checkpoint_gives_averaged_weights_data_and_first_steps(checkpoi
     assert opened.notes == ()
     assert opened.network.startswith("SmallResNet, ")
     # Four times the attack's radius, and the step of contrastive samples.
-    assert (opened.eps, opened.step_size) == (4.0, 0.5)
+    assert (opened.eps, opened.step_size) == (4.0, 0.75)
     assert opened.explorer.class_names == tuple("0123456789")
 
 
