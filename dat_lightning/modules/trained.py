@@ -1,6 +1,7 @@
 """What every module does around its equations: initial weights, optimiser, checks, checkpoints, counts, logs."""
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, cast
 from uuid import uuid4
 
@@ -18,7 +19,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.data.batches import EvaluationEntry, batch_part
 from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
 from dat_lightning.modules.ranks import number_of_ranks
-from dat_lightning.speed import Execution, NetworkForms, emulation_warning, former_execution
+from dat_lightning.speed import Execution, NetworkForms, emulation_warning
 from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, stamp
 from dat_lightning.weights.hub import EnergyModel
 
@@ -62,8 +63,7 @@ class TrainedModule(LightningModule):
         **former: Any,
     ) -> None:
         super().__init__()
-        if former:
-            execution = former_execution(former)
+        execution = replace(execution, **former)
         self.energy_model = energy_model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler

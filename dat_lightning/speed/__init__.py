@@ -1,6 +1,6 @@
 """Compiled and folded forms of a network: the same function, faster."""
 
-from dat_lightning.speed.execution import Execution, former_execution
+from dat_lightning.speed.execution import Execution
 from dat_lightning.speed.folding import FoldedNetwork
 from dat_lightning.speed.hardware import emulation_warning, has_bfloat16
 from dat_lightning.speed.network_forms import CompiledNetwork, CompileMode, NetworkForms
@@ -12,6 +12,5 @@ __all__ = [
     "FoldedNetwork",
     "NetworkForms",
     "emulation_warning",
-    "former_execution",
     "has_bfloat16",
 ]

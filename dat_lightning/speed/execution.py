@@ -45,15 +45,3 @@ def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
     moved = {name: settings[name] for name in EXECUTION_SETTINGS if name in settings}
     kept = {name: value for name, value in settings.items() if name not in moved}
     return {**kept, "execution": moved} if moved else kept
-
-
-def former_execution(settings: Mapping[str, Any]) -> Execution:
-    """Returns what arguments by their former places say.
-
-    Raises:
-        TypeError: If there is another one.
-    """
-    unknown = [name for name in settings if name not in EXECUTION_SETTINGS]
-    if unknown:
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
-    return Execution(**settings)
