@@ -65,7 +65,9 @@ def test_a_network_that_gives_no_logits_is_a_sentence(
 def test_logits_that_are_all_zero_are_logits(tmp_path: Path) -> None:
     """As those of a new head often are; so may one logit alone be."""
     module = tiny.stage1(energy_model=EnergyModel(Wrapped(lambda logits: logits * 0)))
-    tiny.trainer(tmp_path, limit_train_batches=1).fit(module, tiny.digits())
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(module, tiny.digits())
+    assert trainer.global_step == 1
 
 
 def test_a_parameter_of_five_dimensions_needs_the_plain_layout(tmp_path: Path) -> None:
