@@ -32,6 +32,22 @@ def logged_step(trainer: Trainer) -> int:
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
+def validation_follows(trainer: Trainer) -> bool:
+    """Returns whether a training step is at its end, in its last hooks, and validation comes before the next step.
+
+    A validation that comes because of the time, or because training is to stop, does not count: whether it comes is not
+    known from the progress of the loops, by which a resumed run decides.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    batches = loop.batch_progress.total
+    if not batches.ready == batches.processed == batches.completed + 1:
+        return False
+    if trainer.should_stop or trainer._val_check_time_interval is not None:
+        return False
+    fetcher = trainer.fit_loop._data_fetcher
+    return fetcher is not None and loop._should_check_val_fx(fetcher)
+
+
 def replaces_files(saver: ModelCheckpoint) -> bool:
     """Returns whether a callback writes over files of the same name, which it keeps to itself."""
     return not saver._enable_version_counter

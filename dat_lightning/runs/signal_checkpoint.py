@@ -17,7 +17,12 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
 
-from dat_lightning.runs.lightning_internals import collect_checkpoint, logged_step, next_slurm_checkpoint
+from dat_lightning.runs.lightning_internals import (
+    collect_checkpoint,
+    logged_step,
+    next_slurm_checkpoint,
+    validation_follows,
+)
 from dat_lightning.runs.slurm import is_requeued_by_lightning, remove_older_checkpoints, requeue, time_limit_signal
 
 _Handler = Callable[[int, FrameType | None], Any] | int | None
@@ -175,13 +180,23 @@ class SignalCheckpoint(Checkpoint):
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Has the validation that is going on start over from its first batch: half of it gives no figures."""
-        if self._validating:
-            progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-            before = progress["total"]["ready"] - progress["current"]["ready"]
-            for counts, done in ((progress["total"], before), (progress["current"], 0)):
-                counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
-            progress["is_last_batch"] = False
+        """Has a validation that is going on start over from its first batch, and one that is next take place.
+
+        Half of a validation gives no figures. Of a checkpoint from the end of the step before a validation Lightning
+        would take it that the validation is done; a run that was killed in it would go on without its figures.
+        """
+        follows = not self._validating and validation_follows(trainer)
+        if not self._validating and not follows:
+            return
+        loops = checkpoint["loops"]["fit_loop"]
+        if follows:
+            for counts in (loops["epoch_loop.batch_progress"][name] for name in ("total", "current")):
+                counts["completed"] = counts["processed"]
+        progress = loops["epoch_loop.val_loop.batch_progress"]
+        before = progress["total"]["ready"] - (0 if follows else progress["current"]["ready"])
+        for counts, done in ((progress["total"], before), (progress["current"], 0)):
+            counts.update(ready=done + 1, started=done + 1, processed=done, completed=done)
+        progress["is_last_batch"] = False
 
     def _listen(self, signum: int) -> None:
         if threading.current_thread() is not threading.main_thread():

@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dat_lightning import EnergyModule, ExponentialMovingAverage
+from dat_lightning.runs import SignalCheckpoint
 from tests import tiny
 
 
@@ -73,3 +75,41 @@ def test_another_seed_cannot_continue(tmp_path: Path) -> None:
         tiny.trainer(tmp_path).fit(
             tiny.stage1(), datamodule=tiny.digits(seed=7), ckpt_path=str(tmp_path / "a/last.ckpt")
         )
+
+
+class Validations(Callback):
+    """Notes the step of each validation and what it found."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, float] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.global_step not in self.found
+        self.found[trainer.global_step] = float(trainer.callback_metrics["val/accuracy"])
+
+
+# Lightning alone takes a validation for done whose step has a checkpoint.
+@pytest.mark.parametrize("every", [{}, {"val_check_interval": 3}, {"check_val_every_n_epoch": 2}])
+@pytest.mark.parametrize("stop", [3, 4, 6, 12])
+def test_a_validation_that_a_kill_left_out_is_made(every: dict[str, int], stop: int, tmp_path: Path) -> None:
+    def validations(ckpt: Path | None) -> dict[int, float]:
+        notes = Validations()
+        saver = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        callbacks = [notes, SignalCheckpoint(), saver]
+        trainer = tiny.trainer(
+            tmp_path,
+            callbacks,
+            enable_checkpointing=True,
+            limit_val_batches=2,
+            max_epochs=3,
+            log_every_n_steps=1,
+            **every,
+        )
+        trainer.fit(tiny.stage1(), datamodule=tiny.digits(), ckpt_path=ckpt, weights_only=True)
+        assert trainer.global_step == 18
+        return notes.found
+
+    whole = validations(None)
+    # Saved at the end of the step, so before its validation, as by a run that is killed there.
+    resumed = validations(tmp_path / f"step={stop}.ckpt")
+    assert resumed == {step: value for step, value in whole.items() if step >= stop}
