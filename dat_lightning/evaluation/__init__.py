@@ -9,7 +9,7 @@ from dat_lightning.evaluation.label_agreement import LabelAgreement
 from dat_lightning.evaluation.ood_detection import OODDetection
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
 from dat_lightning.evaluation.real_images import RealImages
-from dat_lightning.evaluation.reliability import Reliability, fit_temperature, reliability
+from dat_lightning.evaluation.reliability import calibration_error, fit_temperature, reliability
 from dat_lightning.evaluation.robustness import RobustAccuracy
 
 __all__ = [
@@ -21,9 +21,9 @@ __all__ = [
     "LabelAgreement",
     "OODDetection",
     "RealImages",
-    "Reliability",
     "RobustAccuracy",
     "auroc",
+    "calibration_error",
     "detection_scores",
     "false_positive_rates",
     "fit_temperature",

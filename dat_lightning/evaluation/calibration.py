@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
     LOWEST_TEMPERATURE,
+    calibration_error,
     fit_temperature,
     reliability,
     require_finite,
@@ -36,7 +36,6 @@ class Calibration(Evaluator):
     | figure | definition |
     |---|---|
     | ``ece`` | expected calibration error over bins of equal width |
-    | ``ece_equal_mass`` | the same over bins of equally many images |
     | ``nll`` | mean of −log p(y) |
     | ``brier`` | mean of Σₖ (p(k) − 1[k = y])², in [0, 2] |
     | ``{…}_scaled`` | the same after division of the logits by T |
@@ -117,24 +116,26 @@ class Calibration(Evaluator):
         probabilities = logits.softmax(1)
         confidence, prediction = probabilities.max(1)
         correct = prediction == y
-        width = reliability(confidence, correct, self.num_bins)
-        mass = reliability(confidence, correct, self.num_bins, "equal_mass")
         nll = float(F.cross_entropy(logits, y))
         brier = float((probabilities - F.one_hot(y, logits.shape[1])).square().sum(1).mean())
         gap = "mean |accuracy − confidence| over bins, weighted by their images"
-        overall = {"test_accuracy": float(correct.double().mean()), "mean_confidence": float(confidence.mean()), **more}
-        edges = [m / self.num_bins for m in range(self.num_bins + 1)]
-        of_width, of_mass = ({"num_bins": self.num_bins, "bins_of": what} for what in ("equal width", "equal mass"))
+        details = {
+            "test_accuracy": float(correct.double().mean()),
+            "mean_confidence": float(confidence.mean()),
+            **more,
+            "bin_edges": [m / self.num_bins for m in range(self.num_bins + 1)],
+            "reliability": reliability(confidence, correct, self.num_bins),
+        }
+        bins = {"num_bins": self.num_bins, "bins_of": "equal width"}
         chosen: list[tuple[str, float, str, dict[str, Any], dict[str, Any]]] = [
-            ("ece", width.error, gap, {**overall, "bin_edges": edges, "reliability": asdict(width)}, of_width),
-            ("ece_equal_mass", mass.error, gap, {**overall, "reliability": asdict(mass)}, of_mass),
+            ("ece", calibration_error(confidence, correct, self.num_bins), gap, details, bins),
             ("nll", nll, "mean of −log p(y)", more, {}),
             ("brier", brier, "mean over images of the sum over classes of (p(k) − 1[k = y])²", more, {}),
         ]
         end = ", logits divided by T" if suffix else ""
         return [
-            Measurement(name + suffix, value, words + end, len(y), said, "lower", {**bins, **scaling})
-            for name, value, words, said, bins in chosen
+            Measurement(name + suffix, value, words + end, len(y), said, "lower", {**own, **scaling})
+            for name, value, words, said, own in chosen
         ]
 
     def _held_out(self, trainer: Trainer, pl_module: LightningModule) -> Values | None:

@@ -1,11 +1,10 @@
-"""Calibration of confidences: reliability diagrams, their error, and temperature scaling."""
+"""Calibration of confidences: its error, reliability diagrams, and temperature scaling."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
 
 from dat_lightning.core.errors import InputError
 
@@ -13,58 +12,39 @@ from dat_lightning.core.errors import InputError
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
 
 
-@dataclass(frozen=True)
-class Reliability:
-    """A reliability diagram: one entry per bin of confidence, zeros where a bin is empty.
-
-    Attributes:
-        confidence: Mean confidence.
-        accuracy: Share of images that are right.
-        count: Number of images.
-    """
-
-    confidence: list[float]
-    accuracy: list[float]
-    count: list[int]
-
-    @property
-    def error(self) -> float:
-        """The expected calibration error: the gap between the two, averaged over images.
-
-        Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3.
-        """
-        gaps = zip(self.confidence, self.accuracy, self.count, strict=True)
-        return sum(count * abs(right - sure) for sure, right, count in gaps) / sum(self.count)
-
-
-def reliability(
-    confidence: Tensor,
-    correct: Tensor,
-    num_bins: int = 15,
-    binning: Literal["equal_width", "equal_mass"] = "equal_width",
-) -> Reliability:
-    """Returns the reliability diagram of confidences (N,) in [0, 1] that were right or not (N,).
+def calibration_error(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> float:
+    """Returns the expected calibration error: the mean over images of their bin's |accuracy − mean confidence|.
 
     Args:
-        confidence: Probability of the predicted class.
-        correct: Whether it is the true one.
-        num_bins: Number of bins M.
-        binning: ``equal_width`` for the bins ((m − 1)/M, m/M]; ``equal_mass`` for M runs of the sorted confidences
-            whose lengths differ by one at most.
+        confidence: Probability of the predicted class, (N,) in (0, 1].
+        correct: Whether it is the true one, (N,) bool.
+        num_bins: Number M of bins ((m − 1)/M, m/M].
 
-    Source: Guo et al. 2017 (arXiv 1706.04599), section 2; Nguyen & O'Connor 2015 (arXiv 1508.05154) for equal mass.
+    Source: Guo et al. 2017 (arXiv 1706.04599), Eq. 3.
     """
-    confidence, correct = confidence.double(), correct.double()
-    if binning == "equal_width":
-        place = torch.bucketize(confidence, torch.arange(1, num_bins, dtype=torch.float64) / num_bins)
-    else:
-        rank = confidence.argsort(stable=True).argsort()
-        place = rank * num_bins // max(1, len(confidence))
+    # torchmetrics' bins are [lower, upper), and those of 1 − p the source's; a confidence of 1 is in the last one.
+    return float(binary_calibration_error(1 - confidence.double(), (~correct).long(), num_bins))
+
+
+def reliability(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> dict[str, list[float]]:
+    """Returns the reliability diagram of the bins of :func:`calibration_error`, zeros where a bin is empty.
+
+    Args:
+        confidence: Probability of the predicted class, (N,) in (0, 1].
+        correct: Whether it is the true one, (N,).
+        num_bins: Number of bins M.
+
+    Returns:
+        Mean ``confidence``, ``accuracy`` and number of images (``count``) of each bin.
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), section 2.
+    """
+    confidence = confidence.double()
+    place = torch.bucketize(confidence, torch.arange(1, num_bins, dtype=torch.float64) / num_bins)
     count = torch.bincount(place, minlength=num_bins)
-    mean = count.clamp_min(1)
-    sure = torch.bincount(place, confidence, num_bins) / mean
-    right = torch.bincount(place, correct, num_bins) / mean
-    return Reliability(sure.tolist(), right.tolist(), count.tolist())
+    sums = {"confidence": confidence, "accuracy": correct.double()}
+    means = {name: torch.bincount(place, each, num_bins) / count.clamp_min(1) for name, each in sums.items()}
+    return {name: value.tolist() for name, value in {**means, "count": count}.items()}
 
 
 def fit_temperature(logits: Tensor, y: Tensor) -> float:

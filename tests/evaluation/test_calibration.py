@@ -51,10 +51,6 @@ def check(found: dict[str, Figure], logits: Tensor, y: Tensor, suffix: str = "")
     expected = multiclass_calibration_error(torch.from_numpy(p), y, num_classes=p.shape[1], n_bins=15)
     assert found[f"ece{suffix}"].value == pytest.approx(float(expected), abs=1e-6)
     confidence, correct = p.max(1), p.argmax(1) == labels
-    order = np.argsort(confidence, kind="stable")
-    parts = [chosen for chosen in np.split(order, [-(-k * len(order) // 15) for k in range(1, 15)]) if len(chosen)]
-    mass = sum(len(c) * abs(correct[c].mean() - confidence[c].mean()) for c in parts) / len(order)
-    assert found[f"ece_equal_mass{suffix}"].value == pytest.approx(mass, rel=1e-5)
     diagram = found[f"ece{suffix}"].details["reliability"]
     assert sum(diagram["count"]) == len(labels)
     assert np.dot(diagram["count"], diagram["accuracy"]) == pytest.approx(correct.sum())
@@ -65,8 +61,8 @@ def test_figures_of_digits_are_plain_computations_and_t_is_that_of_the_validatio
     module = tiny.stage1()
     found = figures(tmp_path, Calibration(), module)
     assert set(found) == {
-        *("ece", "ece_equal_mass", "nll", "brier", "temperature"),
-        *("ece_scaled", "ece_equal_mass_scaled", "nll_scaled", "brier_scaled"),
+        *("ece", "nll", "brier", "temperature"),
+        *("ece_scaled", "nll_scaled", "brier_scaled"),
     }
     logits, y = split(module, "test")
     check(found, logits, y)
@@ -118,7 +114,7 @@ def test_any_module_will_do_without_a_datamodule(tmp_path: Path) -> None:
 
 def test_scaling_can_be_left_out(tmp_path: Path) -> None:
     found = figures(tmp_path, Calibration(num_bins=4, temperature=False), Plain(), dataloaders=loader())
-    assert set(found) == {"ece", "ece_equal_mass", "nll", "brier"}
+    assert set(found) == {"ece", "nll", "brier"}
     assert found["ece"].details["bin_edges"] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert len(found["ece"].details["reliability"]["count"]) == 4
 

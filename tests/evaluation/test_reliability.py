@@ -3,12 +3,9 @@ import math
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_calibration_error
 
-from dat_lightning.evaluation import fit_temperature, reliability
+from dat_lightning.evaluation import calibration_error, fit_temperature, reliability
 
 
 def random_logits(seed: int, size: int = 400, classes: int = 5, scale: float = 3.0) -> tuple[Tensor, Tensor]:
@@ -20,41 +17,33 @@ def random_logits(seed: int, size: int = 400, classes: int = 5, scale: float = 3
 
 @pytest.mark.parametrize("num_bins", [1, 10, 15])
 @pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_error_is_that_of_torchmetrics(num_bins: int, seed: int) -> None:
+def test_error_and_diagram_are_those_of_a_plain_loop(num_bins: int, seed: int) -> None:
     logits, y = random_logits(seed)
-    p = logits.softmax(1)
-    expected = multiclass_calibration_error(p, y, num_classes=5, n_bins=num_bins, norm="l1")
-    confidence, prediction = p.max(1)
-    assert reliability(confidence, prediction == y, num_bins).error == pytest.approx(float(expected), rel=1e-6)
+    confidence, prediction = logits.softmax(1).max(1)
+    pairs = [(p, bool(k)) for p, k in zip(confidence.tolist(), prediction == y, strict=True)]
+    expected = 0.0
+    diagram = reliability(confidence, prediction == y, num_bins)
+    for m in range(num_bins):
+        chosen = [(p, right) for p, right in pairs if m / num_bins < p <= (m + 1) / num_bins]
+        assert diagram["count"][m] == len(chosen)
+        sure, accuracy = np.mean(chosen, axis=0) if chosen else (0.0, 0.0)
+        assert (diagram["confidence"][m], diagram["accuracy"][m]) == pytest.approx((sure, accuracy), rel=1e-12)
+        expected += len(chosen) / len(pairs) * abs(accuracy - sure)
+    assert calibration_error(confidence, prediction == y, num_bins) == pytest.approx(expected, rel=1e-12)
 
 
-def test_bins_of_equal_width_contain_their_upper_edge() -> None:
-    diagram = reliability(torch.tensor([0.0, 0.25, 0.2500001, 0.5, 0.9, 1.0]), torch.tensor([0, 1, 0, 1, 1, 0]), 4)
-    assert diagram.count == [2, 2, 0, 2]
-    assert diagram.accuracy == [0.5, 0.5, 0.0, 0.5]
-    assert diagram.confidence == pytest.approx([0.125, 0.37500005, 0.0, 0.95])
-    assert diagram.error == pytest.approx((2 * 0.375 + 2 * 0.12499995 + 2 * 0.45) / 6, rel=1e-6)
+def test_bins_contain_their_upper_edge_and_the_last_one_confidences_of_1() -> None:
+    confidence, correct = torch.tensor([0.125, 0.25, 0.375, 0.5, 0.875, 1.0]), torch.tensor([0, 1, 0, 1, 1, 0]).bool()
+    diagram = reliability(confidence, correct, 4)
+    assert diagram["count"] == [2, 2, 0, 2]
+    assert diagram["accuracy"] == [0.5, 0.5, 0.0, 0.5]
+    assert diagram["confidence"] == [0.1875, 0.4375, 0.0, 0.9375]
+    assert calibration_error(confidence, correct, 4) == (2 * 0.3125 + 2 * 0.0625 + 2 * 0.4375) / 6
 
 
 def test_confidences_on_an_edge_fall_below_it() -> None:
     edges = torch.arange(1, 16, dtype=torch.float64) / 15
-    assert reliability(edges, torch.ones(15), 15).count == [1] * 15
-
-
-@given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1, max_size=40), st.integers(1, 9))
-def test_bins_of_equal_mass_are_runs_of_the_sorted_confidences(pairs: list[tuple[float, bool]], num_bins: int) -> None:
-    confidence, correct = (torch.tensor(column, dtype=torch.float64) for column in zip(*pairs, strict=True))
-    diagram = reliability(confidence, correct, num_bins, "equal_mass")
-    assert len(diagram.count) == num_bins
-    assert sum(diagram.count) == len(pairs)
-    assert max(diagram.count) - min(diagram.count) <= 1
-    order = sorted(range(len(pairs)), key=lambda k: pairs[k][0])
-    first = 0
-    for sure, right, count in zip(diagram.confidence, diagram.accuracy, diagram.count, strict=True):
-        chosen = order[first : first + count]
-        assert sure == pytest.approx(np.mean([pairs[k][0] for k in chosen]) if chosen else 0.0)
-        assert right == pytest.approx(np.mean([pairs[k][1] for k in chosen]) if chosen else 0.0)
-        first += count
+    assert reliability(edges, torch.ones(15), 15)["count"] == [1] * 15
 
 
 @pytest.mark.parametrize(("seed", "scale"), [(0, 3.0), (1, 0.2), (2, 40.0)])
