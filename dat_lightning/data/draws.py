@@ -28,9 +28,6 @@ class DrawSource(Protocol):
     def __call__(self, draw: int, /) -> tuple[Tensor, int | None]:
         """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
 
-    def take_skipped(self) -> list[str]:
-        """Returns why images were skipped since the last call, a message each."""
-
     @property
     def size(self) -> int:
         """Number of images that are drawn from."""
@@ -48,9 +45,11 @@ class DrawStream:
         transform: The augmentation.
         seed: Seed of the run.
         name: Name of the stream, so that two streams over one data set differ.
+        max_skipped_share: Share of images that may be corrupt, see :class:`~dat_lightning.data.entries.ReadableImages`;
+            by default any.
 
     Raises:
-        InputError: If the data set is empty; on a draw, if a hundred images in a row are corrupt.
+        InputError: If the data set is empty; on a draw, if too many images are corrupt, or a hundred in a row.
     """
 
     def __init__(
@@ -59,6 +58,7 @@ class DrawStream:
         transform: Transform,
         seed: int,
         name: str,
+        max_skipped_share: float = 1.0,
     ) -> None:
         if len(dataset) == 0:
             raise InputError(f"the data set of the {name!r} stream is empty")
@@ -66,7 +66,7 @@ class DrawStream:
         self.transform = transform
         self.seed = seed
         self.name = name
-        self._images = ReadableImages(dataset)
+        self.images = ReadableImages(dataset, max_skipped_share)
         self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -92,7 +92,7 @@ class DrawStream:
         # The CPU generator alone: torch.manual_seed would reset those of all devices.
         torch.default_generator.manual_seed(stream_seed(self.seed, self.name, "augmentation", draw))
         try:
-            return self._images.transformed(index, entry, self.transform)
+            return self.images.transformed(index, entry, self.transform)
         finally:
             torch.set_rng_state(state)
 
@@ -101,21 +101,17 @@ class DrawStream:
         """Number of images in a pass."""
         return len(self.dataset)
 
-    def take_skipped(self) -> list[str]:
-        """Returns why images were skipped since the last call, a message each."""
-        return self._images.take_skipped()
-
     def _entry(self, draw: int) -> tuple[int, Any]:
         """Place and content of the data set's entry of a draw."""
         index = self.index(draw)
         for attempt in range(_MAX_REPLACEMENTS):
-            entry = self._images.read(index)
+            entry = self.images.read(index)
             if entry is not None:
                 return index, entry
             index = stream_seed(self.seed, self.name, "replacement", draw, attempt) % len(self.dataset)
         raise InputError(
             f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"
-            f" because {self.take_skipped()[-1]}"
+            f" because {self.images.last}"
         )
 
 
@@ -130,19 +126,14 @@ class PairedDraws(Dataset[dict[str, Any]]):
         self.streams = streams
 
     def __getitem__(self, draws: Sequence[int]) -> dict[str, Any]:
-        """Returns the batch of the given draws, with their numbers under ``draw``.
-
-        Where images were corrupt, it has their messages under ``skipped``, a list of strings.
-        """
+        """Returns the batch of the given draws, with their numbers under ``draw``."""
         batch: dict[str, Any] = {"draw": torch.as_tensor(draws)}
-        skipped: list[str] = []
         for name, stream in self.streams.items():
             images, labels = zip(*(stream(draw) for draw in draws), strict=True)
             batch[f"x_{name}"] = stacked(images, f"the images of the {name!r} stream")
             if labels[0] is not None:
                 batch[f"y_{name}"] = torch.tensor(labels)
-            skipped += stream.take_skipped()
-        return batch | {"skipped": skipped} if skipped else batch
+        return batch
 
 
 class DrawBatches(DistributedSampler[list[int]]):
@@ -187,32 +178,36 @@ class DrawBatches(DistributedSampler[list[int]]):
 class EvaluationBatches(Dataset[dict[str, Any]]):
     """Whole evaluation batches by their indices: keys ``x`` (N, C, H, W), ``index`` (N,) and, with labels, ``y`` (N,).
 
-    Corrupt images are left out, and their messages are under ``skipped``, a list of strings.
+    Corrupt images are left out.
+
+    Args:
+        dataset: The images; an entry is an image or an (image, label) pair.
+        transform: Maps an image to a tensor (C, H, W) in [0, 1].
+        max_skipped_share: Share of images that may be corrupt; by default any.
 
     Raises:
-        InputError: On a batch, if all its images are corrupt.
+        InputError: On a batch, if all its images are corrupt, or too many have been.
     """
 
-    def __init__(self, dataset: SizedDataset, transform: Transform) -> None:
+    def __init__(self, dataset: SizedDataset, transform: Transform, max_skipped_share: float = 1.0) -> None:
         self.dataset = dataset
         self.transform = transform
+        self.images = ReadableImages(dataset, max_skipped_share)
 
-    def read(self, indices: Sequence[int]) -> tuple[list[tuple[int, Tensor, int | None]], list[str]]:
-        """Returns index, image and label of those that can be read, and why the others cannot."""
-        images = ReadableImages(self.dataset)
-        entries = ((index, images.read(index)) for index in indices)
-        found = [(i, *images.transformed(i, entry, self.transform)) for i, entry in entries if entry is not None]
-        return found, images.take_skipped()
+    def read(self, indices: Sequence[int]) -> list[tuple[int, Tensor, int | None]]:
+        """Returns index, image and label of those that can be read."""
+        entries = ((index, self.images.read(index)) for index in indices)
+        return [(i, *self.images.transformed(i, entry, self.transform)) for i, entry in entries if entry is not None]
 
     def __getitem__(self, indices: Sequence[int]) -> dict[str, Any]:
-        found, skipped = self.read(indices)
+        found = self.read(indices)
         if not found:
-            raise InputError(f"no image of an evaluation batch can be read: {'; '.join(skipped[:3])}")
+            raise InputError(f"no image of an evaluation batch can be read: {self.images.last}")
         kept, images, labels = zip(*found, strict=True)
         batch: dict[str, Any] = {"x": stacked(images, "the evaluation images"), "index": torch.tensor(kept)}
         if None not in labels:
             batch["y"] = torch.tensor(labels)
-        return batch | {"skipped": skipped} if skipped else batch
+        return batch
 
 
 class ShardedBatches(DistributedSampler[list[int]]):

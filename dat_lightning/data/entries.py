@@ -1,5 +1,6 @@
 """Entries of data sets: an image, alone or with a label, that may turn out to be corrupt."""
 
+import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -7,6 +8,11 @@ from torch import Tensor
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import CorruptImageError
+
+logger = logging.getLogger(__name__)
+
+# Loaded images below which a share means little: two bad files among the first ten are no two in ten.
+_MIN_LOADED = 1000
 
 
 class SizedDataset(Protocol):
@@ -47,24 +53,44 @@ def image_name(dataset: SizedDataset, index: int) -> str:
 class ReadableImages:
     """A data set whose corrupt images are left out: the one place that knows what to do about them.
 
-    Whoever reads asks for the messages and hands them on to a :class:`~dat_lightning.data.skipped.SkippedImages`, also
-    from loader processes, whose own counts nobody would see.
+    Each is logged once, with its path, and too many are an error. Each process counts what it reads itself: loader
+    processes share no memory, and each has its part of all images.
 
     Args:
         dataset: Raises :class:`~dat_lightning.data.CorruptImageError` where an image cannot be read.
+        max_skipped_share: Largest share of loaded images that may be corrupt, in [0, 1]; by default any.
+
+    Attributes:
+        num_loaded: Images read so far.
+        num_skipped: Corrupt ones so far, each counted every time.
+        last: Why the last of these cannot be read.
+
+    Raises:
+        InputError: If the share is outside [0, 1].
     """
 
-    def __init__(self, dataset: SizedDataset) -> None:
+    def __init__(self, dataset: SizedDataset, max_skipped_share: float = 1.0) -> None:
+        check_share(max_skipped_share)
         self.dataset = dataset
-        self._skipped: list[str] = []
+        self.max_skipped_share = max_skipped_share
+        self.num_loaded = 0
+        self.num_skipped = 0
+        self.last = ""
+        self._known: set[str] = set()
 
     def read(self, index: int) -> Any | None:
-        """Returns entry ``index``, or ``None`` if its image is corrupt, which is noted."""
+        """Returns entry ``index``, or ``None`` if its image is corrupt.
+
+        Raises:
+            InputError: If more than the allowed share was corrupt, which counts from a thousand loaded images on.
+        """
         try:
-            return self.dataset[index]
+            entry = self.dataset[index]
         except CorruptImageError as error:
-            self._skipped.append(str(error))
+            self._skip(str(error))
             return None
+        self.num_loaded += 1
+        return entry
 
     def transformed(self, index: int, entry: Any, transform: Any) -> tuple[Tensor, int | None]:
         """Returns image and label of entry ``index`` as a network takes them.
@@ -77,7 +103,20 @@ class ReadableImages:
         except InputError as error:
             raise InputError(f"{image_name(self.dataset, index)}: {error}") from error
 
-    def take_skipped(self) -> list[str]:
-        """Returns why images were skipped since the last call, a message each."""
-        taken, self._skipped = self._skipped, []
-        return taken
+    def _skip(self, reason: str) -> None:
+        self.num_skipped += 1
+        self.last = reason
+        if reason not in self._known:
+            self._known.add(reason)
+            logger.warning("skipped an image (%d different ones so far): %s", len(self._known), reason)
+        if self.num_skipped > self.max_skipped_share * max(self.num_loaded, _MIN_LOADED):
+            raise InputError(
+                f"{self.num_skipped} images could not be read, and {self.num_loaded} could, more than"
+                f" data.max_skipped_share {self.max_skipped_share:g} allows; the last one: {reason}"
+            )
+
+
+def check_share(max_skipped_share: float) -> None:
+    """Raises an InputError unless a share of corrupt images lies in [0, 1]."""
+    if not 0 <= max_skipped_share <= 1:
+        raise InputError(f"max_skipped_share must lie in [0, 1], got {max_skipped_share}")

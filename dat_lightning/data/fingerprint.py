@@ -16,12 +16,6 @@ def image_digest(entry: Any) -> str:
     return hashlib.sha256(repr((array.shape, array.dtype.str)).encode() + array.tobytes()).hexdigest()
 
 
-def _readable_digest(dataset: SizedDataset, index: int) -> str | None:
-    """The hash of an entry; ``None`` if its image is corrupt."""
-    entry = ReadableImages(dataset).read(index)
-    return None if entry is None else image_digest(entry)
-
-
 def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole_up_to: int = 20_000) -> float:
     """Returns which share of ``num_samples`` evenly spaced images of ``b`` are in ``a``.
 
@@ -39,8 +33,9 @@ def shared_images(a: SizedDataset, b: SizedDataset, num_samples: int = 64, whole
             return min(1.0, named / len(places))
 
     def digests(dataset: SizedDataset, count: int) -> set[str]:
-        found = (_readable_digest(dataset, k * len(dataset) // count) for k in range(count))
-        return {digest for digest in found if digest is not None}
+        images = ReadableImages(dataset)
+        entries = (images.read(k * len(dataset) // count) for k in range(count))
+        return {image_digest(entry) for entry in entries if entry is not None}
 
     few = digests(b, min(len(b), num_samples))
     many = digests(a, len(a) if len(a) <= whole_up_to else min(len(a), num_samples))

@@ -8,7 +8,7 @@ import numpy as np
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms
-from dat_lightning.data.draws import DrawSource, DrawStream, EvaluationBatches, Transform
+from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.images import ImageView
 from dat_lightning.data.mixing import MixedStream
@@ -187,7 +187,7 @@ class ImageDataModule(PairedDataModule):
         real = super()._stream(name)
         if name != "clf" or self.generated is None:
             return real
-        generated = DrawStream(self.generated, self.transform("clf"), self.seed, "generated")
+        generated = self._draws(self.generated, self.transform("clf"), "generated")
         return MixedStream(real, generated, self.generated_fraction)
 
 

@@ -37,10 +37,6 @@ class MixedStream:
         before, after = math.floor(draw * self.fraction), math.floor((draw + 1) * self.fraction)
         return self.generated(before) if after > before else self.real(draw - before)
 
-    def take_skipped(self) -> list[str]:
-        """Returns why images of either stream were skipped since the last call."""
-        return self.real.take_skipped() + self.generated.take_skipped()
-
     @property
     def size(self) -> int:
         """Number of images that either stream draws from."""

@@ -19,9 +19,8 @@ from dat_lightning.data.draws import (
     ShardedBatches,
     Transform,
 )
-from dat_lightning.data.entries import SizedDataset
+from dat_lightning.data.entries import SizedDataset, check_share
 from dat_lightning.data.fingerprint import shared_images
-from dat_lightning.data.skipped import CountedStream, SkippedImages
 
 Stream = Literal["gen", "clf", "ood"]
 Split = Literal["train", "val", "test"]
@@ -43,8 +42,8 @@ class PairedDataModule(LightningDataModule):
         num_workers: Loader processes per rank; 0 loads in the training process.
         streams: Which parts a training batch has. Stage 1 needs ``clf`` alone.
         seed: Seed of data order and augmentation.
-        max_skipped_share: Share of images that may be corrupt; those are skipped and logged with their paths. More of
-            them stop the run.
+        max_skipped_share: Share of a stream's images that may be corrupt; those are skipped and logged with their
+            paths. More of them stop the run.
 
     Raises:
         InputError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
@@ -74,8 +73,8 @@ class PairedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.streams = tuple(streams)
         self.seed = seed
-        self.skipped = SkippedImages(max_skipped_share)
-        self.skipped_seeds = SkippedImages(max_skipped_share)
+        check_share(max_skipped_share)
+        self.max_skipped_share = max_skipped_share
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
         self._start_draw = 0
         self._start_batch = 0
@@ -132,8 +131,7 @@ class PairedDataModule(LightningDataModule):
         Raises:
             InputError: If the data have no OOD images.
         """
-        dataset = self._require_ood("held_out")
-        return CountedStream(dataset, self.seed_transform(), self.seed, "held-out seeds", self.skipped_seeds)
+        return self._draws(self._require_ood("held_out"), self.seed_transform(), "held-out seeds")
 
     def reference_data(self) -> EvaluationBatches:
         """Returns the training images as evaluation sees them: the reference of the Fréchet distance."""
@@ -179,17 +177,6 @@ class PairedDataModule(LightningDataModule):
     def predict_dataloader(self) -> ResumableLoader:
         """Returns the test split, this rank's share."""
         return self._evaluation_loader("test")
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
-        """Counts the corrupt images that loading a batch met, and returns the batch without their messages.
-
-        Raises:
-            InputError: If they are more than ``max_skipped_share`` allows.
-        """
-        if isinstance(batch, dict):
-            loaded = sum(len(value) for key, value in batch.items() if key.startswith("x"))
-            self.skipped.update(batch.pop("skipped", ()), loaded)
-        return batch
 
     def on_exception(self, exception: BaseException) -> None:
         """Adds what it means, and how the run goes on, to the error of a process that lost contact with another one."""
@@ -255,7 +242,10 @@ class PairedDataModule(LightningDataModule):
         return self._require_ood("train") if name == "ood" else self.in_distribution("train")
 
     def _stream(self, name: Stream) -> DrawSource:
-        return DrawStream(self._dataset(name), self.transform(name), self.seed, name)
+        return self._draws(self._dataset(name), self.transform(name), name)
+
+    def _draws(self, dataset: SizedDataset, transform: Transform, name: str) -> DrawStream:
+        return DrawStream(dataset, transform, self.seed, name, self.max_skipped_share)
 
     def _require_ood(self, split: OODSplit) -> SizedDataset:
         dataset = self.out_of_distribution(split)
@@ -278,7 +268,8 @@ class PairedDataModule(LightningDataModule):
         dataset = self.in_distribution(split)
         sampler = ShardedBatches(len(dataset), self.eval_batch_size, *self._rank())
         # A generator of its own: a loader draws a number when an iteration begins, and would move those of training.
-        return self._loader(EvaluationBatches(dataset, self.evaluation_transform()), sampler, torch.Generator())
+        batches = EvaluationBatches(dataset, self.evaluation_transform(), self.max_skipped_share)
+        return self._loader(batches, sampler, torch.Generator())
 
     def _loader(
         self,

@@ -169,7 +169,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
                 self, trainer, pl_module, name, dataset, transform, chosen, self.batch_size, compute
             )
             sets[name], settings[name] = found, {"images": set_identity(found["digest"])}
-            details[name] = {"seed": self.seed, "num_skipped": len(skipped)}
+            details[name] = {"seed": self.seed, "num_skipped": skipped}
         if not self._samples:
             left_out["generated"] = "no PGDSampler of the Trainer samples in test"
         for steps, batches in self._samples.items():

@@ -22,7 +22,7 @@ from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rates
 from dat_lightning.results.digests import image_digests, set_identity
-from dat_lightning.results.gathering import Values, all_ranks, gather
+from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 
@@ -97,8 +97,8 @@ def evaluate_images(
     indices: Sequence[int],
     batch_size: int,
     compute: Callable[[Mapping[str, Tensor]], Values],
-) -> tuple[Values, list[str]]:
-    """Returns the values of a data set's images, sorted by index, and the messages of images that were corrupt.
+) -> tuple[Values, int]:
+    """Returns the values of a data set's images, sorted by index, and how many images were corrupt.
 
     Beside the values is a number that tells images apart, under ``digest``. The indices are dealt to the ranks in turn;
     every rank must call it, and gets everything.
@@ -120,11 +120,9 @@ def evaluate_images(
     mine = list(indices)[trainer.global_rank :: trainer.world_size]
     dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32)
     values: list[Values] = []
-    skipped: list[str] = []
-    firsts = range(0, len(mine), batch_size)
+    firsts, reader = range(0, len(mine), batch_size), EvaluationBatches(dataset, transform)
     for first in tqdm(firsts, desc=f"{type(evaluator).__name__}: {part}", leave=False, disable=is_silent(trainer)):
-        read, messages = EvaluationBatches(dataset, transform).read(mine[first : first + batch_size])
-        skipped += messages
+        read = reader.read(mine[first : first + batch_size])
         if read:
             kept, images, _ = zip(*read, strict=True)
             x = stacked(images, f"the images of {part!r}")
@@ -134,8 +132,8 @@ def evaluate_images(
                 found = evaluator.remember(pl_module, batch, compute, part)
             digests = image_digests(batch["x"], torch.zeros(len(x)))
             values.append({"index": batch["index"], "digest": digests, **found})
-    messages = sorted({message for rank in all_ranks(skipped) for message in rank})
-    return gather(values, f"no image of {part!r} could be read: {'; '.join(messages[:3])}"), messages
+    found = gather(values, f"no image of {part!r} could be read: {reader.images.last}")
+    return found, len(indices) - len(found["index"])
 
 
 class OODDetection(Evaluator):
@@ -238,7 +236,7 @@ class OODDetection(Evaluator):
                         "score": score,
                         "attack": None if attack is None else asdict(attack),
                     }
-                    details = {"seed": self.seed, "num_skipped": len(skipped)}
+                    details = {"seed": self.seed, "num_skipped": skipped}
                     scores = found[score if attack is None else f"{score}_attacked"]
                     measured += _measured(f"{name}_{score}", values[score], scores, settings, details)
         return measured

@@ -73,7 +73,9 @@ def data_digest(dataset: SizedDataset, whole_up_to: int = 20_000, num_samples: i
     """Returns a digest of a data set's images: of all up to a size, beyond it of evenly spaced ones and the length."""
     size = len(dataset)
     count = size if size <= whole_up_to else num_samples
-    return digest([str(size), *(_readable_digest(dataset, k * size // count) for k in range(count))])
+    images = ReadableImages(dataset)
+    entries = (images.read(k * size // count) for k in range(count))
+    return digest([str(size), *("unreadable" if entry is None else image_digest(entry) for entry in entries)])
 
 
 def reference_digest(data: Any) -> str:
@@ -103,8 +105,3 @@ def image_digests(x: Tensor, y: Tensor) -> Tensor:
 def set_identity(digests: Tensor) -> str:
     """Returns what tells the images behind :func:`image_digests`, (N,), from others; their order counts."""
     return identity("", digest([digests]))
-
-
-def _readable_digest(dataset: SizedDataset, index: int) -> str:
-    entry = ReadableImages(dataset).read(index)
-    return "unreadable" if entry is None else image_digest(entry)

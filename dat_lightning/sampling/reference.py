@@ -204,8 +204,7 @@ def require_reference_data(trainer: Trainer, need: str) -> None:
 class ReferenceImages:
     """This rank's share of the reference images, read in batches by the DataModule's number of loader processes.
 
-    Rank r has every image i with i mod world size = r; a rank may have none. Corrupt images are left out, and named in
-    a line of the log.
+    Rank r has every image i with i mod world size = r; a rank may have none. Corrupt images are left out.
 
     Args:
         trainer: Knows rank and DataModule.
@@ -219,10 +218,10 @@ class ReferenceImages:
         self.data = data
         self.batch_size = batch_size
         self.who = who
-        self._skipped: list[str] = []
+        self._num_skipped = 0
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        self._skipped = []
+        self._num_skipped = 0
         mine = range(self.trainer.global_rank, len(self.data.dataset), self.trainer.world_size)
         batches = [mine[first : first + self.batch_size] for first in range(0, len(mine), self.batch_size)]
         workers: int = getattr(self.trainer.datamodule, "num_workers", 0)  # type: ignore[attr-defined]
@@ -231,14 +230,13 @@ class ReferenceImages:
             self.data, batch_size=None, sampler=batches, num_workers=workers, generator=torch.Generator()
         )
         title = f"{self.who}: training images"
-        for batch in tqdm(loader, desc=title, leave=False, disable=is_silent(self.trainer)):
-            self._skipped += batch.get("skipped", ())
+        shown = tqdm(loader, desc=title, leave=False, disable=is_silent(self.trainer))
+        for indices, batch in zip(batches, shown, strict=True):
+            self._num_skipped += len(indices) - len(batch["x"])
             check_pixels(batch["x"], "the images of reference_data()")
             yield batch
-        if self._skipped:
-            _logger.warning(
-                "%s skipped %d training images, the first: %s", self.who, len(self._skipped), self._skipped[0]
-            )
+        if self._num_skipped:
+            _logger.warning("%s left out %d training images that cannot be read", self.who, self._num_skipped)
 
     def num_skipped(self) -> int:
         """Returns how many images were corrupt on all ranks; every rank must call it, after it has read its share.
@@ -248,7 +246,7 @@ class ReferenceImages:
         Raises:
             InputError: If they are so many that these are other reference images.
         """
-        count: int = sum(all_ranks(len(self._skipped)))
+        count: int = sum(all_ranks(self._num_skipped))
         if count > _MAX_SKIPPED_SHARE * len(self.data.dataset):
             raise InputError(
                 f"{self.who}: {count} of {len(self.data.dataset)} reference images could not be read; more than"

@@ -9,11 +9,10 @@ import torch
 import torch.multiprocessing
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
 from dat_lightning.data.batches import check_pixels, stacked
 from dat_lightning.data.entries import image_of
-from dat_lightning.data.skipped import CountedStream
 
 Seeds = Callable[[int], Any]
 """Index of a sample → seed (C, H, W) in [0, 1], alone or in a pair with a label; a pure function of the index."""
@@ -25,11 +24,10 @@ class SeedBatches:
     """The seeds of each batch of samples, (N, C, H, W), with dtype and device of the network.
 
     Loader processes read the next batch while one is worked on. Each reads a share of every batch, so that no more than
-    one batch waits in memory, however many processes there are. A seed is the same whoever reads it. Corrupt images
-    that loader processes met are counted here, in the order of the batches, when a batch is taken.
+    one batch waits in memory, however many processes there are. A seed is the same whoever reads it.
 
     Args:
-        seeds: See :data:`Seeds`; those of :class:`~dat_lightning.data.PairedDataModule` count corrupt images.
+        seeds: See :data:`Seeds`.
         batches: Indices of the samples of each batch.
         like: Names dtype and device.
         num_workers: Number of loader processes; 0 reads each batch in this process when it is asked for.
@@ -38,8 +36,7 @@ class SeedBatches:
         first: Seed 0 as it was read, which shows the shape.
 
     Raises:
-        InputError: If the first seed is no image in [0, 1]; when a batch is taken, if one of its seeds is none, or too
-            many images were corrupt.
+        InputError: If the first seed is no image in [0, 1]; when a batch is taken, if one of its seeds is none.
     """
 
     def __init__(self, seeds: Seeds, batches: Sequence[Sequence[int]], like: Tensor, num_workers: int = 0) -> None:
@@ -68,16 +65,13 @@ class SeedBatches:
         read = iter(loader)
         try:
             for batch in shares:
-                yield torch.cat([self._taken(*part) for part in itertools.islice(read, len(batch))])
+                yield torch.cat([self._taken(part) for part in itertools.islice(read, len(batch))])
         finally:
             # torch ends processes when an iterator is deleted, which the traceback of an error puts off.
             getattr(read, "_shutdown_workers", lambda: None)()
 
-    def _taken(self, images: Tensor, skipped: Sequence[list[str]]) -> Tensor:
-        """The seeds of a share where they are needed, after its corrupt ones were counted."""
-        if isinstance(self.seeds, CountedStream):
-            for messages in skipped:
-                self.seeds.count(messages)
+    def _taken(self, images: Tensor) -> Tensor:
+        """The seeds of a share where they are needed."""
         check_pixels(images, _WHAT)
         # From a device to the CPU, nobody would wait for the copy.
         return images.to(self.like, non_blocking=self.like.is_cuda)
@@ -100,19 +94,14 @@ class SeedBatches:
         return 0
 
 
-class _Reader(Dataset[tuple[Tensor, list[list[str]]]]):
-    """Seeds by their indices, (N, C, H, W), and in a loader process for each why images were skipped."""
+class _Reader(Dataset[Tensor]):
+    """Seeds by their indices, (N, C, H, W)."""
 
     def __init__(self, seeds: Seeds) -> None:
         self.seeds = seeds
 
-    def __getitem__(self, indices: Sequence[int]) -> tuple[Tensor, list[list[str]]]:
-        images, skipped = [], []
-        for index in indices:
-            images.append(image_of(self.seeds(index)))
-            if isinstance(self.seeds, CountedStream) and get_worker_info() is not None:
-                skipped.append(self.seeds.take_skipped())
-        return stacked(images, _WHAT), skipped
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return stacked([image_of(self.seeds(index)) for index in indices], _WHAT)
 
 
 class _Nowhere:

@@ -55,7 +55,8 @@ def test_a_reference_with_gaps_is_used_but_not_cached(
 ) -> None:
     with caplog.at_level(logging.WARNING, "dat_lightning"):
         evaluate(tmp_path, callbacks(tmp_path / "cache")[number], range(700, 703))
-    assert "skipped 3 training images, the first: digit 700 is not a readable image" in caplog.text
+    assert "left out 3 training images that cannot be read" in caplog.text
+    assert "skipped an image (1 different ones so far): digit 700 is not a readable image" in caplog.text
     assert not list(tmp_path.glob("cache/*"))
     # What is whole is kept.
     evaluate(tmp_path, callbacks(tmp_path / "cache")[number], range(0))

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from dat_lightning import DigitsDataModule, DigitsFeatures, FrechetDistance, PGDSampler, SampleBatch, SamplingPlan
 from dat_lightning.core import Logits
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.paired import OODSplit
@@ -65,9 +66,8 @@ class Damaged:
 class DamagedSeeds(DigitsDataModule):
     """Digits whose seeds are partly damaged."""
 
-    def __init__(self, num_workers: int, max_share: float) -> None:
+    def __init__(self, num_workers: int) -> None:
         super().__init__(batch_size=32, num_workers=num_workers)
-        self.skipped_seeds.max_share = max_share
 
     def out_of_distribution(self, split: OODSplit) -> SizedDataset:
         return Damaged([3, 8, 12, 13])
@@ -214,7 +214,9 @@ def test_the_next_seeds_are_read_while_a_chain_runs(num_workers: int, seen: list
 @pytest.mark.parametrize("of_seeds", [False, True])
 def test_an_error_leaves_no_process_behind(of_seeds: bool, tmp_path: Path) -> None:
     """One of a consumer, or one with the seeds."""
-    seeds = DamagedSeeds(0, 0.0).held_out_seeds() if of_seeds else Noting(tmp_path)
+    data = DamagedSeeds(0)
+    data.max_skipped_share = 0.0
+    seeds = data.held_out_seeds() if of_seeds else Noting(tmp_path)
     with pytest.raises((InterruptedError, ValueError)) as caught:
         test(tmp_path / "run", Foreign(seeds, 2), Counting(), Interrupted(12))
     assert ("could not be read" in str(caught.value)) == of_seeds
@@ -263,44 +265,40 @@ def test_every_seed_is_looked_at() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_corrupt_seeds_are_replaced_and_counted(
-    num_workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    data, collector = DamagedSeeds(num_workers, 0.5), Collector()
+def test_corrupt_seeds_are_replaced_and_logged(num_workers: int, tmp_path: Path) -> None:
+    data, collector = DamagedSeeds(num_workers), Collector()
     stream = DrawStream(Damaged([3, 8, 12, 13]), data.seed_transform(), data.seed, "held-out seeds")
     expected = torch.stack([stream(index)[0] for index in range(25)])
-    messages = stream.take_skipped()
-    assert len(set(messages)) == 4
-    # The network's number of classes takes seed 0 once more.
-    stream(0)
-    with caplog.at_level(logging.WARNING, "dat_lightning"):
+    assert stream.images.num_skipped >= 4
+    # A file, which loader processes share.
+    handler = logging.FileHandler(tmp_path / "log", delay=True)
+    logging.getLogger("dat_lightning").addHandler(handler)
+    try:
         test(tmp_path, data, Counting(), collector)
+    finally:
+        logging.getLogger("dat_lightning").removeHandler(handler)
+        handler.close()
     assert torch.equal(torch.cat([batch.seeds for batch in collector.batches]), expected)
-    assert data.skipped_seeds.loaded == 26
-    assert data.skipped_seeds.count == len(messages) + len(stream.take_skipped())
-    logged = [record.getMessage() for record in caplog.records if "skipped an image" in record.getMessage()]
-    assert len(logged) == 4
-    assert all(any(line.endswith(message) for line in logged) for message in messages)
+    logged = [line.partition(": ")[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert {line.partition(" is ")[0] for line in logged} == {f"crop {index}" for index in (3, 8, 12, 13)}
+    # Each process names one once.
+    assert len(logged) == 4 if num_workers == 0 else 4 <= len(logged) <= 12
 
 
-def test_too_many_corrupt_seeds_are_the_same_error_whoever_reads_them(tmp_path: Path) -> None:
-    data = DamagedSeeds(0, 0.003)
-    stream = data.held_out_seeds()
-    with pytest.raises(ValueError, match=r"4 of \d+ loaded images could not be read, more than data.max") as expected:
-        list(map(stream, [0, *range(25)]))
-    for num_workers in (0, 2):
-        collector = Collector()
-        with pytest.raises(ValueError, match="loaded images") as found:
-            test(
-                tmp_path,
-                Foreign(DamagedSeeds(0, 0.003).held_out_seeds(), num_workers),
-                Counting(batch_size=5),
-                collector,
-            )
-        assert str(found.value) == str(expected.value)
-        # Samples of the batches before were handed out.
-        failed = int(str(found.value).split()[2]) - 2
-        assert len(collector.batches) == failed // 5 > 0
+@pytest.mark.parametrize(("num_workers", "max_skipped_share"), [(0, 0.003), (2, 0.0)])
+def test_too_many_corrupt_seeds_end_the_run_whoever_reads_them(
+    num_workers: int, max_skipped_share: float, tmp_path: Path
+) -> None:
+    """Of 14 images four are corrupt: three are allowed in the first case, and none in the second."""
+    data, collector = DamagedSeeds(0), Collector()
+    data.max_skipped_share = max_skipped_share
+    message = rf"images could not be read, and \d+ could, more than data.max_skipped_share {max_skipped_share:g} allows"
+    with pytest.raises(InputError, match=message):
+        test(tmp_path, Foreign(data.held_out_seeds(), num_workers), Counting(batch_size=5), collector)
+    # Samples of the batches before were handed out.
+    stream = DamagedSeeds(0).held_out_seeds()
+    failed = next(i for i in (0, *range(25)) if stream(i) and stream.images.num_skipped > 1000 * max_skipped_share)
+    assert len(collector.batches) == failed // 5
 
 
 # Random numbers.
@@ -421,13 +419,8 @@ def test_seeds_that_cannot_be_pickled_are_read_in_the_main_process(tmp_path: Pat
 @pytest.mark.slow
 @pytest.mark.usefixtures("spawn")
 def test_seeds_are_the_same_in_spawned_processes() -> None:
-    data = DamagedSeeds(0, 0.5)
+    data = DamagedSeeds(0)
     assert all(map(torch.equal, read(data.held_out_seeds(), 2), read(data.held_out_seeds(), 0)))
-    # Each set takes seed 0 once more.
-    assert data.skipped_seeds.loaded == 2 * 14
-    skipped = data.skipped_seeds.count
-    assert skipped > 0
-    assert skipped % 2 == 0
 
 
 # A GPU.
