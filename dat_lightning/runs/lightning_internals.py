@@ -40,9 +40,9 @@ def validation_follows(trainer: Trainer) -> bool:
     """
     loop = trainer.fit_loop.epoch_loop
     batches = loop.batch_progress.total
-    if not batches.ready == batches.processed == batches.completed + 1:
+    if not batches.ready == batches.processed == batches.completed + 1:  # type: ignore[attr-defined]
         return False
-    if trainer.should_stop or trainer._val_check_time_interval is not None:
+    if trainer.should_stop or trainer._val_check_time_interval is not None:  # type: ignore[attr-defined]
         return False
     fetcher = trainer.fit_loop._data_fetcher
     return fetcher is not None and loop._should_check_val_fx(fetcher)
