@@ -1,14 +1,13 @@
 """scikit-learn's handwritten digits, with seeds from its two photographs: real data that come with the installation."""
 
-from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import Dataset, TensorDataset
+from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
 from dat_lightning.core.errors import InputError
@@ -27,10 +26,10 @@ def load_images() -> tuple[Tensor, Tensor]:
     # Importing scikit-learn takes seconds.
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = torch.from_numpy(digits.images).float().unsqueeze(1) / 16
+    data = load_digits()
+    images = torch.from_numpy(data.images).float().unsqueeze(1) / 16
     images = F.interpolate(images, size=(IMAGE_SIZE, IMAGE_SIZE), mode="bilinear", align_corners=False)
-    return images.clamp(0, 1), torch.from_numpy(digits.target).long()
+    return images.clamp(0, 1), torch.from_numpy(data.target).long()
 
 
 @lru_cache(maxsize=8)
@@ -46,49 +45,17 @@ def split_indices(validation_size: int) -> dict[Split, np.ndarray]:
     return {"train": train, "val": validation, "test": test}
 
 
-class Digits(Dataset[tuple[Tensor, int]]):
-    """Some of the 1 797 digits: images (1, 16, 16) in [0, 1] with their labels.
-
-    Args:
-        indices: Places in scikit-learn's order.
-    """
-
-    def __init__(self, indices: Sequence[int] | np.ndarray) -> None:
-        images, labels = load_images()
-        self._data = TensorDataset(images[torch.as_tensor(indices)], labels[torch.as_tensor(indices)])
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """Returns image ``index`` and its label."""
-        image, label = self._data[index]
-        return image, int(label)
-
-
-class TensorImages(Dataset[Tensor]):
-    """Images computed once and kept in memory.
-
-    Args:
-        images: Shape (N, C, H, W).
-    """
-
-    def __init__(self, images: Tensor) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Returns image ``index``, (C, H, W)."""
-        return self.images[index]
+def digits(indices: np.ndarray) -> TensorDataset:
+    """Returns the digits at some places of scikit-learn's order: images (1, 16, 16) in [0, 1] with their labels."""
+    images, labels = load_images()
+    return TensorDataset(images[torch.as_tensor(indices)], labels[torch.as_tensor(indices)])
 
 
 @lru_cache(maxsize=4)
-def photograph_crops(size: int, part: OODSplit) -> TensorImages:
+def photograph_crops(size: int, part: OODSplit) -> TensorDataset:
     """Returns the crops that seeds are, in memory."""
     crops = PhotographCrops(size, part, IMAGE_SIZE)
-    return TensorImages(torch.stack([crops[i] for i in range(size)]))
+    return TensorDataset(torch.stack([crops[i] for i in range(size)]))
 
 
 class DigitsDataModule(PairedDataModule):
@@ -99,17 +66,14 @@ class DigitsDataModule(PairedDataModule):
     flipped.
 
     Args:
-        batch_size: See :class:`PairedDataModule`, as for all arguments not named here.
-        eval_batch_size: Likewise.
-        num_workers: Likewise.
-        streams: Likewise.
-        seed: Likewise.
+        batch_size: Global batch size in training.
         validation_size: How many of the 1 437 are kept from training for validation, 10 at least.
         ood: Where seeds come from: crops of photographs, uniform noise, or nowhere, which leaves Stage 1.
         num_ood: Number of different OOD images in training.
         num_held_out: Number of different seeds for generation, from other parts of the photographs.
         max_shift_clf: Largest shift of ``x_clf``, in pixels of 16.
         max_shift_gen: Largest shift of ``x_gen``.
+        shared: The other arguments of :class:`PairedDataModule`.
 
     Raises:
         InputError: If a number is outside its range or ``ood`` is unknown.
@@ -118,18 +82,15 @@ class DigitsDataModule(PairedDataModule):
     def __init__(
         self,
         batch_size: int = 64,
-        eval_batch_size: int = 256,
-        num_workers: int = 0,
-        streams: Sequence[Stream] = ("gen", "clf", "ood"),
-        seed: int = 0,
         validation_size: int = 144,
         ood: Literal["photographs", "noise", "none"] = "photographs",
         num_ood: int = 4000,
         num_held_out: int = 1000,
         max_shift_clf: int = 1,
         max_shift_gen: int = 0,
+        **shared: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, streams, seed)
+        super().__init__(batch_size=batch_size, **shared)
         if not 10 <= validation_size <= 1000:
             raise InputError(f"validation_size must lie in 10 … 1000, got {validation_size}")
         if ood not in ("photographs", "noise", "none"):
@@ -145,9 +106,9 @@ class DigitsDataModule(PairedDataModule):
         self.max_shift_clf = max_shift_clf
         self.max_shift_gen = max_shift_gen
 
-    def in_distribution(self, split: Split) -> Digits:
+    def in_distribution(self, split: Split) -> SizedDataset:
         """Returns a split of the digits."""
-        return Digits(split_indices(self.validation_size)[split])
+        return digits(split_indices(self.validation_size)[split])
 
     def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
         """Returns crops or noise; held-out crops come from other parts of the photographs, held-out noise is other."""
@@ -177,7 +138,7 @@ class DigitsDataModule(PairedDataModule):
         """Returns the 1 437 images that are not for testing."""
         splits = split_indices(self.validation_size)
         both = np.sort(np.concatenate([splits["train"], splits["val"]]))
-        return EvaluationBatches(Digits(both), self.evaluation_transform())
+        return EvaluationBatches(digits(both), self.evaluation_transform())
 
 
 def _typed(transform: Transform) -> Transform:

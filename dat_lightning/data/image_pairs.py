@@ -77,12 +77,7 @@ class ImageDataModule(PairedDataModule):
             seeds of 32×32 pixels need the latter.
         image_size: Height and width that the network sees.
         eval_resize: Short side to which evaluation resizes before its centre crop; by default ``image_size``.
-        batch_size: See :class:`PairedDataModule`, as for all that follow.
-        eval_batch_size: Likewise.
-        num_workers: Likewise.
-        streams: Likewise.
-        seed: Likewise.
-        max_skipped_share: Likewise.
+        shared: The arguments of :class:`PairedDataModule`.
 
     Raises:
         InputError: If a number does not fit the data, or two arguments do not go together.
@@ -107,14 +102,9 @@ class ImageDataModule(PairedDataModule):
         ood_augmentation: Literal["crop", "resized_crop"] | None = None,
         image_size: int = 32,
         eval_resize: int | None = None,
-        batch_size: int = 128,
-        eval_batch_size: int = 256,
-        num_workers: int = 0,
-        streams: Sequence[Stream] = ("gen", "clf", "ood"),
-        seed: int = 0,
-        max_skipped_share: float = 0.01,
+        **shared: Any,
     ) -> None:
-        super().__init__(batch_size, eval_batch_size, num_workers, streams, seed, max_skipped_share)
+        super().__init__(**shared)
         self.train_images = _sized(train, "train")
         self.test_images = _sized(test, "test")
         self.generated = None if generated is None else _sized(generated, "generated")

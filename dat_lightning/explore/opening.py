@@ -16,7 +16,7 @@ from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
-from dat_lightning.data.entries import SizedDataset
+from dat_lightning.data.entries import SizedDataset, image_of, label_of
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.runs.configurations import with_bases
@@ -50,8 +50,7 @@ class Examples:
             CorruptImageError: If it cannot be read.
         """
         entry = self._images[self._order[place]]
-        image, label = entry if isinstance(entry, tuple) else (entry, None)
-        return self._transform(image), None if label is None else int(label)
+        return self._transform(image_of(entry)), label_of(entry)
 
     @property
     def class_names(self) -> tuple[str, ...] | None:

@@ -1,11 +1,11 @@
 """Test images that neither two nor four processes can share evenly."""
 
-from typing import Any, cast
+from typing import Any
 
 from torch.utils.data import Subset
 
 from dat_lightning import DigitsDataModule
-from dat_lightning.data.digits import Digits
+from dat_lightning.data import SizedDataset
 from dat_lightning.data.paired import Split
 
 NUM_TEST = 359
@@ -16,9 +16,9 @@ class UnevenDigits(DigitsDataModule):
 
     num_test = NUM_TEST
 
-    def in_distribution(self, split: Split) -> Digits:
+    def in_distribution(self, split: Split) -> SizedDataset:
         dataset: Any = super().in_distribution(split)
-        return cast(Digits, Subset(dataset, range(self.num_test))) if split == "test" else dataset
+        return Subset(dataset, range(self.num_test)) if split == "test" else dataset
 
 
 def uneven_digits() -> UnevenDigits:

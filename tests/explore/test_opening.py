@@ -36,7 +36,7 @@ def test_examples_are_the_test_images_each_once(checkpoint: Path) -> None:
     examples = open_checkpoint(checkpoint).examples
     assert examples is not None
     test = DigitsDataModule().in_distribution("test")
-    expected = {(tuple(image.flatten().tolist()), label) for image, label in (test[i] for i in range(len(test)))}
+    expected = {(tuple(image.flatten().tolist()), int(label)) for image, label in (test[i] for i in range(len(test)))}
     found = [examples[i] for i in range(len(examples))]
     assert {(tuple(image.flatten().tolist()), label) for image, label in found} == expected
     assert len(found) == len(test) == 360
@@ -47,7 +47,7 @@ def test_samples_start_from_held_out_photographs(checkpoint: Path) -> None:
     held_out, train = (DigitsDataModule().out_of_distribution(split) for split in ("held_out", "train"))
     assert held_out is not None
     assert train is not None
-    crops = {tuple(held_out[i].flatten().tolist()) for i in range(len(held_out))}
+    crops = {tuple(held_out[i][0].flatten().tolist()) for i in range(len(held_out))}
     assert all(tuple(start.flatten().tolist()) in crops for start in starts)
 
 

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from dat_lightning import DigitsDataModule, DigitsFeatures, FrechetDistance, PGDSampler, SampleConsumer, SampleGrid, cli
 from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.digits import Digits, split_indices
+from dat_lightning.data.digits import digits, split_indices
 from dat_lightning.data.draws import EvaluationBatches
 from dat_lightning.evaluation import Calibration, Counterfactuals, EnergyStatistics, OODDetection, RobustAccuracy
 from dat_lightning.evaluation.evaluator import Evaluator
@@ -271,7 +271,7 @@ class Others(DigitsDataModule):
     """Tests on as many training images, and compares samples with fewer."""
 
     def in_distribution(self, split: Any) -> Any:
-        return Digits(split_indices(20)["train"][:360]) if split == "test" else super().in_distribution(split)
+        return digits(split_indices(20)["train"][:360]) if split == "test" else super().in_distribution(split)
 
     def reference_data(self) -> Any:
         return EvaluationBatches(super().in_distribution("train"), self.evaluation_transform())

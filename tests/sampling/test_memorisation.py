@@ -14,7 +14,8 @@ from torch.utils.data import DataLoader
 
 from dat_lightning import DigitsDataModule, PGDSampler, SampleBatch
 from dat_lightning.core import Logits
-from dat_lightning.data.digits import Digits, load_images, split_indices
+from dat_lightning.data import SizedDataset
+from dat_lightning.data.digits import digits, load_images, split_indices
 from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.data.paired import Split
 from dat_lightning.sampling import Memorisation
@@ -43,7 +44,7 @@ class Planted(DigitsDataModule):
 class SameSplits(Planted):
     """The mistake to test on training images."""
 
-    def in_distribution(self, split: Split) -> Digits:
+    def in_distribution(self, split: Split) -> SizedDataset:
         return super().in_distribution("train")
 
 
@@ -198,7 +199,7 @@ def test_the_training_images_follow_the_data(tmp_path: Path) -> None:
 
     class Smaller(Planted):
         def reference_data(self) -> EvaluationBatches:
-            return EvaluationBatches(Digits(split_indices(144)["val"]), self.evaluation_transform())
+            return EvaluationBatches(digits(split_indices(144)["val"]), self.evaluation_transform())
 
     memorisation = Memorisation(Pixels())
     seeds, _ = planted()

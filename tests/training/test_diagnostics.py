@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
 from dat_lightning.data import SizedDataset
-from dat_lightning.data.digits import Digits, split_indices
+from dat_lightning.data.digits import digits, split_indices
 from dat_lightning.training import TrainingFailureError
 from tests import tiny
 
@@ -83,7 +83,7 @@ class SameData(DigitsDataModule):
     """The mistake: seeds are the training images."""
 
     def out_of_distribution(self, split: str) -> SizedDataset:
-        return Digits(split_indices(self.validation_size)["train"])
+        return digits(split_indices(self.validation_size)["train"])
 
 
 def test_ood_data_equal_to_training_data_are_refused(tmp_path: Path) -> None:
