@@ -12,8 +12,10 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.digits import load_images
 from dat_lightning.data.draws import Transform
 from dat_lightning.data.transforms import (
+    CheckUnitRange,
     Cutout,
     ToUnitRange,
     cifar_strong,
@@ -322,3 +324,28 @@ def test_settings_that_differ_show_in_the_repr() -> None:
 def test_values_outside_their_range_are_refused_by_name(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("antialias", [True, False])
+@pytest.mark.parametrize("size", [12, 17, 24, 40, 100])
+def test_what_any_bicubic_resize_overshoots_is_tolerated(antialias: bool, size: int) -> None:
+    """Of images as black and white as can be: digits, single points, and noise."""
+    digits = (load_images()[0][:100] > 0.5).float()
+    points = torch.rand(100, 1, 16, 16, generator=torch.Generator().manual_seed(0))
+    for images in (digits, (points > 0.97).float(), (points < 0.97).float(), (points > 0.5).float()):
+        resized = v2.functional.resize(
+            images, [size, size], interpolation=v2.InterpolationMode.BICUBIC, antialias=antialias
+        )
+        if size > 16:
+            assert resized.min() < -0.1
+            assert resized.max() > 1.1
+        for image in resized:
+            assert CheckUnitRange()(image) is image
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.2, 1.0), (0.3, 1.2), (0.25, 0.8), (0.5, 1.0), (0.1307, 0.3081)])
+def test_a_few_normalised_images_are_refused_also_near_the_range(mean: float, std: float) -> None:
+    images = (load_images()[0][:30] - mean) / std
+    with pytest.raises(InputError, match=r"float pixels must lie in \[0, 1\], got values in .*, \d+% of them outside"):
+        list(map(CheckUnitRange(), images))
+    assert CheckUnitRange()(images[0] * std + mean).shape == (1, 16, 16)
