@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import uuid4
 
@@ -12,6 +13,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
+from typing_extensions import Self, override
 
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
@@ -20,7 +22,7 @@ from dat_lightning.data.batches import EvaluationEntry, batch_part
 from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
-from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, stamp
+from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, settings_of_module, stamp
 from dat_lightning.weights.hub import EnergyModel
 
 Batch = Mapping[str, Tensor]
@@ -83,6 +85,16 @@ class TrainedModule(LightningModule):
         if execution.memory_format == "channels_last":
             check_layout(energy_model)
             energy_model.to(memory_format=torch.channels_last)
+
+    @classmethod
+    @override
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: str | Path | None = None, **kwargs: Any
+    ) -> Self:
+        """Returns a module as Lightning does; of ``hparams.yaml``, as runs log it, the module's settings are taken."""
+        if hparams_file is not None and (settings := settings_of_module(hparams_file)):
+            hparams_file, kwargs = None, {**settings, **kwargs}
+        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, **kwargs)
 
     @property
     def freezes_batch_norm(self) -> bool:

@@ -63,7 +63,7 @@ def canonical(settings: Settings) -> str:
 
 
 def primitives(settings: Settings) -> dict[str, Any]:
-    """Returns settings as a file gives them back: dataclasses as mappings, sequences as lists.
+    """Returns settings as a file gives them back: dataclasses as mappings with their class, sequences as lists.
 
     Raises:
         TypeError: If a setting is no primitive.
@@ -115,7 +115,9 @@ def _told(value: Any) -> str:
 def _as_primitive(value: Any) -> Any:
     """A setting as JSON takes it; the text of other objects may differ between processes, or hide what differs."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return dataclasses.asdict(value)
+        # Of two classes with the same fields one means another thing; fields may be such objects again.
+        parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
+        return {"class": type(value).__qualname__, **parts}
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"settings must be primitives, got {type(value).__name__}: {value!r}")

@@ -5,7 +5,14 @@ from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.layouts import energy_model_weights
 from dat_lightning.weights.loading import LoadedWeights, load_weights
 from dat_lightning.weights.reading import read_checkpoint
-from dat_lightning.weights.stamp import changed_settings, check_hyperparameters, check_stamp, run_of, stamp
+from dat_lightning.weights.stamp import (
+    changed_settings,
+    check_hyperparameters,
+    check_stamp,
+    run_of,
+    settings_of_module,
+    stamp,
+)
 
 __all__ = [
     "EnergyModel",
@@ -18,5 +25,6 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "run_of",
+    "settings_of_module",
     "stamp",
 ]

@@ -3,9 +3,11 @@
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.speed.execution import settings_of_today
@@ -17,6 +19,10 @@ ENTRY = "dat_lightning"
 
 # Of the settings that the command line stores, those that do not decide what is computed; of execution one does.
 _NOT_COMPARED = frozenset({"_class_path", "_instantiator", "execution"})
+
+# What is logged beside a module's settings, and what makes modules from theirs.
+_OF_THE_RUN = ("class_path", "data", "trainer", "seed_everything", "float32_matmul_precision")
+_INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 _PLAIN = (bool, int, float, complex, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
 
@@ -76,6 +82,19 @@ def run_of(checkpoint: Mapping[str, Any]) -> str | None:
     entry = checkpoint.get(ENTRY)
     run = entry.get("run") if isinstance(entry, Mapping) else None
     return run if isinstance(run, str) else None
+
+
+def settings_of_module(hparams_file: str | Path) -> dict[str, Any]:
+    """Returns a module's settings, in the form of a checkpoint, from the file of hyperparameters of a whole run.
+
+    Empty, if the file is none that a run of the command line has logged.
+    """
+    path = Path(hparams_file)
+    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix in (".yaml", ".yml") else None
+    if not isinstance(found, dict) or not {"class_path", "trainer"} <= found.keys():
+        return {}
+    settings = {name: value for name, value in found.items() if name not in _OF_THE_RUN}
+    return {"_class_path": found["class_path"], **settings, "_instantiator": _INSTANTIATOR}
 
 
 def changed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any]) -> list[str]:

@@ -71,7 +71,7 @@ def test_figures_of_digits_are_those_of_scikit_learn(name: Any, tmp_path: Path) 
     }
     others = data.out_of_distribution("held_out")
     assert others is not None
-    x = torch.stack([others[k] for k in range(len(others))])
+    x = torch.stack([others[k][0] for k in range(len(others))])
     attacked = ascend(module, x, torch.zeros(len(x), dtype=torch.long), OBJECTIVES[name], ATTACK)
     inside = score(split(module, "test")[0], name)
     for images, how in ((x, ""), (attacked, "_attacked")):

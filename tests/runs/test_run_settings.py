@@ -91,6 +91,24 @@ def test_runs_that_share_a_loggers_folder_keep_their_own_and_log_all_settings(tm
     assert RobustClassifierModule.load_from_checkpoint(last).threat_model.eps == 1.0
 
 
+def test_a_module_is_loaded_with_the_hyperparameters_that_its_run_has_logged(tmp_path: Path) -> None:
+    fit()
+    last = tmp_path / "runs" / "checkpoints" / "last.ckpt"
+    (file,) = tmp_path.rglob("hparams.yaml")
+    plain, again = (
+        RobustClassifierModule.load_from_checkpoint(last, **given) for given in ({}, {"hparams_file": str(file)})
+    )
+    assert again.threat_model == plain.threat_model
+    assert all(map(torch.equal, again.state_dict().values(), plain.state_dict().values()))
+    # The file counts more than the checkpoint, as with Lightning, and an argument more than the file.
+    settings = yaml.safe_load(file.read_text())
+    settings["threat_model"]["eps"] = 0.25
+    file.write_text(yaml.safe_dump(settings))
+    assert RobustClassifierModule.load_from_checkpoint(last, None, file).threat_model.eps == 0.25
+    changed = RobustClassifierModule.load_from_checkpoint(last, hparams_file=file, attack_mode="train")
+    assert (changed.threat_model.eps, changed.attack_mode) == (0.25, "train")
+
+
 def test_the_same_folder_keeps_what_differs_and_a_requeued_job_finds_its_own(tmp_path: Path) -> None:
     for epochs in ("1", "1", "2", "2"):
         fit("--trainer.logger.init_args.version=7", f"--trainer.max_epochs={epochs}")
