@@ -1,7 +1,6 @@
 """Data order and augmentation as pure functions of (seed, draw number): the basis of exact resume on any rank count."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -67,23 +66,17 @@ class DrawStream:
         self.seed = seed
         self.name = name
         self.images = ReadableImages(dataset, max_skipped_share)
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Spawned workers get the stream pickled; the cache is rebuilt there.
-        return {k: v for k, v in self.__dict__.items() if k != "_permutation"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._permutation = lru_cache(maxsize=2)(self._permutation_of_pass)
-
-    def _permutation_of_pass(self, number: int) -> RandomPermutation:
-        return RandomPermutation(len(self.dataset), self.seed, self.name, "order", number)
+        self._pass = -1
 
     def index(self, draw: int) -> int:
         """Returns which entry of the data set draw ``draw`` is."""
         number, position = divmod(draw, len(self.dataset))
-        return self._permutation(number)[position]
+        if number != self._pass:
+            self._pass, self._order = (
+                number,
+                RandomPermutation(len(self.dataset), self.seed, self.name, "order", number),
+            )
+        return self._order[position]
 
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""

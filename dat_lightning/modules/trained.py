@@ -166,6 +166,8 @@ class TrainedModule(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Writes the number of the checkpoint's format into it, the module's class, and the name of the run.
 
+        A file of weights alone gets averaged ones, where :class:`~dat_lightning.ExponentialMovingAverage` has some.
+
         Raises:
             InputError: If a hyperparameter is an object, which nobody could read back.
         """
@@ -174,6 +176,9 @@ class TrainedModule(LightningModule):
             # LearningRateFinder saves before on_fit_start what it goes back to.
             self._load_initial_weights()
             checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
+        if self._is_fitting() and "callbacks" not in checkpoint:  # weights alone
+            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+                getattr(callback, "save_average", lambda saved: None)(checkpoint)
         stamp(checkpoint, _class_path(self), self._run_name)
         checkpoint["network_evaluations"] = self.network_evaluations
 

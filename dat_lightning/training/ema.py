@@ -1,7 +1,5 @@
 """Exponential moving average of the weights, which validation, test, sampling and exports use."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,22 +13,6 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.training.divergence import step_was_skipped
 
 
-@dataclass(frozen=True, eq=False)
-class _SaveHook:
-    """Stands before a module's ``on_save_checkpoint``: Lightning tells no callback of a file of weights alone."""
-
-    callback: "ExponentialMovingAverage"
-    pl_module: LightningModule
-    own: Callable[[dict[str, Any]], None]
-
-    def __call__(self, checkpoint: dict[str, Any]) -> None:
-        # After a run that was interrupted the module may be with another Trainer.
-        is_mine = self.callback in self.pl_module.trainer.callbacks  # type: ignore[attr-defined]
-        if is_mine and "callbacks" not in checkpoint:
-            self.callback._save_weights_alone(checkpoint)
-        self.own(checkpoint)
-
-
 class ExponentialMovingAverage(WeightAveraging):
     """Averages parameters and the statistics of norm layers with a decay that warms up.
 
@@ -42,8 +24,8 @@ class ExponentialMovingAverage(WeightAveraging):
     ``…_end``, also before there is one, and keeps it after training. Here the whole of validation sees the average,
     whatever the order of the callbacks; nothing is averaged, swapped or saved before the first update; an exception
     in validation restores the weights; a checkpoint saved during validation is right; a file of weights alone
-    (``save_weights_only``) has the average; and a Trainer that has fitted tests the checkpoint that it is given
-    (Lightning issue 21724 and its neighbours).
+    (``save_weights_only``) of this package's modules has the average; and a Trainer that has fitted tests the
+    checkpoint that it is given (Lightning issue 21724 and its neighbours).
 
     Args:
         decay: Largest decay, in [0, 1].
@@ -64,7 +46,6 @@ class ExponentialMovingAverage(WeightAveraging):
         self.warm_up = warm_up
         self._num_updates = 0
         self._swapped = False
-        self._save_hook: _SaveHook | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -73,11 +54,7 @@ class ExponentialMovingAverage(WeightAveraging):
         self._num_updates = 0
         self._swapped = False
         self._latest_update_step = trainer.global_step
-        self._unhook()
         super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self._save_hook = _SaveHook(self, pl_module, pl_module.on_save_checkpoint)
-            pl_module.on_save_checkpoint = self._save_hook  # type: ignore[method-assign]
 
     def decay_of_update(self, n: int) -> float:
         """Returns the decay of update n ≥ 1."""
@@ -132,7 +109,6 @@ class ExponentialMovingAverage(WeightAveraging):
         if stage == "fit":
             self._average_model = None
             self._num_updates = 0
-            self._unhook()
 
     @override
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -152,17 +128,8 @@ class ExponentialMovingAverage(WeightAveraging):
                 super().on_load_checkpoint(trainer, pl_module, checkpoint)
             self._num_updates = int(self._average_model.n_averaged)
 
-    def _unhook(self) -> None:
-        hook, self._save_hook = self._save_hook, None
-        if hook is None:
-            return
-        is_there: bool = vars(hook.pl_module).get("on_save_checkpoint") is hook
-        if is_there:
-            del hook.pl_module.on_save_checkpoint
-            if hook.pl_module.on_save_checkpoint != hook.own:
-                hook.pl_module.on_save_checkpoint = hook.own  # type: ignore[method-assign, assignment]
-
-    def _save_weights_alone(self, checkpoint: dict[str, Any]) -> None:
+    def save_average(self, checkpoint: dict[str, Any]) -> None:
+        """Puts the average into a file of weights alone; modules call it, as Lightning tells no callback of these."""
         if self._average_model is not None and self._num_updates > 0 and not self._swapped:
             checkpoint["state_dict"] = self._average_model.module.state_dict()
 
