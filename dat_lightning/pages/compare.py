@@ -29,8 +29,6 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--columns", nargs="+", metavar="NAME", help="figures to show; by default all that are shared")
     result.add_argument("--x", metavar="NAME", help="figure on the plot's horizontal axis; by default fid")
     result.add_argument("--y", metavar="NAME", help="figure on its vertical axis; by default the robust accuracy")
-    result.add_argument("--higher", nargs="+", default=[], metavar="NAME", help="figures of which more is better")
-    result.add_argument("--lower", nargs="+", default=[], metavar="NAME", help="figures of which less is better")
     return result
 
 
@@ -45,9 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     options = parser().parse_args(argv)
     try:
-        written = run(
-            options.files, options.output, options.columns, options.x, options.y, options.higher, options.lower
-        )
+        written = run(options.files, options.output, options.columns, options.x, options.y)
     except (InputError, OSError) as error:
         sys.exit(f"dat_lightning.pages.compare: error: {error}")
     sys.stdout.write(f"wrote {' and '.join(path.as_posix() for path in written)}\n")
@@ -61,8 +57,6 @@ def run(
     columns: Sequence[str] | None = None,
     x: str | None = None,
     y: str | None = None,
-    higher: Sequence[str] = (),
-    lower: Sequence[str] = (),
 ) -> list[Path]:
     """Compares evaluation files; returns the files written.
 
@@ -72,8 +66,6 @@ def run(
         columns: Figures to show; by default all that at least two runs have.
         x: Figure on the horizontal axis of the plot.
         y: Figure on the vertical axis.
-        higher: Figures of which more is better, where the name does not say so.
-        lower: Figures of which less is better.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -82,8 +74,8 @@ def run(
     if output.suffix not in (".html", ".htm"):
         raise InputError(f"--output must end in .html, got {output}")
     runs = read_runs(files)
-    everything = compare(runs, None, higher, lower)
-    shown = everything if columns is None else compare(runs, columns, higher, lower)
+    everything = compare(runs)
+    shown = everything if columns is None else compare(runs, columns)
     default_x, default_y = default_axes(everything)
     x_column, y_column = _axis(everything, "--x", x, default_x), _axis(everything, "--y", y, default_y)
     return write_comparison(output, shown, x_column, y_column)

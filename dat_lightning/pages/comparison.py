@@ -1,7 +1,6 @@
 """Several evaluations side by side: which figures can be compared, and which run is best."""
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,6 @@ from dat_lightning.results.evaluation_file import Evaluation, is_of_one_step_cou
 from dat_lightning.results.measurement import Measurement, canonical, differing
 
 Direction = Literal["higher", "lower"]
-
-# Parts of names, which say what is better on the axis of a plot; the first that fits counts.
-_DIRECTIONS: Mapping[str, Direction] = {
-    r"fid|kid|fd|frechet|ece|nll|brier|loss|error|fpr|fpr95": "lower",
-    r"accuracy|auroc|auc|precision|recall|isc|is|inception|success|confidence|plausibility|autoattack": "higher",
-}
-# Numbers that describe a setting or a scale, and are neither good nor bad.
-_NEUTRAL = re.compile(r"(^|_)(steps|temperature|energy|r1|epoch|step)(_|$)")
 
 
 @dataclass(frozen=True)
@@ -101,8 +92,6 @@ def read_runs(paths: Sequence[Path]) -> dict[str, Evaluation]:
 def compare(
     runs: Mapping[str, Evaluation],
     names: Sequence[str] | None = None,
-    higher: Sequence[str] = (),
-    lower: Sequence[str] = (),
 ) -> Comparison:
     """Returns the comparison of several evaluations.
 
@@ -113,52 +102,30 @@ def compare(
         runs: Label → evaluation.
         names: Figures to compare, in this order; by default all that at least two runs have, but for
             those of single step counts of a sweep.
-        higher: Further figures of which more is better.
-        lower: Further figures of which less is better.
 
     Raises:
-        InputError: If no run has a figure that is asked for, no two runs share a figure, or a figure is to be better
-            both ways.
+        InputError: If no run has a figure that is asked for, or no two runs share a figure.
     """
     counts: dict[str, int] = {}
     for evaluation in runs.values():
         for entry in evaluation.entries:
             counts[entry.name] = counts.get(entry.name, 0) + 1
-    for argument, asked in (("columns", names or ()), ("higher", higher), ("lower", lower)):
-        unknown = [name for name in asked if name not in counts]
-        if unknown:
-            raise InputError(f"{argument}: no run has a figure {unknown[0]!r}; there are {', '.join(sorted(counts))}")
-    both = sorted(set(higher) & set(lower))
-    if both:
-        raise InputError(f"higher and lower both name {both[0]!r}")
+    unknown = [name for name in names or () if name not in counts]
+    if unknown:
+        raise InputError(f"columns: no run has a figure {unknown[0]!r}; there are {', '.join(sorted(counts))}")
     shared = [name for name, count in counts.items() if count > 1]
     # The numbers of a whole sweep are for the page of one run.
     shared = [name for name in shared if not is_of_one_step_count(name)] or shared
     if not shared:
         raise InputError(f"the runs {', '.join(runs)} share no figure: nothing can be compared")
-    known: dict[str, Direction] = {**dict.fromkeys(higher, "higher"), **dict.fromkeys(lower, "lower")}
     columns = tuple(
-        _column(name, [run.entry(name) for run in runs.values()], known.get(name))
-        for name in (shared if names is None else names)
+        _column(name, [run.entry(name) for run in runs.values()]) for name in (shared if names is None else names)
     )
     left_out = tuple(name for name in counts if name not in {column.name for column in columns})
     return Comparison(tuple(runs), columns, left_out, tuple(run.failure for run in runs.values()))
 
 
-def direction(name: str) -> Direction | None:
-    """Returns what is better for a logged scalar of that name, as an axis says it; ``None`` if the name does not tell.
-
-    Comparisons go by what the evaluator said.
-    """
-    if _NEUTRAL.search(name):
-        return None
-    for words, better in _DIRECTIONS.items():
-        if re.search(rf"(^|[_\W])({words})($|[_\W])", name):
-            return better
-    return None
-
-
-def _column(name: str, entries: Sequence[Measurement | None], known: Direction | None) -> Column:
+def _column(name: str, entries: Sequence[Measurement | None]) -> Column:
     examples: dict[str, Measurement] = {}
     groups: list[int | None] = []
     for entry in entries:
@@ -167,7 +134,7 @@ def _column(name: str, entries: Sequence[Measurement | None], known: Direction |
             examples.setdefault(key, entry)
         groups.append(None if key is None else list(examples).index(key))
     said = {entry.better for entry in entries if entry is not None}
-    better = known or (said.pop() if len(said) == 1 else None)
+    better = said.pop() if len(said) == 1 else None
     best = [False] * len(entries)
     values = [math.nan if entry is None else entry.value for entry in entries]
     numbers = [value for value in values if not math.isnan(value)]

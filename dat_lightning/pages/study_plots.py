@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.pages.comparison import direction
 from dat_lightning.pages.drawing import PALETTE, label, require_matplotlib, write_beside
 from dat_lightning.pages.study_file import Plot, PlotKind, Study
 from dat_lightning.pages.study_results import Result, Summary, summaries, summary
@@ -71,7 +70,10 @@ def draw(study: Study, plot: Plot, results: Sequence[Result]) -> Any:
         _values(axes, shown[0])
     else:
         _lines(axes, shown, [variant.name for variant in study.variants], with_markers=plot.kind != "curve")
-    better = direction(plot.figure)
+    said = {name: each for result in results for name, each in result.better.items()}
+    if plot.kind == "radii":
+        said = {name.partition("_eps")[0]: each for name, each in said.items()}
+    better = said.get(plot.figure)
     words = plot.words or label(plot.figure)
     axes.set(xlabel=plot.x_words or _X[plot.kind], ylabel=f"{words} ({better} is better)" if better else words)
     _plain_numbers(axes, plot)

@@ -39,6 +39,7 @@ class Result:
         sweeps: Figure → ``steps`` and ``values`` over the number of sampling steps.
         curves: Logged scalar → ``steps`` and ``values`` over training.
         provenance: Versions, device, hashes of the checkpoint and its weights.
+        better: Figure → what is better, ``higher`` or ``lower``, as far as its evaluator says it.
     """
 
     variant: str
@@ -50,6 +51,7 @@ class Result:
     sweeps: dict[str, Points] = field(default_factory=dict)
     curves: dict[str, Points] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    better: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,9 @@ def collect(study: Study, out: Path) -> list[Result]:
             curves = read_curves(folder, study.curves)
             figures = {**_ends_of(curves), **figures_of(evaluation)} if done else {}
             known = {name: evaluation.provenance[name] for name in _PROVENANCE if name in evaluation.provenance}
-            shown = folder.relative_to(out).as_posix()
-            run = Result(variant.name, seed, variant.value, shown, done, figures, sweeps_of(evaluation), curves, known)
+            better = {entry.name: str(entry.better) for entry in evaluation.entries if entry.better is not None}
+            shown, sweeps = folder.relative_to(out).as_posix(), sweeps_of(evaluation)
+            run = Result(variant.name, seed, variant.value, shown, done, figures, sweeps, curves, known, better)
             results.append(run)
     return results
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from dat_lightning.pages.compare import main
-from dat_lightning.pages.comparison import compare, direction, read_runs
+from dat_lightning.pages.comparison import compare, read_runs
 from dat_lightning.pages.comparison_page import way_letter
 from dat_lightning.pages.trade_off import default_axes, trade_off_figure
 from dat_lightning.results import Evaluation, Measurement, write_evaluation
@@ -67,41 +67,8 @@ def test_nan_is_never_best_and_infinity_may_be() -> None:
     assert best("fid", run("a", fid=math.inf), run("b", fid=math.inf)) == ["a", "b"]
 
 
-@pytest.mark.parametrize(
-    ("name", "better"),
-    [
-        ("accuracy", "higher"),
-        ("robust_accuracy_L2_0.5_10x0.1", "higher"),
-        ("autoattack_Linf_0.03", "higher"),
-        ("ood_auroc_logsumexp", "higher"),
-        ("precision", "higher"),
-        ("isc", "higher"),
-        ("counterfactual_success_next_eps4", "higher"),
-        ("fid", "lower"),
-        ("dino_fid", "lower"),
-        ("fid [SampleMetrics]", "lower"),
-        ("ece_scaled", "lower"),
-        ("ood_fpr95_max_logit", "lower"),
-        ("counterfactual_l2_next_eps4", None),
-        ("nearest_training_distance", None),
-        ("loss", "lower"),
-        ("energy", None),
-        ("r1", None),
-        ("fid_steps", None),
-        ("temperature", None),
-        ("fidelity", None),
-    ],
-)
-def test_the_name_of_a_logged_scalar_tells_what_is_better(name: str, better: str | None) -> None:
-    assert direction(name) == better
-
-
-def test_what_is_better_can_be_said() -> None:
-    runs = {"a": run("a", novelty=1.0, fid=2.0), "b": run("b", novelty=2.0, fid=1.0)}
-    assert compare(runs).column("novelty").best == (False, False)  # type: ignore[union-attr]
-    assert compare(runs, higher=["novelty"]).column("novelty").best == (False, True)  # type: ignore[union-attr]
-    assert compare(runs, lower=["novelty"]).column("novelty").best == (True, False)  # type: ignore[union-attr]
-    assert compare(runs, higher=["fid"]).column("fid").best == (True, False)  # type: ignore[union-attr]
+def test_a_figure_of_which_nobody_says_what_is_better_has_no_best() -> None:
+    assert best("novelty", run("a", novelty=1.0, fid=2.0), run("b", novelty=2.0, fid=1.0)) == []
 
 
 @pytest.mark.parametrize("other", [run("b", "q", fid=1.0), run("b", "p", 99, fid=1.0)], ids=["protocol", "images"])
@@ -303,7 +270,6 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
         first, second, *out, "--columns", "fd"
     )
     assert "--x: no two runs share a figure 'fd'; they share accuracy" in refusal(first, second, *out, "--x", "fd")
-    assert "both name 'fid'" in refusal(first, second, *out, "--higher", "fid", "--lower", "fid")
     assert "--output must end in .html" in refusal(first, second, "--output", str(tmp_path / "c.json"))
     text = Path(second).read_text(encoding="utf-8")
     Path(second).write_text(text[:100], encoding="utf-8")

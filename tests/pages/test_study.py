@@ -202,7 +202,10 @@ def out(tmp_path: Path) -> Path:
             writer.add_event(Event(step=step, summary=Proto(value=[Proto.Value(tag="train/r1", simple_value=value)])))
         writer.close()
         if math.isfinite(fid):
-            entries = [Measurement("fid", fid, "by hand", 8), Measurement("accuracy", fid / 10, "by hand", 8)]
+            entries = [
+                Measurement("fid", fid, "by hand", 8, better="lower"),
+                Measurement("accuracy", fid / 10, "by hand", 8),
+            ]
             write_evaluation(folder / "evaluation.json", Evaluation("t", entries, {"device": "cpu"}))
     return tmp_path / "out"
 
@@ -218,6 +221,7 @@ def test_runs_are_collected_with_figures_and_curves(out: Path, tmp_path: Path) -
     assert rows[2].figures == {"fid": 4.0, "accuracy": 0.4, "train/r1": 1.0, "max train/r1": 12.0}
     assert rows[2].folder == "long_one/seed0"
     assert rows[2].provenance == {"device": "cpu"}
+    assert rows[2].better == {"fid": "lower"}
     # The mean of a table is not to mix what ended with what did not; its curve is there.
     assert rows[3].figures == {}
     assert rows[3].curves == {"train/r1": {"steps": [1.0, 2.0, 3.0], "values": [2.0, 12.0, 1.0]}}
@@ -310,6 +314,20 @@ def test_a_plot_shows_the_variants_that_it_names(tmp_path: Path) -> None:
     sweep = {"fid": {"steps": [1.0], "values": [1.0]}}
     rows = [result(name, 0, sweeps=sweep) for name in ("short", "long one")]
     assert [line.name for line in lines(found, each, rows)] == ["long one"]
+
+
+def test_an_axis_says_what_the_evaluator_calls_better(tmp_path: Path) -> None:
+    better = {"fid": "lower", "success_eps0.5": "higher", "success_eps2": "higher"}
+    figures = {"fid": 3.0, "success_eps0.5": 0.25, "success_eps2": 0.5, "r1": 2.0}
+    rows = [result("short", 0, figures=figures, better=better, value=1.0)]
+    shapes = [
+        ({"kind": "values", "figure": "fid"}, "fid (lower is better)"),
+        ({"kind": "radii", "figure": "success", "words": "share"}, "share (higher is better)"),
+        ({"kind": "values", "figure": "r1"}, "r1"),
+    ]
+    for settings, expected in shapes:
+        found, each = shown(tmp_path, settings)
+        assert draw(found, each, rows).axes[0].get_ylabel() == expected
 
 
 def test_what_is_drawn_is_what_the_lines_say(tmp_path: Path) -> None:
