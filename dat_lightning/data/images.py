@@ -17,7 +17,7 @@ from dat_lightning.data.entries import SizedDataset, image_name, image_of
 from dat_lightning.data.pixels import CorruptImageError
 
 # What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 
 
 # Too many open files, no memory: the next image would fail as well, and skipping would change the data in silence.
@@ -61,7 +61,7 @@ def read_image(path: str | Path) -> Image.Image:
             time.sleep(pause)
         return _decoded(path)
     except UnidentifiedImageError as error:
-        raise CorruptImageError(str(path), f"it is none of {', '.join(_FORMATS)}") from error
+        raise CorruptImageError(str(path), f"it is none of {', '.join(FORMATS)}") from error
     except OSError as error:
         if error.errno in _NOT_THE_IMAGE_S_FAULT:
             raise
@@ -71,20 +71,25 @@ def read_image(path: str | Path) -> Image.Image:
 
 
 def _decoded(path: str | Path) -> Image.Image:
-    with Image.open(path, formats=_FORMATS) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return _rgb(image)
 
 
 def _rgb(image: Image.Image) -> Image.Image:
+    # Older versions of Pillow read sixteen bits as "I".
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
-        # Pillow would clip at 255. 65535 / 257 = 255; older versions read sixteen bits as "I".
-        grey = (np.asarray(image).astype(np.int64) + 128) // 257
-        image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
+        image = eight_bit_grey(image)
     elif image.mode in ("I", "F"):
         raise InputError(f"pixels of mode {image.mode!r} have no agreed white")
     # Pillow warns that the transparency of a palette is lost, which is meant.
     image.info.pop("transparency", None)
     return image.convert("RGB")
+
+
+def eight_bit_grey(image: Image.Image) -> Image.Image:
+    """Returns sixteen-bit grey as eight bits: 65535 / 257 = 255, where Pillow would clip at 255."""
+    grey = (np.asarray(image).astype(np.int64) + 128) // 257
+    return Image.fromarray(grey.clip(0, 255).astype(np.uint8))
 
 
 def check_index(index: int, size: int) -> None:

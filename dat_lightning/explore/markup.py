@@ -1,6 +1,5 @@
 """Pieces of the page as HTML: pictures whose pixels stay pixels, and the table of classes with its bars."""
 
-import base64
 import io
 from collections.abc import Collection, Sequence
 from html import escape
@@ -10,6 +9,7 @@ from torch import Tensor
 
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.explore.explorer import Reading
+from dat_lightning.pages.rendering import png_uri
 from dat_lightning.sampling.picture_grids import signed_difference
 
 # What the page marks: the target of a walk, and the most likely class.
@@ -79,10 +79,9 @@ def figures(
     parts = [f'<div class="dat-figures" style="grid-template-columns: {columns}{limit}">']
     for place, (png, caption, small) in enumerate(entries):
         mark = ' class="dat-current"' if place == current else ""
-        source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
         text = f"{escape(caption)}<small>{escape(small)}</small>" if small else escape(caption)
         parts.append(
-            f'<figure{mark}><img src="{source}" alt="{escape(caption)}"><figcaption>{text}</figcaption></figure>'
+            f'<figure{mark}><img src="{png_uri(png)}" alt="{escape(caption)}"><figcaption>{text}</figcaption></figure>'
         )
     return "".join([*parts, "</div>"])
 

@@ -9,11 +9,12 @@ import altair as alt
 import streamlit as st
 from torch import Tensor
 
+from dat_lightning.data.images import FORMATS
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.explore import markup
 from dat_lightning.explore.explorer import MAX_IMAGES, MAX_STEPS, Explorer, Reading, Samples, Walk
 from dat_lightning.explore.opening import Examples, Opened
-from dat_lightning.explore.uploads import FORMATS, read_upload
+from dat_lightning.explore.uploads import read_upload
 
 _T = TypeVar("_T")
 _PER_PAGE = 8

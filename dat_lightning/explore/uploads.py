@@ -10,9 +10,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.images import FORMATS, eight_bit_grey
 
-# What a file may hold, whatever its name says. Pillow knows more, some of which (EPS) start other programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
 MAX_PIXELS = 50_000_000
 MAX_MEGABYTES = 20
 
@@ -106,9 +105,7 @@ def _upright(image: Image.Image) -> tuple[Image.Image, list[str]]:
     image.load()
     turned = ImageOps.exif_transpose(image)
     if turned.mode.startswith("I"):
-        # Pillow would clip at 255. 65535 / 257 = 255; older versions read sixteen bits as "I".
-        grey = (np.asarray(turned).astype(np.int64) + 128) // 257
-        return Image.fromarray(grey.clip(0, 255).astype(np.uint8)), notes
+        return eight_bit_grey(turned), notes
     if turned.has_transparency_data:
         layered = turned.convert("RGBA")
         if layered.getchannel("A").getextrema() != (255, 255):

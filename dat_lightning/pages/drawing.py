@@ -19,6 +19,19 @@ NEUTRAL = "#8493a8"
 
 Drawing = Callable[[], Any]
 
+# Where a name may stand beside its point, in 1/72 inch, with its alignments; the best come first. Off the point's own
+# row and column, where its error bars are.
+_PLACES = (
+    (9, 6, "left", "bottom"),
+    (-9, 6, "right", "bottom"),
+    (9, -6, "left", "top"),
+    (-9, -6, "right", "top"),
+    (0, 10, "center", "bottom"),
+    (0, -10, "center", "top"),
+    (9, 0, "left", "center"),
+    (-9, 0, "right", "center"),
+)
+
 
 def require_matplotlib(extra: str = "reports") -> ModuleType:
     """Returns ``matplotlib.pyplot``.
@@ -46,7 +59,6 @@ def write_beside(
     axes: Any,
     points: Sequence[tuple[float, float]],
     names: Sequence[str],
-    places: Sequence[tuple[int, int, str, str]],
     colors: Sequence[str] | None = None,
 ) -> None:
     """Writes names beside points, each where it covers no other point and no name, if there is such a place.
@@ -56,7 +68,6 @@ def write_beside(
         axes: Where the points are.
         points: In the units of the axes.
         names: One for each.
-        places: Where a name may stand beside its point, in 1/72 inch, with its alignments; the best come first.
         colors: Of the names; by default that of the axis' label, and grey where no place is free.
     """
     from matplotlib.transforms import Bbox
@@ -68,7 +79,7 @@ def write_beside(
     for k, (point, name) in enumerate(zip(points, names, strict=True)):
         others = taken[:k] + taken[k + 1 :]
         tried: list[tuple[int, Any, Any]] = []
-        for dx, dy, across, up in places:
+        for dx, dy, across, up in _PLACES:
             text = axes.annotate(name, point, (dx, dy), textcoords="offset points", ha=across, va=up, fontsize=9)
             box = text.get_window_extent()
             outside = not (frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1)

@@ -20,15 +20,6 @@ _X: Mapping[PlotKind, str] = {
     "radii": "radius ε",
     "values": "",
 }
-# Where a label may stand beside its point, in points, with its alignments.
-_PLACES = (
-    (9, 6, "left", "bottom"),
-    (-9, 6, "right", "bottom"),
-    (9, -6, "left", "top"),
-    (-9, -6, "right", "top"),
-    (0, 10, "center", "bottom"),
-    (0, -10, "center", "top"),
-)
 
 
 @dataclass(frozen=True)
@@ -169,7 +160,7 @@ def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence
                 names.append(label(variant.name))
                 points.append((x.mean, y.mean))
     axes.margins(0.15)
-    write_beside(figure, axes, points, names, _PLACES, colors)
+    write_beside(figure, axes, points, names, colors)
 
 
 def _plain_numbers(axes: Any, plot: Plot) -> None:

@@ -10,17 +10,6 @@ from dat_lightning.pages.drawing import PALETTE, label, require_matplotlib, writ
 _MARKERS = "osD^vP*X"
 # The number of steps in a name such as robust_accuracy_L2_0.5_10x0.1.
 _STEPS = re.compile(r"_(\d+)x[\d.e+-]+(?:_random)?$")
-# Where a label may stand beside its point, in points, best first, with its alignments.
-_PLACES = (
-    (8, 0, "left", "center"),
-    (-8, 0, "right", "center"),
-    (0, 8, "center", "bottom"),
-    (0, -8, "center", "top"),
-    (6, 7, "left", "bottom"),
-    (-6, 7, "right", "bottom"),
-    (6, -7, "left", "top"),
-    (-6, -7, "right", "top"),
-)
 
 
 def default_axes(comparison: Comparison) -> tuple[str | None, str | None]:
@@ -64,7 +53,7 @@ def trade_off_figure(comparison: Comparison, x: Column, y: Column) -> Any:
         marker, color = _MARKERS[place % len(_MARKERS)], PALETTE[place % len(PALETTE)]
         axes.plot(across, up, marker, color=color, ms=8, markeredgewidth=0)
     axes.set(xlabel=axis_label(x), ylabel=axis_label(y))
-    write_beside(figure, axes, points, labels, _PLACES)
+    write_beside(figure, axes, points, labels)
     return figure
 
 
