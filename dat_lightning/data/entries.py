@@ -90,6 +90,12 @@ class ReadableImages:
             self._skip(str(error))
             return None
         self.num_loaded += 1
+        # Here, so that of images that all fail whoever reads can say more than a share.
+        if self.num_skipped > self.max_skipped_share * max(self.num_loaded, _MIN_LOADED):
+            raise InputError(
+                f"{self.num_skipped} images could not be read, and {self.num_loaded} could, more than"
+                f" data.max_skipped_share {self.max_skipped_share:g} allows; the last one: {self.last}"
+            )
         return entry
 
     def transformed(self, index: int, entry: Any, transform: Any) -> tuple[Tensor, int | None]:
@@ -109,11 +115,6 @@ class ReadableImages:
         if reason not in self._known:
             self._known.add(reason)
             logger.warning("skipped an image (%d different ones so far): %s", len(self._known), reason)
-        if self.num_skipped > self.max_skipped_share * max(self.num_loaded, _MIN_LOADED):
-            raise InputError(
-                f"{self.num_skipped} images could not be read, and {self.num_loaded} could, more than"
-                f" data.max_skipped_share {self.max_skipped_share:g} allows; the last one: {reason}"
-            )
 
 
 def check_share(max_skipped_share: float) -> None:
