@@ -30,7 +30,15 @@ from dat_lightning.core.random_streams import (
     uniform_noise,
 )
 from dat_lightning.core.threat_model import Norm, ThreatModel, project, random_start, steepest_step, vanishes
-from dat_lightning.core.update_rules import Langevin, Momentum, PixelAdam, Steepest, Step, UpdateRule
+from dat_lightning.core.update_rules import (
+    Langevin,
+    Momentum,
+    PixelAdam,
+    RandomLength,
+    Steepest,
+    Step,
+    UpdateRule,
+)
 
 __all__ = [
     "AUTOCAST_DTYPES",
@@ -44,6 +52,7 @@ __all__ = [
     "Objective",
     "PixelAdam",
     "Precision",
+    "RandomLength",
     "RandomPermutation",
     "Steepest",
     "Step",

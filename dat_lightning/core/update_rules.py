@@ -1,4 +1,4 @@
-"""How a step of an ascent is made from gradients: steepest, with momentum, by Adam, or by Langevin dynamics."""
+"""How a step of an ascent is made: steepest, of random length, with momentum, by Adam, or by Langevin dynamics."""
 
 import math
 from abc import ABC, abstractmethod
@@ -62,6 +62,34 @@ class Steepest(UpdateRule):
 
 
 STEEPEST = Steepest()
+
+
+@dataclass(frozen=True)
+class RandomLength(UpdateRule):
+    """Moves by u·η·d, with d the unit step of steepest ascent and u of the image: its whole walk is shorter or longer.
+
+    How far a seed lies from the images that it is to become differs from seed to seed. Walks of one length end too
+    early for some and too late for others, and all alike; u, drawn once for each walk, is uniform in
+    [1 − spread, 1 + spread], and of a stream named by the image's global index.
+
+    Attributes:
+        spread: In [0, 1); 0 is the steepest rule.
+
+    Raises:
+        InputError: If the spread is outside its range.
+    """
+
+    spread: float = 0.3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.spread < 1:
+            raise InputError(f"spread must be in [0, 1), got {self.spread}")
+
+    def move(self, step: Step, state: State) -> tuple[Tensor, State]:
+        """Returns u·η·d, and u, shape (N, 1, 1, 1)."""
+        (factor,) = state or (1 + self.spread * (2 * torch.special.ndtr(step.noise()[:, :1, :1, :1]) - 1),)
+        direction = steepest_step(step.gradient(step.x), step.threat_model.norm)
+        return factor * step.threat_model.step_size * direction, (factor,)
 
 
 @dataclass(frozen=True)

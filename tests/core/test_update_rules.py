@@ -18,6 +18,7 @@ from dat_lightning.core import (
     Momentum,
     Norm,
     PixelAdam,
+    RandomLength,
     Steepest,
     Step,
     ThreatModel,
@@ -33,6 +34,7 @@ from tests.core.test_ascent import TanhNetwork, assert_no_trace, images, plain_g
 
 RULES: tuple[UpdateRule, ...] = (
     Steepest(),
+    RandomLength(0.3),
     Momentum(0.4),
     Momentum(0.4, nesterov=True),
     PixelAdam(),
@@ -69,6 +71,10 @@ def plain_walk(
     for number in range(threat.num_steps):
         if isinstance(rule, Steepest):
             x = x + eta * unit(gradient(x), threat.norm)
+        elif isinstance(rule, RandomLength):
+            normal = float(normal_noise(seed, "noise of step 0", [index], (len(x),))[0, 0])
+            share = (1 + math.erf(normal / math.sqrt(2))) / 2  # the normal distribution's: uniform in [0, 1]
+            x = x + (1 - rule.spread + 2 * rule.spread * share) * eta * unit(gradient(x), threat.norm)
         elif isinstance(rule, Momentum):
             at = x + rule.momentum * eta * v if rule.nesterov else x
             v = rule.momentum * v + unit(gradient(at), threat.norm)
@@ -90,7 +96,7 @@ def plain_walk(
 @pytest.mark.parametrize("objective", [cross_entropy, targeted_logit])
 def test_a_rule_equals_a_plain_loop(rule: UpdateRule, norm: Norm, eps: float, objective: Any) -> None:
     network, (x, y) = TanhNetwork(), images()
-    threat, steps = ThreatModel(norm, eps, step_size=0.04, num_steps=9), (0, 1, 2, 9)
+    threat, steps = ThreatModel(norm, eps, step_size=0.05, num_steps=9), (0, 1, 2, 9)
     draws = torch.tensor([7, 3, 11, 0, 5])
     found = ascend_snapshots(network, x, y, objective, threat, steps, rule=rule, draws=draws, seed=4)
     for row, (start, label) in enumerate(zip(x.flatten(1).numpy(), y.tolist(), strict=True)):
@@ -133,6 +139,22 @@ def test_without_momentum_a_step_is_the_steepest_bit_by_bit(norm: Norm, nesterov
     threat = ThreatModel(norm, 0.3, 0.05, 6)
     found = ascend(network, x, y, cross_entropy, threat, rule=Momentum(0.0, nesterov))
     assert torch.equal(found, ascend(network, x, y, cross_entropy, threat))
+
+
+def test_a_walk_of_random_length_has_one_length_and_all_lengths_come() -> None:
+    x, y = torch.full((2000, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(2000, dtype=torch.long)
+    rule, chain = RandomLength(0.4), unbounded_ascent(0.1, 3)
+    states = ascend_snapshots(lambda z: z.flatten(1), x, y, targeted_logit, chain, (0, 1, 2, 3), rule=rule)
+    first, second, third = ((states[n] - states[n - 1])[:, 0, 0, 0] for n in (1, 2, 3))
+    torch.testing.assert_close(second, first, rtol=0, atol=1e-12)
+    torch.testing.assert_close(third, first, rtol=0, atol=1e-12)
+    lengths = first.sort().values
+    uniform = torch.linspace(0.06, 0.14, 2000, dtype=torch.float64)
+    assert (lengths - uniform).abs().max() < 0.004  # Kolmogorov: 1.63/√2000 of 0.08, one in a hundred
+    assert torch.equal(
+        ascend(TanhNetwork(), *images(), targeted_logit, chain, rule=RandomLength(0.0)),
+        ascend(TanhNetwork(), *images(), targeted_logit, chain),
+    )
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -231,6 +253,8 @@ def test_an_ascent_is_a_value() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
+        (lambda: RandomLength(1.0), r"spread must be in \[0, 1\), got 1.0"),
+        (lambda: RandomLength(-0.1), "got -0.1"),
         (lambda: Momentum(1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda: Momentum(-0.1), "got -0.1"),
         (lambda: Momentum(math.nan), "got nan"),
