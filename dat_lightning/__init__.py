@@ -68,7 +68,6 @@ __all__ = [
     "__version__",
     "architecture_of",
     "ascend",
-    "ascend_snapshots",
     "build_architecture",
     "convnext_convstem",
     "load_post_mortem",
@@ -102,7 +101,6 @@ _ROOMS = {
     "ThreatModel": "core",
     "UpdateRule": "core",
     "ascend": "core",
-    "ascend_snapshots": "core",
     "unbounded_ascent": "core",
     "CIFARImages": "data",
     "CorruptImageError": "data",
@@ -176,7 +174,6 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         ThreatModel,
         UpdateRule,
         ascend,
-        ascend_snapshots,
         unbounded_ascent,
     )
     from dat_lightning.data import (

@@ -200,30 +200,6 @@ class Ascent:
             yield x
 
 
-def ascend_snapshots(
-    logits: Logits,
-    x: Tensor,
-    y: Tensor,
-    objective: Objective,
-    threat_model: ThreatModel,
-    snapshots: Collection[int],
-    *,
-    rule: UpdateRule = STEEPEST,
-    start: Tensor | None = None,
-    mode: AttackMode = "eval",
-    draws: Tensor | None = None,
-    seed: int = 0,
-    autocast_dtype: torch.dtype | None = None,
-) -> dict[int, Tensor]:
-    """Returns the states of an :class:`Ascent` after the given numbers of steps, from one walk, in one call.
-
-    Its arguments are those of :class:`Ascent` and of :meth:`Ascent.snapshots`.
-    """
-    return Ascent(objective, threat_model, rule).snapshots(
-        logits, x, y, snapshots, start=start, mode=mode, draws=draws, seed=seed, autocast_dtype=autocast_dtype
-    )
-
-
 def ascend(
     logits: Logits,
     x: Tensor,

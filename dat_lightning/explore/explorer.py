@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dat_lightning.core.ascent import ascend_snapshots, no_trace, unbounded_ascent
+from dat_lightning.core.ascent import Ascent, no_trace, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel, marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import targeted_logit
@@ -246,7 +246,7 @@ class Explorer:
         x = starts.to(self.device)
         y = torch.full((len(x),), target, device=self.device)
         with self._alone():
-            states = ascend_snapshots(watched, x, y, targeted_logit, threat_model, snapshots)
+            states = Ascent(targeted_logit, threat_model).snapshots(watched, x, y, snapshots)
         if watch is not None:
             watch(threat_model.num_steps, threat_model.num_steps)
         return {step: state.cpu() for step, state in states.items()}

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import __version__
-from dat_lightning.core import ascend, ascend_snapshots, targeted_logit, unbounded_ascent
+from dat_lightning.core import Ascent, ascend, targeted_logit, unbounded_ascent
 
 from .cases import Agreement, compare, random_batch
 from .contenders import (
@@ -168,7 +168,7 @@ def time_sweep(workload: Workload, backbone: nn.Module, rounds: int) -> dict[str
     network = sampling_network(backbone, workload.device)
 
     def walk(states: Sequence[int]) -> Call:
-        return lambda _: ascend_snapshots(network, x, y, targeted_logit, chain, states)[max(states)]
+        return lambda _: Ascent(targeted_logit, chain).snapshots(network, x, y, states)[max(states)]
 
     seven = [chain.num_steps - 3 + k for k in _SWEEP]
     return _ratio({"one": walk([max(seven)]), "seven": walk(seven)}, rounds, workload.device)

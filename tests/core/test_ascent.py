@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dat_lightning.core import (
+    Ascent,
     AttackMode,
     Norm,
     Objective,
     ThreatModel,
     ascend,
-    ascend_snapshots,
     cross_entropy,
     distance_to_uniform,
     input_gradient,
@@ -163,7 +163,7 @@ def test_an_image_where_the_gradient_vanishes_stays() -> None:
 def test_snapshots_equal_separate_runs_bit_by_bit(norm: Norm, start: bool) -> None:
     network, (x, y) = TanhNetwork(), images()
     threat = ThreatModel(norm, 0.3, 0.05, 10, random_start=start)
-    states = ascend_snapshots(network, x, y, cross_entropy, threat, [7, 0, 3, 3])
+    states = Ascent(cross_entropy, threat).snapshots(network, x, y, [7, 0, 3, 3])
     assert sorted(states) == [0, 3, 7]
     for steps, state in states.items():
         assert torch.equal(state, ascend(network, x, y, cross_entropy, threat, num_steps=steps))
@@ -177,7 +177,7 @@ def test_the_chain_is_walked_once_for_all_snapshots() -> None:
         calls[0] += 1
         return network(z)  # type: ignore[no-any-return]
 
-    ascend_snapshots(counting, x, y, cross_entropy, ThreatModel(), [0, 2, 5])
+    Ascent(cross_entropy, ThreatModel()).snapshots(counting, x, y, [0, 2, 5])
     assert calls == [5]
 
 
@@ -185,7 +185,7 @@ def test_the_chain_is_walked_once_for_all_snapshots() -> None:
 def test_snapshots_that_cannot_be_are_refused(snapshots: list[int]) -> None:
     x, y = images()
     with pytest.raises(ValueError, match="snapshots must be"):
-        ascend_snapshots(TanhNetwork(), x, y, cross_entropy, ThreatModel(), snapshots)
+        Ascent(cross_entropy, ThreatModel()).snapshots(TanhNetwork(), x, y, snapshots)
 
 
 @pytest.mark.parametrize("num_steps", [0, 2])
@@ -524,7 +524,7 @@ def test_a_walk_may_begin_elsewhere_in_the_ball(norm: Norm) -> None:
     network, (x, y) = TanhNetwork(), images()
     threat = ThreatModel(norm, eps=0.2, step_size=0.05, num_steps=3)
     inside = (x + 0.01 * torch.randn(x.shape, generator=torch.Generator().manual_seed(2)).double()).clamp(0, 1)
-    states = ascend_snapshots(network, x, y, cross_entropy, threat, (0, 1), start=inside)
+    states = Ascent(cross_entropy, threat).snapshots(network, x, y, (0, 1), start=inside)
     torch.testing.assert_close(states[0], inside, rtol=0, atol=1e-15)
     first = torch.stack(
         [

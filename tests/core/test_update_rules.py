@@ -24,7 +24,6 @@ from dat_lightning.core import (
     ThreatModel,
     UpdateRule,
     ascend,
-    ascend_snapshots,
     cross_entropy,
     normal_noise,
     targeted_logit,
@@ -98,7 +97,7 @@ def test_a_rule_equals_a_plain_loop(rule: UpdateRule, norm: Norm, eps: float, ob
     network, (x, y) = TanhNetwork(), images()
     threat, steps = ThreatModel(norm, eps, step_size=0.05, num_steps=9), (0, 1, 2, 9)
     draws = torch.tensor([7, 3, 11, 0, 5])
-    found = ascend_snapshots(network, x, y, objective, threat, steps, rule=rule, draws=draws, seed=4)
+    found = Ascent(objective, threat, rule).snapshots(network, x, y, steps, draws=draws, seed=4)
     for row, (start, label) in enumerate(zip(x.flatten(1).numpy(), y.tolist(), strict=True)):
         gradient = partial(plain_gradient, network, label=label, objective=objective)
         states = plain_walk(gradient, start, rule, threat, 4, int(draws[row]))
@@ -144,7 +143,7 @@ def test_without_momentum_a_step_is_the_steepest_bit_by_bit(norm: Norm, nesterov
 def test_a_walk_of_random_length_has_one_length_and_all_lengths_come() -> None:
     x, y = torch.full((2000, 1, 2, 2), 0.5, dtype=torch.float64), torch.zeros(2000, dtype=torch.long)
     rule, chain = RandomLength(0.4), unbounded_ascent(0.1, 3)
-    states = ascend_snapshots(lambda z: z.flatten(1), x, y, targeted_logit, chain, (0, 1, 2, 3), rule=rule)
+    states = Ascent(targeted_logit, chain, rule).snapshots(lambda z: z.flatten(1), x, y, (0, 1, 2, 3))
     first, second, third = ((states[n] - states[n - 1])[:, 0, 0, 0] for n in (1, 2, 3))
     torch.testing.assert_close(second, first, rtol=0, atol=1e-12)
     torch.testing.assert_close(third, first, rtol=0, atol=1e-12)
@@ -176,8 +175,8 @@ def test_noise_is_another_in_each_step_for_each_index_and_seed_and_leaves_the_gl
 
     def noise(**arguments: Any) -> list[Tensor]:
         flat = ThreatModel("L2", math.inf, 1.0)
-        states = ascend_snapshots(
-            lambda z: 0 * z.flatten(1), x, y, targeted_logit, flat, (0, 1, 2), rule=Langevin(1e-3), **arguments
+        states = Ascent(targeted_logit, flat, Langevin(1e-3)).snapshots(
+            lambda z: 0 * z.flatten(1), x, y, (0, 1, 2), **arguments
         )
         return [(states[k + 1] - states[k])[i] for k in (0, 1) for i in (0, 1)]
 

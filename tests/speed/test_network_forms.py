@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_lightning import EnergyModel, WideResNet, ascend_snapshots, unbounded_ascent
+from dat_lightning import Ascent, EnergyModel, WideResNet, unbounded_ascent
 from dat_lightning.core import targeted_logit
 from dat_lightning.speed import CompiledNetwork, CompileMode, FoldedNetwork, NetworkForms
 from tests.replayed import Compiler
@@ -23,9 +23,8 @@ def images(count: int) -> Tensor:
 
 
 def climb(form: nn.Module, x: Tensor, steps: int) -> dict[int, Tensor]:
-    return ascend_snapshots(
-        form, x, torch.arange(len(x)) % 10, targeted_logit, unbounded_ascent(0.3, steps), (1, steps)
-    )
+    walk = Ascent(targeted_logit, unbounded_ascent(0.3, steps))
+    return walk.snapshots(form, x, torch.arange(len(x)) % 10, (1, steps))
 
 
 def test_expected_sizes_have_a_graph_each_and_others_run_the_networks_own_code(
