@@ -62,7 +62,6 @@ class DivergenceGuard(Callback):
 
     Args:
         action: What to do about such a step.
-        max_skipped: Steps skipped in a row after which the run stops.
         max_skipped_share: Share of the last 100 steps, in [0, 1], beyond which the run stops; steps that are not yet
             taken count as sound.
         dirpath: Folder of the files; by default ``post_mortem`` in the Trainer's ``default_root_dir``.
@@ -77,7 +76,6 @@ class DivergenceGuard(Callback):
     def __init__(
         self,
         action: Literal["stop", "skip"] = "stop",
-        max_skipped: int = 10,
         max_skipped_share: float = 0.1,
         dirpath: str | None = None,
         max_saved: int = 3,
@@ -85,22 +83,18 @@ class DivergenceGuard(Callback):
     ) -> None:
         if action not in ("stop", "skip"):
             raise InputError(f"action must be 'stop' or 'skip', got {action!r}")
-        if max_skipped < 1:
-            raise InputError(f"max_skipped must be at least 1, got {max_skipped}")
         if not 0 <= max_skipped_share <= 1:
             raise InputError(f"max_skipped_share must lie in [0, 1], got {max_skipped_share}")
         for name, value in (("max_saved", max_saved), ("max_megabytes", max_megabytes)):
             if value < 0:
                 raise InputError(f"{name} must be at least 0, got {value}")
         self.action = action
-        self.max_skipped = max_skipped
         self.max_skipped_share = max_skipped_share
         self.dirpath = dirpath
         self.max_saved = max_saved
         self.max_megabytes = max_megabytes
         self.num_skipped = 0
         self.skipped_step: int | None = None
-        self._in_a_row = 0
         self._recent: deque[bool] = deque(maxlen=_WINDOW)
         self._num_saved = 0
         self._has_run = False
@@ -121,7 +115,7 @@ class DivergenceGuard(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Forgets an earlier run: its counts, and a step that it did not end."""
         if stage == "fit" and self._has_run:
-            self.num_skipped = self._in_a_row = self._num_saved = 0
+            self.num_skipped = self._num_saved = 0
             self._recent.clear()
             self._has_run = False
         self.skipped_step = None
@@ -132,7 +126,6 @@ class DivergenceGuard(Callback):
         """Returns the counts, which go on when a run resumes, and the last step that was skipped."""
         return {
             "num_skipped": self.num_skipped,
-            "in_a_row": self._in_a_row,
             "num_saved": self._num_saved,
             "skipped_step": self.skipped_step,
             "recent": list(self._recent),
@@ -143,7 +136,6 @@ class DivergenceGuard(Callback):
         """Restores the counts."""
         self._has_run = False
         self.num_skipped = state_dict["num_skipped"]
-        self._in_a_row = state_dict["in_a_row"]
         self._num_saved = state_dict["num_saved"]
         # Checkpoints of the first days have neither.
         self.skipped_step = state_dict.get("skipped_step")
@@ -187,7 +179,6 @@ class DivergenceGuard(Callback):
         if not self._is_withheld:
             self._is_withheld = True
             self.num_skipped += 1
-            self._in_a_row += 1
             self._recent.append(True)
             self._report(trainer, pl_module, self._failure, names)
 
@@ -199,7 +190,6 @@ class DivergenceGuard(Callback):
             # What changed after the last backward pass.
             self._restore_buffers(pl_module)
         elif self._has_stepped:
-            self._in_a_row = 0
             self._recent.append(False)
         if self._is_withheld:
             # Those of other optimisers, and of parameters that no optimiser clears.
@@ -285,8 +275,6 @@ class DivergenceGuard(Callback):
         message = f"{what} is NaN or infinite in {place}: {signatures[0]}{saved}"
         if self.action == "stop":
             raise TrainingFailureError(message)
-        if self._in_a_row >= self.max_skipped:
-            raise TrainingFailureError(f"{self._in_a_row} steps in a row were skipped, the last because {message}")
         if sum(self._recent) / _WINDOW > self.max_skipped_share:
             raise TrainingFailureError(
                 f"{sum(self._recent)} of the last {_WINDOW} steps were skipped, more than max_skipped_share"
