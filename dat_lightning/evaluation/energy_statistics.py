@@ -67,6 +67,8 @@ class EnergyStatistics(Evaluator, SampleConsumer):
     Source: Grathwohl et al. 2020 (arXiv 1912.03263) for E; Mescheder et al. 2018 (arXiv 1801.04406) for R1.
     """
 
+    stages = ("test",)
+
     def __init__(
         self,
         datasets: Mapping[str, SizedDataset] | None = None,
@@ -90,9 +92,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         self.batch_size = batch_size
         self.seed = seed
         self._attack: ThreatModel | None = None
-        self._plan: SamplingPlan | None = None
         self._samples: dict[int, list[Values]] = {}
-        self._sampled = False
         self._waiting = False
 
     @override
@@ -110,34 +110,31 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         super().on_test_start(trainer, pl_module)
         own = getattr(pl_module, "eval_threat_model", None)
         self._attack = self.attack or (own if isinstance(own, ThreatModel) else None)
-        self._samples, self._sampled, self._waiting = {}, False, False
+        self._samples, self._waiting = {}, False
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the figures, or leaves that to the end of sampling if the sampler comes later in the list."""
         samplers = [c for c in trainer.callbacks if isinstance(c, PGDSampler)]  # type: ignore[attr-defined]
-        self._waiting = any("test" in sampler.stages for sampler in samplers) and not self._sampled
+        self._waiting = any("test" in sampler.stages for sampler in samplers) and not self._samples
         if not self._waiting:
             super().on_test_epoch_end(trainer, pl_module)
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Makes room for the energies of samples."""
-        self._plan = plan
         self._samples = {steps: [] for steps in plan.num_steps}
 
     @override
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
-        """Keeps the energies of the batch, in test."""
-        if self._plan is not None and self._plan.stage == "test":
-            for steps, images in batch.images.items():
-                self._samples[steps].append({"index": batch.indices.cpu(), **energy_values(pl_module, images)})
+        """Keeps the energies of the batch."""
+        for steps, images in batch.images.items():
+            self._samples[steps].append({"index": batch.indices.cpu(), **energy_values(pl_module, images)})
 
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the figures if they waited for the samples."""
-        self._sampled = self._plan is not None and self._plan.stage == "test"
-        if self._sampled and self._waiting:
+        if self._waiting:
             super().on_test_epoch_end(trainer, pl_module)
 
     @override
@@ -175,7 +172,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         for steps, batches in self._samples.items():
             name = f"generated_{steps}_steps"
             sets[name] = gather(batches, "the sampler gave no batch")
-            settings[name] = {} if self._plan is None else self._plan.settings
+            settings[name] = self.plan.settings
         self._samples = {}
         for name, why in left_out.items():
             rank_zero_info(f"EnergyStatistics measures no {name} images: {why}")

@@ -15,6 +15,7 @@ from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.sample_metrics import SampleMetrics
+from dat_lightning.sampling.sweep import over_sweep
 
 
 class LabelAgreement(SampleConsumer):
@@ -38,14 +39,13 @@ class LabelAgreement(SampleConsumer):
         self.judge = judge.requires_grad_(False).eval()
         self.judge_input = judge_input
         self._chooser: SampleMetrics | None = None
-        self._plan: SamplingPlan | None = None
         self._agree: dict[int, list[Values]] = {}
         self._shares: dict[int, float] = {}
 
     @property
     def figures(self) -> list[Measurement]:
         """Results of the last sampling, on every rank; chosen when read, because other callbacks may come later."""
-        if self._plan is None or not self._shares:
+        if not self._shares:
             return []
         chosen = self._chooser.figures if self._chooser is not None else []
         best = int(chosen[0].details["num_steps"]) if chosen else max(self._shares)
@@ -53,23 +53,14 @@ class LabelAgreement(SampleConsumer):
         settings = {
             "judge": network_identity(self.judge),
             "judge_input": self.judge_input,
-            **self._plan.settings,
+            **self.plan.settings,
         }
-        curve = {"sweep_steps": list(self._shares), "sweep": list(self._shares.values())}
-        shares = {"label_agreement": (best, curve)}
-        shares |= {f"label_agreement_{steps}_steps": (steps, {}) for steps in self._shares}
-        return [
-            Measurement(
-                name,
-                self._shares[steps],
-                words,
-                self._plan.num_samples,
-                {"num_steps": steps, **more},
-                "higher",
-                settings,
-            )
-            for name, (steps, more) in shares.items()
-        ]
+        size = self.plan.num_samples
+        made = {
+            steps: [Measurement("label_agreement", share, words, size, {"num_steps": steps}, "higher", settings)]
+            for steps, share in self._shares.items()
+        }
+        return over_sweep(made, made[best])
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
@@ -79,7 +70,6 @@ class LabelAgreement(SampleConsumer):
         self.judge.to(pl_module.device)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._chooser = next((c for c in callbacks if isinstance(c, SampleMetrics)), None)
-        self._plan = plan
         self._agree = {steps: [] for steps in plan.num_steps}
         self._shares = {}
 

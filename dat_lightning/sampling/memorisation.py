@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -24,6 +24,7 @@ from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
 from dat_lightning.sampling.reference import reference_data, training_features
+from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
 _LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
 _MAX_LISTED = 100
@@ -96,7 +97,6 @@ class Memorisation(SampleConsumer):
         self.stages = tuple(stages)
         self.batch_size = batch_size
         self.figures: list[Measurement] = []
-        self._plan: SamplingPlan | None = None
         self._training: Values = {}
         self._held_out: Values = {}
         self._settings: dict[str, Any] = {}
@@ -107,7 +107,7 @@ class Memorisation(SampleConsumer):
     @override
     def logged_names(self) -> set[str]:
         """Names that are logged behind the stage, but for those of single step counts."""
-        return {"memorised_share", "nearest_training_distance", "memorisation_steps"} if "val" in self.stages else set()
+        return {"memorised_share", "nearest_training_distance", "memorisation_steps"}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -118,9 +118,6 @@ class Memorisation(SampleConsumer):
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Computes the features of training images, and how far from them test images are; once for a Trainer."""
-        self._plan = plan if plan.stage in self.stages else None
-        if self._plan is None:
-            return
         plan.check_snapshot("Memorisation", self.num_steps)
         self.figures = []
         self._found = {steps: [] for steps in plan.num_steps}
@@ -148,8 +145,6 @@ class Memorisation(SampleConsumer):
     @override
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Finds the neighbours of this batch's samples, and keeps the images of the nearest."""
-        if self._plan is None:
-            return
         labels, indices = batch.labels.cpu(), batch.indices.cpu()
         for steps, images in batch.images.items():
             features = extract_features(self.extractor, images)
@@ -164,11 +159,9 @@ class Memorisation(SampleConsumer):
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the ranks together, draws, and logs the figures."""
-        if self._plan is None:
-            return
         found = {steps: gather(values, "no samples were generated") for steps, values in self._found.items()}
         threshold = self._threshold()
-        made = {steps: self._pair(found[steps], threshold, self._plan, steps, [steps]) for steps in found}
+        made = {steps: self._pair(found[steps], threshold, steps, [steps]) for steps in found}
         best = self.num_steps
         if best is None:
             best = min(made, key=lambda steps: (-made[steps][0].value, made[steps][1].value, steps))
@@ -177,31 +170,16 @@ class Memorisation(SampleConsumer):
         self._found, self._closest = {}, {}
         picture = None
         if self.dirpath is not None:
-            picture = Path(self.dirpath) / f"{self._plan.stage}_memorisation_{best}_steps.png"
+            picture = Path(self.dirpath) / f"{self.plan.stage}_memorisation_{best}_steps.png"
             if trainer.is_global_zero:
                 self._draw(trainer, picture, closest, threshold, best)
         among = list(found) if self.num_steps is None else [best]
-        chosen = self._pair(found[best], threshold, self._plan, best, among)
+        share, distance = self._pair(found[best], threshold, best, among)
         listed = {"flagged": _listed(found[best], threshold), "pictures": [] if picture is None else [str(picture)]}
-        self.figures = []
-        for k, (figure, extra) in enumerate(zip(chosen, (listed, {}), strict=True)):
-            curve = {"sweep_steps": list(made), "sweep": [pair[k].value for pair in made.values()]}
-            self.figures.append(replace(figure, details={**figure.details, **curve, **extra}))
-        for steps, pair in made.items():
-            self.figures += [replace(figure, name=f"{figure.name}_{steps}_steps") for figure in pair]
-        self._log(pl_module, self._plan.stage, best)
+        self.figures = over_sweep(made, [replace(share, details={**share.details, **listed}), distance])
+        log_sweep(pl_module, self.plan.stage, self.figures, "memorisation_steps", best)
 
     # Parts.
-
-    def _log(self, pl_module: LightningModule, stage: Stage, best: int) -> None:
-        if stage == "predict":
-            told = ", ".join(f"{figure.name} {figure.value:.4g}" for figure in self.figures)
-            rank_zero_info(f"Memorisation: {told}")
-            return
-        # The same numbers on every rank, so there is nothing to reduce.
-        pl_module.log(f"{stage}/memorisation_steps", float(best), sync_dist=False)
-        for figure in self.figures:
-            pl_module.log(f"{stage}/{figure.name}", figure.value, sync_dist=False)
 
     def _threshold(self) -> float:
         """The distance below which a sample is flagged."""
@@ -238,7 +216,7 @@ class Memorisation(SampleConsumer):
         return held_out
 
     def _pair(
-        self, found: Values, threshold: float, plan: SamplingPlan, steps: int, among: Sequence[int]
+        self, found: Values, threshold: float, steps: int, among: Sequence[int]
     ) -> tuple[Measurement, Measurement]:
         """The two figures of a snapshot, which was chosen among several or is the only one."""
         nearest, real = found["distances"][:, 0], self._held_out["distance"]
@@ -257,7 +235,7 @@ class Memorisation(SampleConsumer):
         settings = {
             **self._settings,
             "num_sampling_steps": after,
-            **{f"sampling_{k}": v for k, v in plan.settings.items()},
+            **{f"sampling_{k}": v for k, v in self.plan.settings.items()},
         }
         value, size = float((nearest < threshold).double().mean()), len(nearest)
         share = "share of samples nearer to a training image than a quantile of real test images"

@@ -89,9 +89,16 @@ class SampleConsumer(Callback):
     Override :meth:`on_samples_start`, :meth:`on_samples_batch` and :meth:`on_samples_end`. Each rank gets its own
     batches, not equally many; collectives belong in the first and the last of these, which every rank enters once.
 
+    Attributes:
+        stages: The evaluations whose samples it receives.
+        plan: What is being sampled, from :meth:`on_samples_start` on.
+
     Raises:
         InputError: On set-up, if the Trainer has no sampler.
     """
+
+    stages: Sequence[Stage] = ("val", "test", "predict")
+    plan: SamplingPlan
 
     @property
     def logged_names(self) -> set[str]:
@@ -208,7 +215,8 @@ class PGDSampler(Callback):
         if every == 1 or (validates is not None and validates % every == 0):
             return
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        names = {f"val/{name}" for c in callbacks if isinstance(c, SampleConsumer) for name in c.logged_names}
+        consumers = [c for c in callbacks if isinstance(c, SampleConsumer) and "val" in c.stages]
+        names = {f"val/{name}" for c in consumers for name in c.logged_names}
         for callback in callbacks:
             monitor = getattr(callback, "monitor", None)
             own = getattr(callback, "every_n_epochs", 1)
@@ -238,8 +246,9 @@ class PGDSampler(Callback):
         self.sample(trainer, pl_module, "predict")
 
     def sample(self, trainer: Trainer, pl_module: LightningModule, stage: Stage) -> None:
-        """Generates the set and feeds the consumers; does nothing if the stage is not asked for or nobody consumes."""
-        consumers = [c for c in trainer.callbacks if isinstance(c, SampleConsumer)]  # type: ignore[attr-defined]
+        """Generates the set and feeds the consumers; does nothing if the stage is not asked for or nobody wants it."""
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        consumers = [c for c in callbacks if isinstance(c, SampleConsumer) and stage in c.stages]
         if stage not in self.stages or not consumers:
             return
         like = next(
@@ -260,6 +269,7 @@ class PGDSampler(Callback):
                 name = f"val/network_evaluations_{steps}_steps"
                 pl_module.log(name, torch.full((), float(count), device=pl_module.device), sync_dist=False)
         for consumer in consumers:
+            consumer.plan = plan
             consumer.on_samples_start(trainer, pl_module, plan)
         # A faster form of the same function, where the module has one.
         network: Logits = getattr(pl_module, "ascent_network", lambda: pl_module)()

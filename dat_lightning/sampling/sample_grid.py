@@ -35,21 +35,18 @@ class SampleGrid(SampleConsumer):
         self.num_rows = num_rows
         self.dirpath = dirpath
         self.max_columns = max_columns
-        self._plan: SamplingPlan | None = None
         self._tiles: dict[int, Tensor] = {}
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Makes room for the pictures."""
-        self._plan = plan
         self._tiles = {}
 
     @override
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Keeps those samples of the batch that are shown."""
-        plan = self._require_plan()
         for place, index in enumerate(batch.indices.tolist()):
-            row, column = divmod(index, plan.num_classes)
+            row, column = divmod(index, self.plan.num_classes)
             if row < self.num_rows and column < self.max_columns:
                 for steps, images in batch.images.items():
                     self._tile(steps, images)[row, column] = images[place]
@@ -57,10 +54,10 @@ class SampleGrid(SampleConsumer):
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the ranks' tiles together and shows them."""
-        plan = self._require_plan()
         # Rank zero has the first batch, and so a tile.
-        shape: list[int] = trainer.strategy.broadcast([*self._tiles[plan.num_steps[0]].shape] if self._tiles else [])
-        for steps in plan.num_steps:
+        mine = [*self._tiles[self.plan.num_steps[0]].shape] if self._tiles else []
+        shape: list[int] = trainer.strategy.broadcast(mine)
+        for steps in self.plan.num_steps:
             tiles = self._tiles.get(steps, torch.zeros(shape, device=pl_module.device))
             # Every tile was filled by one rank and is zero on the others.
             tiles = trainer.strategy.reduce(tiles, reduce_op="sum")
@@ -69,24 +66,18 @@ class SampleGrid(SampleConsumer):
         self._tiles = {}
 
     def _show(self, trainer: Trainer, tiles: Tensor, steps: int) -> None:
-        stage = self._require_plan().stage
         picture = make_grid(tiles.flatten(0, 1).float().cpu(), nrow=tiles.shape[1], padding=1, pad_value=0.5)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"{stage}/samples/{steps}_steps", picture, trainer.global_step)
+                logger.experiment.add_image(f"{self.plan.stage}/samples/{steps}_steps", picture, trainer.global_step)
         if self.dirpath is not None:
             folder = Path(self.dirpath)
             folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{stage}_step{trainer.global_step:07d}_{steps}_steps.png"
+            path = folder / f"{self.plan.stage}_step{trainer.global_step:07d}_{steps}_steps.png"
             Image.fromarray(to_uint8_rgb(picture.unsqueeze(0))[0].permute(1, 2, 0).numpy()).save(path)
 
     def _tile(self, steps: int, images: Tensor) -> Tensor:
         if steps not in self._tiles:
-            columns = min(self._require_plan().num_classes, self.max_columns)
+            columns = min(self.plan.num_classes, self.max_columns)
             self._tiles[steps] = images.new_zeros(self.num_rows, columns, *images.shape[1:])
         return self._tiles[steps]
-
-    def _require_plan(self) -> SamplingPlan:
-        if self._plan is None:
-            raise RuntimeError("samples came before on_samples_start")
-        return self._plan

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from tqdm.auto import tqdm
@@ -31,6 +30,7 @@ from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent, warn_if_spawned
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 from dat_lightning.sampling.reference import ReferenceFeatures
+from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
 # What each metric's figures are called.
 _NAMES: Mapping[Metric, tuple[str, ...]] = {
@@ -117,7 +117,6 @@ class SampleMetrics(SampleConsumer):
         self.figures: list[Measurement] = []
         self._samples: dict[int, FeatureCollector] = {}
         self._reference: Reference | None = None
-        self._plan: SamplingPlan | None = None
 
     # Lightning's and the sampler's hooks.
 
@@ -158,7 +157,6 @@ class SampleMetrics(SampleConsumer):
             self._reference = self.reference_features.find(trainer, pl_module)
         known = self._reference.features
         check_sizes(self.metrics, self.settings, plan.num_samples, None if known is None else len(known))
-        self._plan = plan
         self._samples = {steps: FeatureCollector(self.metrics, pl_module.device) for steps in plan.num_steps}
 
     @override
@@ -172,65 +170,36 @@ class SampleMetrics(SampleConsumer):
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the ranks together, and logs the figures."""
-        if self._reference is None or self._plan is None:
-            raise RuntimeError("samples ended before on_samples_start")
+        reference = self._reference or Reference()
         mine: dict[int, Features] = {}
-        for k, steps in enumerate(self._plan.num_steps):
+        for k, steps in enumerate(self.plan.num_steps):
             samples = self._samples.pop(steps).collected("no samples were generated")
             # On every rank, so that an error meets all of them; the figures themselves are dealt to the ranks.
-            check_values(self.metrics, self.settings, samples, self._reference)
+            check_values(self.metrics, self.settings, samples, reference)
             if k % trainer.world_size == trainer.global_rank:
                 mine[steps] = samples
         sweep: dict[int, dict[str, float]] = {}
         for steps in tqdm(list(mine), desc="Measuring samples", leave=False, disable=is_silent(trainer)):
-            sweep[steps] = fidelity_scores(self.metrics, self.settings, mine.pop(steps), self._reference)
+            sweep[steps] = fidelity_scores(self.metrics, self.settings, mine.pop(steps), reference)
         sweep = {steps: scores for part in all_ranks(sweep) for steps, scores in part.items()}
-        self.figures = self._figures(sweep, self._plan)
-        if self._plan.stage == "test":
-            warn_if_spawned(trainer, type(self).__name__)
-        best = int(self.figures[0].details["num_steps"])
-        stage = self._plan.stage
-        if stage == "predict":
-            shown = ", ".join(f"{f.name} {f.value:.4g}" for f in self.figures if f.details["num_steps"] == best)
-            rank_zero_info(f"Samples after {best} steps: {shown}")
-            return
-        # The same numbers on every rank, so there is nothing to reduce.
-        pl_module.log(f"{stage}/{self.prefix}{self._steps_name}", float(best), sync_dist=False)
-        for figure in self.figures:
-            shown_in_bar = figure.name == f"{self.prefix}fid"
-            pl_module.log(f"{stage}/{figure.name}", figure.value, prog_bar=shown_in_bar, sync_dist=False)
-
-    # Figures.
-
-    def _figures(self, sweep: Mapping[int, Mapping[str, float]], plan: SamplingPlan) -> list[Measurement]:
-        """All figures, those of the chosen number of steps first."""
-        best = max(plan.num_steps)
+        best = max(sweep)
         for name in ("fid", "kid"):
             if name in sweep[best]:
-                best = min(plan.num_steps, key=lambda steps: sweep[steps][name])
+                best = min(sorted(sweep), key=lambda steps: sweep[steps][name])
                 break
-        reference = self._reference if self._reference is not None else Reference()
-        layers = self.reader.settings()
-        made: dict[int, list[Measurement]] = {}
-        for steps, scores in sweep.items():
-            # The number of steps is a result of the sweep, and stands in the details.
-            made[steps] = measurements(scores, self.settings, layers, reference, plan.num_samples, plan.settings)
+        made = {steps: self._measurements(steps, sweep[steps], reference) for steps in sweep}
+        self.figures = over_sweep(made, made[best])
+        if self.plan.stage == "test":
+            warn_if_spawned(trainer, type(self).__name__)
+        steps_name, in_bar = f"{self.prefix}{self._steps_name}", f"{self.prefix}fid"
+        log_sweep(pl_module, self.plan.stage, self.figures, steps_name, best, in_bar)
 
-        def cost(steps: int) -> dict[str, int]:
-            return {"num_steps": steps, "network_evaluations": plan.network_evaluations[steps]}
-
-        steps_of = sorted(made)
-        figures: list[Measurement] = []
-        for k, figure in enumerate(made[best]):
-            curve = {"sweep_steps": steps_of, "sweep": [made[steps][k].value for steps in steps_of]}
-            details = {**figure.details, **cost(best), **curve}
-            figures.append(replace(figure, name=f"{self.prefix}{figure.name}", details=details))
-        for steps in steps_of:
-            for figure in made[steps]:
-                details = {**figure.details, **cost(steps)}
-                name = f"{self.prefix}{figure.name}_{steps}_steps"
-                figures.append(replace(figure, name=name, details=details))
-        return figures
+    def _measurements(self, steps: int, scores: Mapping[str, float], reference: Reference) -> list[Measurement]:
+        """The figures of one number of steps, which is a result of the sweep and stands in the details."""
+        layers, plan = self.reader.settings(), self.plan
+        cost = {"num_steps": steps, "network_evaluations": plan.network_evaluations[steps]}
+        found = measurements(scores, self.settings, layers, reference, plan.num_samples, plan.settings)
+        return [replace(each, name=f"{self.prefix}{each.name}", details={**each.details, **cost}) for each in found]
 
 
 class FrechetDistance(SampleMetrics):

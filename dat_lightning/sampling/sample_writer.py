@@ -61,16 +61,12 @@ class SampleWriter(SampleConsumer):
         self.formats = tuple(formats)
         self.num_steps = num_steps
         self.stages = tuple(stages)
-        self._plan: SamplingPlan | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: deque[list[Future[None]]] = deque()
 
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Prepares the folder."""
-        self._plan = plan if plan.stage in self.stages else None
-        if self._plan is None:
-            return
         plan.check_snapshot("SampleWriter", self.num_steps)
         if trainer.is_global_zero:
             shutil.rmtree(self.dirpath / "shards", ignore_errors=True)
@@ -84,9 +80,7 @@ class SampleWriter(SampleConsumer):
     @override
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Writes this batch's images."""
-        if self._plan is None:
-            return
-        steps = self._plan.num_steps[-1] if self.num_steps is None else self.num_steps
+        steps = self.plan.num_steps[-1] if self.num_steps is None else self.num_steps
         pixels = to_uint8_rgb(batch.images[steps]).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self._threads is None:
@@ -124,14 +118,12 @@ class SampleWriter(SampleConsumer):
     @override
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Puts the shards together, on rank zero."""
-        if self._plan is None:
-            return
         self._finish(0)
         self._stop()
         trainer.strategy.barrier("SampleWriter.end")
         if trainer.is_global_zero:
             if "npz" in self.formats:
-                merge_shards(self.dirpath / "shards", self.dirpath / "samples.npz", self._plan.num_samples)
+                merge_shards(self.dirpath / "shards", self.dirpath / "samples.npz", self.plan.num_samples)
             shutil.rmtree(self.dirpath / "shards")
         trainer.strategy.barrier("SampleWriter.merged")
 

@@ -143,6 +143,19 @@ def test_stages_can_be_left_out(tmp_path: Path) -> None:
     assert collector.plans[0].stage == "predict"
 
 
+def test_consumers_get_the_samples_of_their_stages_and_none_are_made_for_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for_test, for_predict = Collector(), Collector()
+    for_test.stages, for_predict.stages = ("test",), ("predict",)
+    trainer = tiny.trainer(tmp_path, [for_predict, sampler(), for_test])
+    trainer.test(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+    assert (for_predict.calls, for_test.calls[0], for_test.calls[-1]) == ([], "start", "end")
+    assert for_test.plan is for_test.plans[0]
+    monkeypatch.setattr(PGDSampler, "generate", pytest.fail)
+    trainer.validate(tiny.stage1(), datamodule=tiny.digits(), verbose=False)
+
+
 class ForeignModule(LightningModule):
     """A module of another project, which knows nothing of this one."""
 
