@@ -19,10 +19,8 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
-from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import share_of, square_signs, vanished_signs, wilson_interval
-from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.evaluation.robustness import float_logits
 from dat_lightning.results.gathering import Values, all_ranks
 from dat_lightning.results.measurement import Measurement
@@ -136,17 +134,8 @@ class AutoAttack(Evaluator):
         self._images = {}
 
     @override
-    def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
         """Keeps the images; they are attacked after the last batch."""
-        batch = self.test_batch(trainer, batch)
         for index, image, label in zip(batch["index"].tolist(), batch["x"].cpu(), batch["y"].cpu(), strict=True):
             # Copies, for a view would keep the whole batch.
             self._images[index] = (image.clone(), label.clone())
@@ -160,7 +149,7 @@ class AutoAttack(Evaluator):
         with tqdm(chunks, desc=f"AutoAttack {self.norm} {self.eps:g}", leave=False, disable=is_silent(trainer)) as bar:
             self._bar = bar
             for chunk in bar:
-                self.add_batch(pl_module, {name: value.to(pl_module.device) for name, value in chunk.items()})
+                super().add_batch(pl_module, {name: value.to(pl_module.device) for name, value in chunk.items()})
         self._bar, self._images = None, {}
         super().on_test_epoch_end(trainer, pl_module)
 
@@ -173,8 +162,7 @@ class AutoAttack(Evaluator):
             x, y = batch["x"].detach().clone(memory_format=torch.contiguous_format).float(), batch["y"].clone()
             output = logits(x)
             adversary = self._adversary(logits, x, output.shape[1])
-            check_classes(y, output, "AutoAttack")
-            require_finite(output, "AutoAttack")
+            self.check_logits(output, y)
             correct = output.argmax(1) == y
             with torch.enable_grad():
                 vanished = vanishes(input_gradient(logits, x, y, cross_entropy))

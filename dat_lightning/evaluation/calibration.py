@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import EvaluationEntry, check_classes, only_loader
+from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
@@ -22,7 +22,6 @@ from dat_lightning.evaluation.reliability import (
     calibration_error,
     fit_temperature,
     reliability,
-    require_finite,
 )
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
@@ -72,7 +71,7 @@ class Calibration(Evaluator):
         with torch.no_grad():
             logits = pl_module(batch["x"])
         y = batch["y"].cpu()
-        check_classes(y, logits, "Calibration")
+        self.check_logits(logits, y)
         # The images alone: what is a test image stays one under another label.
         return {"logits": logits, "y": y, "digest": image_digests(batch["x"], torch.zeros_like(y))}
 
@@ -80,7 +79,6 @@ class Calibration(Evaluator):
     def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
         """Returns the figures without and with scaling."""
         logits, y = values["logits"].double(), values["y"].long()
-        require_finite(logits, "Calibration")
         found = self._scores(logits, y, "", {}, {})
         if not self.temperature:
             return found

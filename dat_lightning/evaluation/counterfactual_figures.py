@@ -32,10 +32,9 @@ _BETTER: Mapping[str, Literal["higher", "lower"]] = {
 
 
 class Judge(NamedTuple):
-    """An independent classifier: which it is, what images it takes, and its accuracy on the originals."""
+    """An independent classifier: which it is, and its accuracy on the originals."""
 
     identity: str
-    input: str
     accuracy: float
 
 
@@ -107,8 +106,7 @@ class Search:
         }
         if judge is not None:
             words = "share that an independent classifier reads as the target"
-            settings = {"judge": judge.identity, "judge_input": judge.input}
-            told["plausibility"] = (words, {"judge_accuracy_on_originals": judge.accuracy}, settings)
+            told["plausibility"] = (words, {"judge_accuracy_on_originals": judge.accuracy}, {"judge": judge.identity})
         found = []
         for name, (words, details, settings) in told.items():
             column = values[name].flatten().double()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -18,10 +18,10 @@ from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.batches import check_classes
-from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.class_distances import Target, class_distances
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.label_agreement import check_independent
 from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import identity, network_digest, network_identity, reference_digest
@@ -55,7 +55,6 @@ class Counterfactuals(Evaluator):
         targets: How targets are chosen: ``next``, the most likely class other than the label; ``uniform``, one of the
             other classes, a pure function of seed and index; ``all``, each of the other K − 1 in turn.
         judge: An independent classifier, images to logits.
-        judge_input: Whether the judge takes images in [0, 1] with the channels that they have, or uint8 (N, 3, H, W).
         extractor: Maps uint8 images (N, 3, H, W) to features, as in :class:`~dat_lightning.sampling.FrechetDistance`.
             Features of all counterfactuals are held in memory.
         min_class_images: Images that a class needs for its Fréchet distance.
@@ -80,7 +79,6 @@ class Counterfactuals(Evaluator):
         step_size: float | None = None,
         targets: Sequence[Target] = ("next", "uniform"),
         judge: nn.Module | None = None,
-        judge_input: Literal["float", "uint8"] = "float",
         extractor: nn.Module | None = None,
         min_class_images: int = 32,
         changed_level: int = 8,
@@ -104,8 +102,6 @@ class Counterfactuals(Evaluator):
             )
         if not targets or set(targets) - set(get_args(Target)):
             raise InputError(f"targets must be some of {get_args(Target)}, got {list(targets)}")
-        if judge_input not in ("float", "uint8"):
-            raise InputError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
         if min_class_images < 2:
             raise InputError(f"min_class_images must be at least 2, as a covariance needs, got {min_class_images}")
         if not 0 <= changed_level < 255:
@@ -115,7 +111,6 @@ class Counterfactuals(Evaluator):
         self.step_size = step_size
         self.targets: tuple[Target, ...] = tuple(dict.fromkeys(targets))
         self.judge = None if judge is None else judge.requires_grad_(False).eval()
-        self.judge_input = judge_input
         self.extractor = None if extractor is None else extractor.requires_grad_(False).eval()
         self.min_class_images = min_class_images
         self.changed_level = changed_level
@@ -216,7 +211,7 @@ class Counterfactuals(Evaluator):
         if self.judge is None:
             raise RuntimeError("there is no judge")
         with torch.no_grad():
-            logits: Tensor = self.judge(to_uint8_rgb(images) if self.judge_input == "uint8" else images)
+            logits: Tensor = self.judge(images)
         return logits.argmax(1)
 
     @override
@@ -228,7 +223,6 @@ class Counterfactuals(Evaluator):
             "step_sizes": [self.threat_model(eps).step_size for eps in self.eps],
             "num_steps": self.num_steps,
             "targets": list(self.targets),
-            "judge_input": self.judge_input,
             "changed_level": self.changed_level,
             "seed": self.seed,
             **{name: None if part is None else network_digest(part) for name, part in parts.items()},
@@ -239,8 +233,8 @@ class Counterfactuals(Evaluator):
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Brings judge and extractor to the network, and starts anew."""
-        if self.judge is not None and any(self.judge is part for part in pl_module.modules()):
-            raise InputError("judge must be independent of the network that it judges, got a part of it")
+        if self.judge is not None:
+            check_independent(self.judge, pl_module)
         for part in (self.judge, self.extractor):
             if part is not None:
                 part.to(pl_module.device)
@@ -285,7 +279,7 @@ class Counterfactuals(Evaluator):
             judge = None
             if self.judge is not None:
                 share = float(values["original_read"].double().mean())
-                judge = Judge(network_identity(self.judge), self.judge_input, share)
+                judge = Judge(network_identity(self.judge), share)
             measured = {
                 name.removeprefix(f"{kind}_"): value[:, :, place] if value.dim() > 2 else value
                 for name, value in values.items()

@@ -13,7 +13,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import EvaluationEntry
+from dat_lightning.data.batches import EvaluationEntry, check_classes
+from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues
@@ -120,6 +121,11 @@ class Evaluator(Callback, ABC):
         if self._entry is None:
             self._entry = EvaluationEntry(type(self).__name__, trainer.test_dataloaders, trainer)
         return self._entry(batch)
+
+    def check_logits(self, logits: Tensor, y: Tensor, least: int = 2) -> None:
+        """Raises an InputError unless logits (N, K) are finite, K is at least ``least``, and labels lie below K."""
+        check_classes(y, logits, type(self).__name__, least)
+        require_finite(logits, type(self).__name__)
 
     # Lightning's hooks.
 

@@ -1,15 +1,12 @@
 """Whether generated images show the class asked for, as an independent classifier reads them."""
 
-from typing import Literal
-
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import is_right
-from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
@@ -26,18 +23,14 @@ class LabelAgreement(SampleConsumer):
     ``label_agreement_{steps}_steps``.
 
     Args:
-        judge: An independent classifier, images to logits (N, K).
-        judge_input: Whether the judge takes images in [0, 1] with the channels that they have, or uint8 (N, 3, H, W).
+        judge: An independent classifier, images in [0, 1] to logits (N, K).
 
     Raises:
-        InputError: If ``judge_input`` is unknown; when sampling starts, if the judge is part of the network.
+        InputError: When sampling starts, if the judge is part of the network.
     """
 
-    def __init__(self, judge: nn.Module, judge_input: Literal["float", "uint8"] = "float") -> None:
-        if judge_input not in ("float", "uint8"):
-            raise InputError(f"judge_input must be 'float' or 'uint8', got {judge_input!r}")
+    def __init__(self, judge: nn.Module) -> None:
         self.judge = judge.requires_grad_(False).eval()
-        self.judge_input = judge_input
         self._chooser: SampleMetrics | None = None
         self._agree: dict[int, list[Values]] = {}
         self._shares: dict[int, float] = {}
@@ -50,11 +43,7 @@ class LabelAgreement(SampleConsumer):
         chosen = self._chooser.figures if self._chooser is not None else []
         best = int(chosen[0].details["num_steps"]) if chosen else max(self._shares)
         words = "share of generated images that an independent classifier reads as the class asked for"
-        settings = {
-            "judge": network_identity(self.judge),
-            "judge_input": self.judge_input,
-            **self.plan.settings,
-        }
+        settings = {"judge": network_identity(self.judge), **self.plan.settings}
         size = self.plan.num_samples
         made = {
             steps: [Measurement("label_agreement", share, words, size, {"num_steps": steps}, "higher", settings)]
@@ -65,8 +54,7 @@ class LabelAgreement(SampleConsumer):
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Starts anew."""
-        if any(self.judge is part for part in pl_module.modules()):
-            raise InputError("judge must be independent of the network that generates, got a part of it")
+        check_independent(self.judge, pl_module)
         self.judge.to(pl_module.device)
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         self._chooser = next((c for c in callbacks if isinstance(c, SampleMetrics)), None)
@@ -78,8 +66,7 @@ class LabelAgreement(SampleConsumer):
         """Reads a batch."""
         for steps, images in batch.images.items():
             with torch.no_grad():
-                logits: Tensor = self.judge(to_uint8_rgb(images) if self.judge_input == "uint8" else images)
-            agree = is_right(logits, batch.labels).cpu()
+                agree = is_right(self.judge(images), batch.labels).cpu()
             self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
 
     @override
@@ -88,3 +75,9 @@ class LabelAgreement(SampleConsumer):
         for steps, mine in self._agree.items():
             self._shares[steps] = float(gather(mine, "no samples were generated")["agree"].double().mean())
         self._agree = {}
+
+
+def check_independent(judge: nn.Module, pl_module: LightningModule) -> None:
+    """Raises an InputError if a judge is part of the network under test."""
+    if any(judge is part for part in pl_module.modules()):
+        raise InputError("judge must be independent of the network under test, got a part of it")

@@ -11,14 +11,7 @@ from typing_extensions import override
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.features.fidelity import (
-    Features,
-    by_class,
-    check_sizes,
-    check_values,
-    fidelity_scores,
-    measurements,
-)
+from dat_lightning.features.fidelity import Features, by_class, fidelity_scores, measurements
 from dat_lightning.features.gaussian_stats import FeatureMoments
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
@@ -88,14 +81,11 @@ class RealImages(Evaluator):
         """Returns the figures."""
         metrics, settings = self.metrics.metrics, self.metrics.settings
         reference = self.metrics.reference_features.find(trainer, pl_module)
-        known = reference.features
-        check_sizes(metrics, settings, len(values["index"]), None if known is None else len(known))
         values = by_class(values)
         features = values["features"]
         moments = FeatureMoments(features.shape[1])
         moments.update(features)
         real = Features(len(features), moments.gaussian(), features, values.get("logits"))
-        check_values(metrics, settings, real, reference)
         scores = fidelity_scores(metrics, settings, real, reference)
         found = measurements(scores, settings, self.metrics.reader.settings(), reference, len(features), {})
         # No model is better or worse for them.

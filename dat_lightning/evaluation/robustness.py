@@ -17,10 +17,8 @@ from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel, vanishes
-from dat_lightning.data.batches import check_classes
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
-from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 
@@ -55,6 +53,8 @@ class RobustAccuracy(Evaluator):
     Source: Madry et al. 2018 (arXiv 1706.06083); Athalye et al. 2018 (arXiv 1802.00420), Section 3.1, on the signs.
     """
 
+    name = staticmethod(attack_name)
+
     def __init__(
         self,
         threat_models: ThreatModel | Sequence[ThreatModel] = ThreatModel(),
@@ -73,11 +73,6 @@ class RobustAccuracy(Evaluator):
         self.seed = seed
         self.results: Values = {}
 
-    @staticmethod
-    def name(threat_model: ThreatModel) -> str:
-        """Returns the name of a figure, such as ``robust_accuracy_L2_0.5_10x0.1`` for ten steps of 0.1."""
-        return attack_name(threat_model)
-
     @override
     def settings(self) -> dict[str, Any]:
         """Returns attacks, restarts and seed."""
@@ -91,8 +86,7 @@ class RobustAccuracy(Evaluator):
             x, y = batch["x"].detach().clone().float(), batch["y"].clone()
             draws = batch["index"].clone()
             output = logits(x)
-            check_classes(y, output, "RobustAccuracy", least=1)
-            require_finite(output, "RobustAccuracy")
+            self.check_logits(output, y, least=1)
             correct = output.argmax(1) == y
             with torch.enable_grad():
                 gradient = input_gradient(logits, x, y, cross_entropy)

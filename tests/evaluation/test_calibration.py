@@ -176,5 +176,5 @@ def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
         figures(tmp_path, Calibration(), one_class, dataloaders=loader())
     with pytest.raises(ValueError, match=r"labels must lie in 0 … 2, got 0 … 4"):
         figures(tmp_path, Calibration(), Plain(), dataloaders=loader([{**ALL[0], "y": torch.tensor([0, 4, 1])}]))
-    with pytest.raises(ValueError, match="Calibration needs finite logits, got NaN or infinite ones for 10 of 10"):
+    with pytest.raises(ValueError, match="Calibration needs finite logits, got NaN or infinite ones for 3 of 3"):
         figures(tmp_path, Calibration(), Plain(later=float("nan")), dataloaders=loader())
