@@ -1,7 +1,8 @@
 """Feature extractors of the Fréchet distance: uint8 images (N, 3, H, W) in, features (N, D) out."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 from urllib.error import URLError
 
 import torch
@@ -38,29 +39,7 @@ class TorchFidelityFeatures(nn.Module):
         self, name: str = "inception-v3-compat", feature: str = "2048", weights_path: str | None = None
     ) -> None:
         super().__init__()
-        if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise InputError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
-        extractor_class = FEATURE_EXTRACTORS_REGISTRY[name]
-        layers = extractor_class.get_provided_features_list()
-        if feature not in layers:
-            raise InputError(f"the extractor {name!r} has no layer {feature!r}; it has {list(layers)}")
-        if weights_path is not None and not Path(weights_path).is_file():
-            raise FileNotFoundError(f"weights_path={weights_path}: no such file; expected {_weights_hint(name)}")
-        if weights_path is not None and name in ("inception-v3-compat", "vgg16"):
-            # torch-fidelity would run code in a pickled file; its other extractors read archives of TorchScript.
-            try:
-                torch.load(weights_path, map_location="cpu", weights_only=True)
-            except Exception as error:
-                raise InputError(f"weights_path={weights_path} is damaged or no file of weights") from error
-        try:
-            self.extractor: FeatureExtractorBase = extractor_class(
-                name, [feature], feature_extractor_weights_path=weights_path
-            )
-        except (URLError, RuntimeError, OSError) as error:
-            raise FileNotFoundError(
-                f"the weights of {name!r} could not be loaded ({error}). Without a network, fetch {_weights_hint(name)}"
-                f" elsewhere, and either put it into {torch.hub.get_dir()}/checkpoints or name it as weights_path."
-            ) from error
+        self.extractor = torch_fidelity_extractor(name, [feature], weights_path)
 
     def extra_repr(self) -> str:
         """Returns which extractor and layer this is."""
@@ -69,6 +48,34 @@ class TorchFidelityFeatures(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, D) of uint8 images (N, 3, H, W)."""
         return cast(Tensor, self.extractor(images)[0])
+
+
+def torch_fidelity_extractor(name: str, layers: Sequence[str] | None, weights_path: str | None) -> FeatureExtractorBase:
+    """Returns one of torch-fidelity's extractors, see :class:`~dat_lightning.features.TorchFidelityLayers`."""
+    if name not in FEATURE_EXTRACTORS_REGISTRY:
+        raise InputError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
+    kind = FEATURE_EXTRACTORS_REGISTRY[name]
+    if layers is None:
+        # Without repetition: most extractors have one layer for both.
+        layers = list(dict.fromkeys(kind.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")))
+    known = kind.get_provided_features_list()
+    if not layers or len(set(layers)) < len(layers) or set(layers) - set(known):
+        raise InputError(f"layers must be different names out of {list(known)} of {name!r}, got {list(layers)}")
+    if weights_path is not None and not Path(weights_path).is_file():
+        raise FileNotFoundError(f"weights_path={weights_path}: no such file; expected {_weights_hint(name)}")
+    if weights_path is not None and name in ("inception-v3-compat", "vgg16"):
+        # torch-fidelity would run code in a pickled file; its other extractors read archives of TorchScript.
+        try:
+            torch.load(weights_path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise InputError(f"weights_path={weights_path} is damaged or no file of weights") from error
+    try:
+        return kind(name, list(layers), feature_extractor_weights_path=weights_path)
+    except (URLError, RuntimeError, OSError) as error:
+        raise FileNotFoundError(
+            f"the weights of {name!r} could not be loaded ({error}). Without a network, fetch {_weights_hint(name)}"
+            f" elsewhere, and either put it into {torch.hub.get_dir()}/checkpoints or name it as weights_path."
+        ) from error
 
 
 def _weights_hint(name: str) -> str:
@@ -116,12 +123,7 @@ class DigitsFeatures(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Returns the features (N, 64) of uint8 images (N, 3, H, W)."""
-        return self.features(images)
-
-    def features(self, images: Tensor, output: Literal["features", "logits"] = "features") -> Tensor:
-        """Returns the features (N, 64) or the logits (N, 10) of uint8 images (N, 3, H, W)."""
         x = images[:, :1].float() / 255
         if x.shape[-2:] != (16, 16):
             x = nn.functional.interpolate(x, size=(16, 16), mode="area")
-        layers = self.network if output == "logits" else self.network[:-1]
-        return cast(Tensor, layers(x))
+        return cast(Tensor, self.network[:-1](x))

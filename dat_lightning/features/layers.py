@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
+from dat_lightning.features.extractors import DigitsFeatures, torch_fidelity_extractor
 from dat_lightning.results.digests import network_identity
 
 
@@ -36,18 +35,7 @@ class TorchFidelityLayers(nn.Module):
         weights_path: str | None = None,
     ) -> None:
         super().__init__()
-        if name not in FEATURE_EXTRACTORS_REGISTRY:
-            raise InputError(f"torch-fidelity has no extractor {name!r}; it has {sorted(FEATURE_EXTRACTORS_REGISTRY)}")
-        kind = FEATURE_EXTRACTORS_REGISTRY[name]
-        if layers is None:
-            # Without repetition: most extractors have one layer for both.
-            layers = list(dict.fromkeys(kind.get_default_feature_layer_for_metric(m) for m in ("fid", "isc")))
-        known = kind.get_provided_features_list()
-        if not layers or len(set(layers)) < len(layers) or set(layers) - set(known):
-            raise InputError(f"layers must be different names out of {list(known)}, got {list(layers)}")
-        self.extractor: FeatureExtractorBase = TorchFidelityFeatures(name, layers[0], weights_path).extractor
-        # torch-fidelity's networks hold all layers, and read this list in each pass.
-        self.extractor.features_list = list(layers)
+        self.extractor = torch_fidelity_extractor(name, layers, weights_path)
 
     def extra_repr(self) -> str:
         """Returns which extractor and layers these are."""
@@ -67,7 +55,7 @@ class DigitsLayers(nn.Module):
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Returns ``features`` and ``logits`` of uint8 images (N, 3, H, W)."""
-        features = self.digits.features(images)
+        features = self.digits(images)
         return {"features": features, "logits": self.digits.network[-1](features)}
 
 

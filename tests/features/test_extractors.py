@@ -13,7 +13,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 
 from dat_lightning import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.data import digits
-from dat_lightning.features import train_digits_features
+from dat_lightning.features import DigitsLayers, train_digits_features
 
 INCEPTION_MODULE: ModuleType = sys.modules[FeatureExtractorInceptionV3.__module__]
 
@@ -33,7 +33,7 @@ def test_the_accuracy_in_the_file_is_the_one_on_the_360_test_digits() -> None:
     test = digits.split_indices(0)["test"]
     x, y = images[test], labels[test]
     eight_bit = (x * 255).round().to(torch.uint8).expand(-1, 3, -1, -1)
-    correct = int((DigitsFeatures().features(eight_bit, "logits").argmax(1) == y).sum())
+    correct = int((DigitsLayers()(eight_bit)["logits"].argmax(1) == y).sum())
     assert len(y) == 360
     assert shipped_metadata()["test_accuracy"] == f"{correct / 360:.4f}"
     assert shipped_metadata()["test_accuracy"] in str(train_digits_features.__doc__)
@@ -73,7 +73,7 @@ def test_the_script_writes_weights_that_load(tmp_path: Path, monkeypatch: pytest
 
 def test_digits_features_feed_the_last_layer() -> None:
     network, images = DigitsFeatures(), pixels(5)
-    features, logits = network(images), network.features(images, "logits")
+    features, logits = network(images), DigitsLayers()(images)["logits"]
     assert features.shape == (5, 64)
     assert features.min() >= 0
     last = network.network[-1]
@@ -139,7 +139,9 @@ def test_an_unknown_extractor_is_refused_with_the_known_ones() -> None:
 
 
 def test_an_unknown_layer_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"'inception-v3-compat' has no layer 'pool3'; it has .*'2048'"):
+    with pytest.raises(
+        ValueError, match=r"layers must be .* out of .*'2048'.* of 'inception-v3-compat', got \['pool3'\]"
+    ):
         TorchFidelityFeatures(feature="pool3")
 
 

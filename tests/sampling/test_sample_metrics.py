@@ -43,14 +43,14 @@ class Registered(FeatureExtractorBase):  # type: ignore[misc]  # torch-fidelity 
 
     def __init__(self, name: str, features_list: list[str], **_: Any) -> None:
         super().__init__(name, features_list)
-        self.digits = DigitsFeatures()
+        self.digits = DigitsLayers()
 
     @staticmethod
     def get_provided_features_list() -> tuple[str, str]:
         return "features", "logits"
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.digits.features(images, layer) for layer in self.features_list)
+        return tuple(self.digits(images)[layer] for layer in self.features_list)
 
 
 class Collector(SampleConsumer):
