@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
@@ -19,14 +19,7 @@ from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.entries import SizedDataset
-from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.evaluation.ood_detection import (
-    Transform,
-    choose,
-    evaluate_images,
-    ood_datasets,
-)
-from dat_lightning.results.digests import set_identity
+from dat_lightning.evaluation.ood_images import OODEvaluator, Transform
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.sampling.pgd_sampler import PGDSampler, SampleBatch, SampleConsumer, SamplingPlan
@@ -34,7 +27,7 @@ from dat_lightning.sampling.pgd_sampler import PGDSampler, SampleBatch, SampleCo
 _LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 
 
-class EnergyStatistics(Evaluator, SampleConsumer):
+class EnergyStatistics(OODEvaluator, SampleConsumer):
     """Measures E(x) = −logsumexp f(x) and ‖∇ₓE(x)‖² on sets of images.
 
     | set | images |
@@ -52,14 +45,10 @@ class EnergyStatistics(Evaluator, SampleConsumer):
     ``energy_test`` histograms of all sets over common bins.
 
     Args:
-        datasets: Name → OOD images, see :class:`OODDetection`; by default the DataModule's held-out seeds.
+        datasets: Name → OOD images, see :class:`OODEvaluator`.
         attack: The attack; by default the module's ``eval_threat_model``, if it has one.
-        num_images: Images of each set but the test images and the generated ones, at most; a seeded choice.
         num_bins: Bins of the histograms, which reach from the lowest to the highest energy of all.
-        transform: Transform of OOD images, by default the DataModule's for evaluation.
-        batch_size: Images per batch and rank, of each set but the test images and the generated ones.
-        seed: Seed of the choice and of random starts.
-        dirpath: See :class:`Evaluator`. Generated images are not kept.
+        shared: Further arguments of :class:`OODEvaluator`. Generated images are not kept in ``dirpath``.
 
     Raises:
         InputError: If a number is not positive; in a test, if an energy is NaN or infinite.
@@ -73,24 +62,14 @@ class EnergyStatistics(Evaluator, SampleConsumer):
         self,
         datasets: Mapping[str, SizedDataset] | None = None,
         attack: ThreatModel | None = None,
-        num_images: int = 1024,
         num_bins: int = 50,
-        transform: nn.Module | Transform | None = None,
-        batch_size: int = 256,
-        seed: int = 0,
-        dirpath: str | None = None,
+        **shared: Any,
     ) -> None:
-        super().__init__(dirpath)
-        for name, value in (("num_images", num_images), ("num_bins", num_bins), ("batch_size", batch_size)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
-        self.datasets = datasets
+        super().__init__(datasets=datasets, **shared)
+        if num_bins < 1:
+            raise InputError(f"num_bins must be at least 1, got {num_bins}")
         self.attack = attack
-        self.num_images = num_images
         self.num_bins = num_bins
-        self.transform = transform
-        self.batch_size = batch_size
-        self.seed = seed
         self._attack: ThreatModel | None = None
         self._samples: dict[int, list[Values]] = {}
         self._waiting = False
@@ -160,13 +139,11 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             sets["adversarial"] = {name: values[f"{name}_adversarial"] for name in ("energy", "r1")}
             settings["adversarial"] = {"attack": "PGD on the cross-entropy", "threat_model": asdict(self._attack)}
         for name, dataset, transform in self._data(trainer, left_out):
-            chosen = choose(len(dataset), self.num_images, self.seed, name)
             compute = partial(_batch_values, pl_module)
-            found, skipped = evaluate_images(
-                self, trainer, pl_module, name, dataset, transform, chosen, self.batch_size, compute
+            sets[name], images, details[name] = self.evaluate_images(
+                trainer, pl_module, name, dataset, transform, compute
             )
-            sets[name], settings[name] = found, {"images": set_identity(found["digest"])}
-            details[name] = {"seed": self.seed, "num_skipped": skipped}
+            settings[name] = {"images": images}
         if not self._samples:
             left_out["generated"] = "no PGDSampler of the Trainer samples in test"
         for steps, batches in self._samples.items():
@@ -187,7 +164,7 @@ class EnergyStatistics(Evaluator, SampleConsumer):
             found.append(("train", data.dataset, data.transform))
         else:
             left_out["train"] = "the Trainer has no DataModule with reference_data()"
-        others = ood_datasets(trainer, self.datasets, self.transform, self.num_images, "EnergyStatistics")
+        others = self.ood_images(trainer)
         if not others:
             left_out["ood"] = "no datasets were given, and the Trainer has no DataModule with held-out OOD images"
         return found + [(f"ood_{name}", *data_and_transform) for name, data_and_transform in others.items()]

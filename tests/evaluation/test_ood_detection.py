@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from dat_lightning import CorruptImageError, ThreatModel, ascend
 from dat_lightning.data import UniformNoise
 from dat_lightning.evaluation import EnergyStatistics, OODDetection
-from dat_lightning.evaluation.ood_detection import choose
+from dat_lightning.evaluation.ood_images import choose
 from dat_lightning.evaluation.ood_scores import OBJECTIVES
 from dat_lightning.results import Figure
 from tests import tiny
