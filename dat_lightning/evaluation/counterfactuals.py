@@ -24,12 +24,12 @@ from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import check_independent
 from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.features.layers import extract_features
-from dat_lightning.results.digests import identity, network_digest, network_identity, reference_digest
-from dat_lightning.results.gathering import Values, on_rank_zero
+from dat_lightning.results.digests import network_digest, network_identity
+from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.picture_grids import Shortlist
-from dat_lightning.sampling.reference import reference_data, training_features
+from dat_lightning.sampling.reference import training_features, training_settings
 
 
 class Counterfactuals(Evaluator):
@@ -265,12 +265,7 @@ class Counterfactuals(Evaluator):
             features = {key: values[f"{key[0]}_features"][:, :, key[1]] for key in searches}
             batches = training_features(trainer, pl_module, self.extractor, self.batch_size, "Counterfactuals")
             distances = class_distances(trainer, pl_module, batches, chosen, features, self.min_class_images)
-            data = reference_data(trainer, "Counterfactuals")
-            seen = on_rank_zero(trainer, lambda: reference_digest(data))
-            used = {
-                "extractor": network_identity(self.extractor),
-                "reference": identity("training images", seen),
-            }
+            used = training_settings(trainer, self.extractor, "Counterfactuals")
         found: list[Measurement] = []
         for (kind, place), search in searches.items():
             picture = None if self.picture_dirpath is None else Path(self.picture_dirpath) / f"{search.name}.png"

@@ -28,32 +28,23 @@ class RealImages(Evaluator):
     Args:
         dirpath: See :class:`Evaluator`.
 
+    Attributes:
+        metrics: The callback that this one measures alike, from set-up on.
+
     Raises:
         InputError: On set-up, if the Trainer has no SampleMetrics; in a test, if there are too few images.
     """
 
-    def __init__(self, dirpath: str | None = None) -> None:
-        super().__init__(dirpath)
-        self._metrics: SampleMetrics | None = None
-
-    @property
-    def metrics(self) -> SampleMetrics:
-        """The callback that this one measures alike.
-
-        Raises:
-            RuntimeError: Before set-up.
-        """
-        if self._metrics is None:
-            raise RuntimeError("RealImages was not set up")
-        return self._metrics
+    metrics: SampleMetrics
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds the callback to measure alike."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        self._metrics = next((c for c in callbacks if isinstance(c, SampleMetrics)), None)
-        if self._metrics is None:
+        found = [callback for callback in callbacks if isinstance(callback, SampleMetrics)]
+        if not found:
             raise InputError("RealImages measures as SampleMetrics does: add one to trainer.callbacks")
+        self.metrics = found[0]
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

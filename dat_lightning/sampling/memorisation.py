@@ -17,13 +17,13 @@ from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.layers import extract_features
 from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbours
-from dat_lightning.results.digests import identity, image_digests, network_identity, reference_digest, set_identity
-from dat_lightning.results.gathering import Values, gather, on_rank_zero
+from dat_lightning.results.digests import image_digests, set_identity
+from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
-from dat_lightning.sampling.reference import reference_data, training_features
+from dat_lightning.sampling.reference import reference_data, training_features, training_settings
 from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
 _LEVELS = (0.0, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 1.0)
@@ -132,12 +132,9 @@ class Memorisation(SampleConsumer):
                     f" {self.num_neighbours}"
                 )
             self._held_out = self._held_out_distances(trainer, pl_module, training["features"])
-            data = reference_data(trainer, "Memorisation compares with training images:")
-            seen = on_rank_zero(trainer, lambda: reference_digest(data))
             self._settings = {
                 "metric": self.metric,
-                "extractor": network_identity(self.extractor),
-                "reference": identity("training images", seen),
+                **training_settings(trainer, self.extractor, "Memorisation"),
                 "test_images": set_identity(self._held_out["digest"]),
             }
             self._training = training

@@ -22,7 +22,15 @@ from dat_lightning.features.fidelity import FeatureCollector, Features, Metric, 
 from dat_lightning.features.gaussian_stats import Gaussian
 from dat_lightning.features.image_sets import read_images, read_set
 from dat_lightning.features.layers import LayerReader, extract_features
-from dat_lightning.results.digests import digest, file_digest, network_digest, probe_images, reference_digest
+from dat_lightning.results.digests import (
+    digest,
+    file_digest,
+    identity,
+    network_digest,
+    network_identity,
+    probe_images,
+    reference_digest,
+)
 from dat_lightning.results.gathering import Values, all_ranks, on_rank_zero
 from dat_lightning.results.progress import is_silent
 from dat_lightning.weights.files import written_whole
@@ -253,6 +261,13 @@ class ReferenceImages:
                 f" {_MAX_SKIPPED_SHARE:.0%} make it another reference"
             )
         return count
+
+
+def training_settings(trainer: Trainer, extractor: nn.Module, who: str) -> dict[str, str]:
+    """Returns extractor and training images as settings of what is measured by :func:`training_features`."""
+    data = reference_data(trainer, f"{who} compares with training images:")
+    seen = on_rank_zero(trainer, lambda: reference_digest(data))
+    return {"extractor": network_identity(extractor), "reference": identity("training images", seen)}
 
 
 def training_features(

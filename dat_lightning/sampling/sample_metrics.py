@@ -110,23 +110,16 @@ class SampleMetrics(SampleConsumer):
         self.extractor = extractor.requires_grad_(False).eval()
         self.classifier = None if classifier is None else copy.deepcopy(classifier).requires_grad_(False).eval()
         self.reader = LayerReader(self.extractor, self.classifier, feature_layer, logit_layer)
-        self.reference = reference
         self.prefix = prefix
-        self.cache_dir = None if cache_dir is None else Path(cache_dir)
-        self.batch_size = batch_size
+        files, cache = (None if path is None else Path(path) for path in (reference, cache_dir))
+        self.reference_features = ReferenceFeatures(
+            self.reader, self.metrics, files, cache, batch_size, type(self).__name__
+        )
         self.figures: list[Measurement] = []
         self._samples: dict[int, FeatureCollector] = {}
         self._reference: Reference | None = None
 
     # Lightning's and the sampler's hooks.
-
-    @property
-    def reference_features(self) -> ReferenceFeatures:
-        """Where the reference comes from."""
-        source = None if self.reference is None else Path(self.reference)
-        return ReferenceFeatures(
-            self.reader, self.metrics, source, self.cache_dir, self.batch_size, type(self).__name__
-        )
 
     @property
     @override

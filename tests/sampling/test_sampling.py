@@ -574,7 +574,7 @@ def test_the_reference_follows_the_data(tmp_path: Path) -> None:
     run(tmp_path, sampler(), fid)
     first = fid.scores
     np.savez(tmp_path / "other.npz", mu=np.zeros(64), sigma=np.eye(64))
-    fid.reference = str(tmp_path / "other.npz")
+    fid.reference_features.source = tmp_path / "other.npz"
     run(tmp_path, sampler(), fid)
     assert fid.scores != first
 
