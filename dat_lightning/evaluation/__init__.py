@@ -7,6 +7,7 @@ from dat_lightning.evaluation.energy_statistics import EnergyStatistics
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import LabelAgreement
 from dat_lightning.evaluation.ood_detection import OODDetection
+from dat_lightning.evaluation.ood_images import OODEvaluator
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
 from dat_lightning.evaluation.real_images import RealImages
 from dat_lightning.evaluation.reliability import calibration_error, fit_temperature, reliability
@@ -20,6 +21,7 @@ __all__ = [
     "Evaluator",
     "LabelAgreement",
     "OODDetection",
+    "OODEvaluator",
     "RealImages",
     "RobustAccuracy",
     "auroc",
