@@ -8,7 +8,7 @@ from dat_lightning.data.fingerprint import shared_images
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
 from dat_lightning.data.generated import GeneratedImages
 from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice
-from dat_lightning.data.images import ImageSubset, NamedImages, Unlabelled, read_image
+from dat_lightning.data.images import ImageSubset, Unlabelled, read_image
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import PairedDataModule
@@ -26,7 +26,6 @@ __all__ = [
     "ImageSubset",
     "LabelledFolder",
     "MixedStream",
-    "NamedImages",
     "PairedDataModule",
     "PhotographCrops",
     "RandomSlice",

@@ -6,7 +6,7 @@ import time
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -27,18 +27,6 @@ _NOT_THE_IMAGE_S_FAULT = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 # What a file server says when it is away for a moment, and the seconds before it is asked again.
 _MAY_PASS = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 _PAUSES = (0.5, 2.0, 8.0)
-
-
-class NamedImages(Protocol):
-    """A map-style data set that can say where an image comes from."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Any: ...
-
-    def name(self, index: int, /) -> str:
-        """Returns path or record of image ``index``."""
-        ...
 
 
 def read_image(path: str | Path) -> Image.Image:

@@ -2,7 +2,6 @@
 
 from dat_lightning.weights.foreign import StandIn
 from dat_lightning.weights.hub import EnergyModel
-from dat_lightning.weights.layouts import energy_model_weights
 from dat_lightning.weights.loading import LoadedWeights, load_weights
 from dat_lightning.weights.reading import read_checkpoint
 from dat_lightning.weights.stamp import (
@@ -21,7 +20,6 @@ __all__ = [
     "changed_settings",
     "check_hyperparameters",
     "check_stamp",
-    "energy_model_weights",
     "load_weights",
     "read_checkpoint",
     "run_of",

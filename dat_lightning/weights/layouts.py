@@ -43,15 +43,6 @@ class FoundWeights:
     ignored: tuple[str, ...]
 
 
-def energy_model_weights(contents: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Returns the state dict for an :class:`EnergyModel` that a checkpoint holds; averaged weights if it has both.
-
-    Raises:
-        InputError: If there are no weights in it.
-    """
-    return find_weights(contents).weights
-
-
 def find_weights(contents: Mapping[str, Any], own: Collection[str] = ()) -> FoundWeights:
     """Returns the weights that a checkpoint holds, whatever wraps them there.
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import EnergyModel
-from dat_lightning.weights import energy_model_weights, load_weights, read_checkpoint
+from dat_lightning.weights import load_weights, read_checkpoint
+from dat_lightning.weights.layouts import find_weights
 
 
 def small_model(classes: int = 3, seed: int = 0) -> EnergyModel:
@@ -55,7 +56,7 @@ def test_every_layout_loads_weights_and_buffers(
 
 def test_averaged_weights_are_preferred_to_raw_ones() -> None:
     model = small_model()
-    weights = energy_model_weights(lightning_checkpoint(model))
+    weights = find_weights(lightning_checkpoint(model)).weights
     assert weights.keys() == model.state_dict().keys()
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in weights.items())
 
