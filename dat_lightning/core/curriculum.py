@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 
 
 def auc(positive: Tensor, negative: Tensor) -> Tensor:
@@ -53,8 +53,7 @@ class AUCCurriculum(nn.Module):
             raise InputError(f"initial_steps must lie in 0 … max_steps={max_steps}, got {initial_steps}")
         if not 0 <= auc_threshold <= 1:
             raise InputError(f"auc_threshold must lie in [0, 1], got {auc_threshold}")
-        if window_samples < 1:
-            raise InputError(f"window_samples must be at least 1, got {window_samples}")
+        require_at_least(1, window_samples=window_samples)
         self.max_steps = max_steps
         self.auc_threshold = auc_threshold
         self.window_samples = window_samples
@@ -92,8 +91,7 @@ class AUCCurriculum(nn.Module):
         Raises:
             InputError: If ``batch_size`` is not positive.
         """
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        require_at_least(1, batch_size=batch_size)
         length = math.ceil(self.window_samples / batch_size)
         same = self.window == length
         self.values.masked_fill_(~same, 0)

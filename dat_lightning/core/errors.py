@@ -8,5 +8,16 @@ class InputError(ValueError):
     """
 
 
+def require_at_least(minimum: float, **values: float | None) -> None:
+    """Checks arguments that have a least value; ``None``, which ``null`` in a configuration gives, has none.
+
+    Raises:
+        InputError: Naming the first that is less, or NaN.
+    """
+    for name, value in values.items():
+        if value is None or not value >= minimum:
+            raise InputError(f"{name} must be at least {minimum}, got {value}")
+
+
 class TrainingFailureError(InputError):
     """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import require_at_least
 
 
 def stream_seed(*parts: int | str) -> int:
@@ -52,8 +52,7 @@ class RandomPermutation:
     _ROUNDS = 4
 
     def __init__(self, size: int, *seed: int | str) -> None:
-        if size < 1:
-            raise InputError(f"size must be at least 1, got {size}")
+        require_at_least(1, size=size)
         self.size = size
         self._half_bits = max(1, ((size - 1).bit_length() + 1) // 2)
         self._mask = (1 << self._half_bits) - 1

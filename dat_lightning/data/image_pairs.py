@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms
 from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
@@ -208,8 +208,8 @@ def _split_seeds(
     ood: Any, held_out: Any, num_held_out: int, max_samples: int | None, seed: int
 ) -> tuple[SizedDataset | None, SizedDataset | None]:
     """OOD images for training and for generation, without overlap."""
-    if max_samples is not None and max_samples < 1:
-        raise InputError(f"max_ood_samples must be at least 1, got {max_samples}")
+    if max_samples is not None:
+        require_at_least(1, max_ood_samples=max_samples)
     if ood is None:
         return None, None if held_out is None else _sized(held_out, "held_out")
     images, order = _sized(ood, "ood"), (0, "OOD split")

@@ -8,7 +8,7 @@ import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -60,11 +60,8 @@ class PairedDataModule(LightningDataModule):
         max_skipped_share: float = 0.01,
     ) -> None:
         super().__init__()
-        for name, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
-            if size < 1:
-                raise InputError(f"{name} must be at least 1, got {size}")
-        if num_workers < 0:
-            raise InputError(f"num_workers must be at least 0, got {num_workers}")
+        require_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        require_at_least(0, num_workers=num_workers)
         unknown = [s for s in streams if s not in get_args(Stream)]
         if unknown or not streams:
             raise InputError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")

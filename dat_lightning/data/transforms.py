@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.draws import Transform
 
 Interpolation = Literal["bilinear", "bicubic"]
@@ -41,8 +41,7 @@ class Cutout(v2.Transform):  # type: ignore[misc]
 
     def __init__(self, size: int, fill: float = 0.0) -> None:
         super().__init__()
-        if size < 1:
-            raise InputError(f"size must be at least 1, got {size}")
+        require_at_least(1, size=size)
         if not 0 <= fill <= 1:
             raise InputError(f"fill must lie in [0, 1], got {fill}")
         self.size = size
@@ -184,8 +183,7 @@ def _composed(*transforms: v2.Transform, after: v2.Transform | None = None) -> T
 
 
 def _checked_size(image_size: int) -> int:
-    if image_size < 1:
-        raise InputError(f"image_size must be at least 1, got {image_size}")
+    require_at_least(1, image_size=image_size)
     return image_size
 
 

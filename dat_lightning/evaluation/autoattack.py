@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, input_gradient, no_trace
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import Norm, per_example_norm, vanishes
@@ -90,9 +90,7 @@ class AutoAttack(Evaluator):
             raise InputError(f"eps must be a positive finite radius, got {eps}")
         if version not in ("standard", "plus", "rand"):
             raise InputError(f"version must be 'standard', 'plus' or 'rand', got {version!r}")
-        for name, number in (("max_images", max_images), ("batch_size", batch_size)):
-            if number is not None and number < 1:
-                raise InputError(f"{name} must be at least 1, got {number}")
+        require_at_least(1, batch_size=batch_size, max_images=1 if max_images is None else max_images)
         known = get_args(AttackName)
         if attacks is not None and (not attacks or set(attacks) - set(known) or len(set(attacks)) < len(attacks)):
             raise InputError(f"attacks must be different ones of {known}, got {list(attacks)}")

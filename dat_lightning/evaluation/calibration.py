@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import require_at_least
 from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.reliability import (
@@ -60,8 +60,7 @@ class Calibration(Evaluator):
 
     def __init__(self, num_bins: int = 15, temperature: bool = True, dirpath: str | None = None) -> None:
         super().__init__(dirpath)
-        if num_bins < 1:
-            raise InputError(f"num_bins must be at least 1, got {num_bins}")
+        require_at_least(1, num_bins=num_bins)
         self.num_bins = num_bins
         self.temperature = temperature
 

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
@@ -91,10 +91,7 @@ class Counterfactuals(Evaluator):
         super().__init__(dirpath)
         if not eps or not all(0 < e < math.inf for e in eps) or len({f"{e:g}" for e in eps}) < len(eps):
             raise InputError(f"eps must be different finite radii above 0, got {list(eps)}")
-        positive = {"num_steps": num_steps, "num_pictures": num_pictures, "batch_size": batch_size}
-        for name, value in positive.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_steps=num_steps, num_pictures=num_pictures, batch_size=batch_size)
         if step_size is not None and not max(eps) <= step_size * num_steps < math.inf:
             raise InputError(
                 f"step_size must be at least max(eps) / num_steps = {max(eps) / num_steps:g}, or the walk cannot reach"

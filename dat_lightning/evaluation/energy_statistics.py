@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
@@ -66,8 +66,7 @@ class EnergyStatistics(OODEvaluator, SampleConsumer):
         **shared: Any,
     ) -> None:
         super().__init__(datasets=datasets, **shared)
-        if num_bins < 1:
-            raise InputError(f"num_bins must be at least 1, got {num_bins}")
+        require_at_least(1, num_bins=num_bins)
         self.attack = attack
         self.num_bins = num_bins
         self._attack: ThreatModel | None = None

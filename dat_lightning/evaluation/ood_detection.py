@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.ood_images import OODEvaluator
@@ -58,8 +58,7 @@ class OODDetection(OODEvaluator):
         attack: ThreatModel | None = ThreatModel(norm="L2", eps=1.0, step_size=0.1, num_steps=20),
         **shared: Any,
     ) -> None:
-        if num_ood < 1:
-            raise InputError(f"num_ood must be at least 1, got {num_ood}")
+        require_at_least(1, num_ood=num_ood)
         if datasets is not None and not datasets:
             raise InputError("datasets must name at least one data set, got none")
         super().__init__(datasets=datasets, num_images=num_ood, **shared)

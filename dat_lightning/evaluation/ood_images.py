@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data.batches import check_pixels, stacked
 from dat_lightning.data.draws import EvaluationBatches
@@ -49,9 +49,7 @@ class OODEvaluator(Evaluator):
         dirpath: str | None = None,
     ) -> None:
         super().__init__(dirpath)
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_images=num_images, batch_size=batch_size)
         self.datasets = datasets
         self.num_images = num_images
         self.transform = transform

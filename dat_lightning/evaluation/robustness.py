@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
@@ -67,8 +67,7 @@ class RobustAccuracy(Evaluator):
         names = [self.name(threat_model) for threat_model in self.threat_models]
         if not names or len(set(names)) < len(names):
             raise InputError(f"threat_models must be different ones, at least one, got {names}")
-        if restarts < 1:
-            raise InputError(f"restarts must be at least 1, got {restarts}")
+        require_at_least(1, restarts=restarts)
         self.restarts = restarts
         self.seed = seed
         self.results: Values = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dat_lightning.core.ascent import Ascent, no_trace, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel, marginal_energy
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
@@ -209,8 +209,7 @@ class Explorer:
         self._check_walk(target, num_steps)
         if not 1 <= num_images <= MAX_IMAGES:
             raise InputError(f"num_images must lie in 1 … {MAX_IMAGES}, got {num_images}")
-        if seed < 0:
-            raise InputError(f"seed must be at least 0, got {seed}")
+        require_at_least(0, seed=seed)
         starts = self.starting_images(seed, num_images)
         chain, parts = unbounded_ascent(step_size, num_steps), []
         chunks = starts.split(_BATCH_SIZE)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.entries import SizedDataset, image_of, label_of
@@ -109,8 +109,8 @@ def open_checkpoint(
     """
     path = Path(ckpt_path)
     chosen = _checked_device(device)
-    if image_size is not None and image_size < 1:
-        raise InputError(f"image_size must be at least 1, got {image_size}")
+    if image_size is not None:
+        require_at_least(1, image_size=image_size)
     sections = [section for each in config for section in _sections(Path(each))]
     settings: Mapping[str, Any] = {}
     if (path / CONFIG_FILE).is_file():

@@ -7,7 +7,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from dat_lightning.core.energy import EnergyModel
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.weights import load_weights
 
 
@@ -40,8 +40,8 @@ class ClassifierFeatures(nn.Module):
         super().__init__()
         if not isinstance(energy_model, EnergyModel):
             raise InputError(f"energy_model must be an EnergyModel, got {type(energy_model).__name__}")
-        if image_size is not None and image_size < 1:
-            raise InputError(f"image_size must be at least 1, got {image_size}")
+        if image_size is not None:
+            require_at_least(1, image_size=image_size)
         self.energy_model = copy.deepcopy(energy_model)
         self.init_from = init_from
         self.image_size = image_size

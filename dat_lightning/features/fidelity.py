@@ -11,7 +11,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.features.gaussian_stats import FeatureMoments, Gaussian, frechet_distance
 from dat_lightning.results.digests import identity
 from dat_lightning.results.gathering import Values, all_ranks, gather
@@ -52,10 +52,11 @@ class FidelitySettings:
     seed: int = 2020
 
     def __post_init__(self) -> None:
-        least = {"isc_splits": 1, "kid_subsets": 1, "kid_subset_size": 2, "prc_neighborhood": 1, "seed": 0}
-        for name, minimum in least.items():
-            if getattr(self, name) < minimum:
-                raise InputError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
+        require_at_least(0, seed=self.seed)
+        require_at_least(
+            1, isc_splits=self.isc_splits, kid_subsets=self.kid_subsets, prc_neighborhood=self.prc_neighborhood
+        )
+        require_at_least(2, kid_subset_size=self.kid_subset_size)
 
 
 _DEFINITIONS: Mapping[str, tuple[str, Literal["higher", "lower"]]] = {

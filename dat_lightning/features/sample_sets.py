@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.features.fidelity import (
     METRICS,
     FeatureCollector,
@@ -69,8 +69,7 @@ def measure_sample_set(
             machine has no such device.
     """
     metrics = check_metrics(metrics)
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, got {batch_size}")
+    require_at_least(1, batch_size=batch_size)
     where = _device(device)
     images, _ = read_set(Path(samples))
     if images is None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import require_at_least
 from dat_lightning.core.losses import energy_bce, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -70,10 +70,9 @@ class DualAdversarialModule(EnergyModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, attack_mode="eval", **shared)
-        weights = {"energy": energy_weight, "classification": classification_weight, "r1": r1_weight}
-        for name, weight in weights.items():
-            if not weight >= 0:
-                raise InputError(f"{name}_weight must be at least 0, got {weight}")
+        require_at_least(
+            0, energy_weight=energy_weight, classification_weight=classification_weight, r1_weight=r1_weight
+        )
         self.curriculum: AUCCurriculum = curriculum if curriculum is not None else AUCCurriculum()
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.contrastive_rule = contrastive_rule

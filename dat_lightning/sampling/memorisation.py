@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.batches import EvaluationEntry, only_loader
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.layers import extract_features
@@ -79,10 +79,7 @@ class Memorisation(SampleConsumer):
         stages: Sequence[Stage] = ("test",),
         batch_size: int = 250,
     ) -> None:
-        positive = {"num_neighbours": num_neighbours, "num_pictures": num_pictures, "batch_size": batch_size}
-        for name, value in positive.items():
-            if value < 1:
-                raise InputError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_neighbours=num_neighbours, num_pictures=num_pictures, batch_size=batch_size)
         if metric not in ("L2", "cosine"):
             raise InputError(f"metric must be 'L2' or 'cosine', got {metric!r}")
         if not 0 < quantile < 1:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision, unbounded_ascent
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.results.gathering import Values
@@ -175,10 +175,7 @@ class PGDSampler(Callback):
         dirpath: str | None = None,
         rule: UpdateRule = Steepest(),
     ) -> None:
-        positive = {"num_samples": num_samples, "batch_size": batch_size, "every_n_epochs": every_n_epochs}
-        for name, value in positive.items():
-            if value is None or value < 1:  # what null in YAML gives
-                raise InputError(f"{name} must be at least 1, got {value}")
+        require_at_least(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
         if not num_steps or min(num_steps) < 0:
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
         self.num_samples = num_samples

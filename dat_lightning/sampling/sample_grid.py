@@ -10,7 +10,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import require_at_least
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
 
@@ -30,8 +30,7 @@ class SampleGrid(SampleConsumer):
     """
 
     def __init__(self, num_rows: int = 8, dirpath: str | None = None, max_columns: int = 20) -> None:
-        if num_rows < 1 or max_columns < 1:
-            raise InputError(f"num_rows and max_columns must be at least 1, got {num_rows} and {max_columns}")
+        require_at_least(1, num_rows=num_rows, max_columns=max_columns)
         self.num_rows = num_rows
         self.dirpath = dirpath
         self.max_columns = max_columns

@@ -10,7 +10,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.features.fidelity import (
     FeatureCollector,
@@ -101,8 +101,7 @@ class SampleMetrics(SampleConsumer):
         cache_dir: str | None = None,
         batch_size: int = 250,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size must be at least 1, got {batch_size}")
+        require_at_least(1, batch_size=batch_size)
         if reference is not None and not Path(reference).exists():
             raise FileNotFoundError(f"{type(self).__name__}.reference: no folder or .npz at {reference}")
         self.metrics = check_metrics(metrics)

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError, TrainingFailureError
+from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least
 from dat_lightning.training.post_mortem import PostMortem, bad_gradients, named_images, named_tensors, save_post_mortem
 from dat_lightning.training.signatures import (
     batch_energies,
@@ -85,9 +85,7 @@ class DivergenceGuard(Callback):
             raise InputError(f"action must be 'stop' or 'skip', got {action!r}")
         if not 0 <= max_skipped_share <= 1:
             raise InputError(f"max_skipped_share must lie in [0, 1], got {max_skipped_share}")
-        for name, value in (("max_saved", max_saved), ("max_megabytes", max_megabytes)):
-            if value < 0:
-                raise InputError(f"{name} must be at least 0, got {value}")
+        require_at_least(0, max_saved=max_saved, max_megabytes=max_megabytes)
         self.action = action
         self.max_skipped_share = max_skipped_share
         self.dirpath = dirpath

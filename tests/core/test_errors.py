@@ -1,0 +1,40 @@
+"""The check of least values, and that constructors which take numbers refuse null in a sentence."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from dat_lightning import AUCCurriculum, DigitsDataModule, DivergenceGuard, PGDSampler, RobustAccuracy, ThreatModel
+from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.evaluation import Calibration
+
+
+@pytest.mark.parametrize(("minimum", "value"), [(1, 0), (0, -1), (0, -1e-9), (0, math.nan), (1, None)])
+def test_what_is_less_than_the_least_value_is_named(minimum: float, value: float | None) -> None:
+    with pytest.raises(InputError, match=f"^b must be at least {minimum}, got {value}$"):
+        require_at_least(minimum, a=minimum, b=value)
+
+
+@pytest.mark.parametrize(("minimum", "value"), [(1, 1), (0, 0), (0, 1e-9), (2, math.inf)])
+def test_the_least_value_and_more_are_accepted(minimum: float, value: float) -> None:
+    require_at_least(minimum, a=value)
+
+
+@pytest.mark.parametrize(
+    ("made", "name"),
+    [
+        (AUCCurriculum, "window_samples"),
+        (Calibration, "num_bins"),
+        (DigitsDataModule, "batch_size"),
+        (DigitsDataModule, "num_workers"),
+        (DivergenceGuard, "max_saved"),
+        (PGDSampler, "num_samples"),
+        (RobustAccuracy, "restarts"),
+        (ThreatModel, "num_steps"),
+    ],
+)
+def test_null_is_refused_in_a_sentence(made: Callable[..., Any], name: str) -> None:
+    with pytest.raises(InputError, match=f"^{name} must be at least [01], got None$"):
+        made(**{name: None})
