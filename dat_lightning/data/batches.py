@@ -3,7 +3,7 @@
 Shapes and types are looked at without waiting for a device; values are, so that loops which train look at them once.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -97,12 +97,53 @@ def class_labels(labels: Tensor, what: str, *, check_values: bool = True) -> Ten
 
 
 def check_classes(labels: Tensor, logits: Tensor, who: str, least: int = 2) -> None:
-    """Raises an InputError unless logits have the shape (N, K), K is at least ``least``, and labels lie below K."""
-    if logits.dim() != 2 or logits.shape[1] < least:
+    """Raises an InputError unless logits (N, K) are of at least ``least`` classes, and labels lie below K."""
+    if logits.shape[1] < least:
         raise InputError(f"{who} needs logits (N, K) of at least {least} classes, got shape {tuple(logits.shape)}")
     low, high = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
     if low < 0 or high >= logits.shape[1]:
         raise InputError(f"{who}: labels must lie in 0 … {logits.shape[1] - 1}, got {low} … {high}")
+
+
+def logits_of(network: Callable[[Tensor], Any], x: Tensor, who: str, least: int = 1) -> Tensor:
+    """Returns the logits (N, K) of images (N, C, H, W), as any network gives them; waits for no device.
+
+    Args:
+        network: Maps images to logits; modules of other projects may return something else.
+        x: Images.
+        who: Who needs the logits, for messages.
+        least: Least number of classes.
+
+    Raises:
+        InputError: If it is no tensor, or of another shape.
+    """
+    logits = network(x)
+    if not isinstance(logits, Tensor) or logits.dim() != 2 or len(logits) != len(x) or logits.shape[1] < least:
+        found = f"shape {tuple(logits.shape)}" if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
+        raise InputError(
+            f"{who} needs logits (N, K) of at least {least} classes, and {type(network).__name__} gave {found} for"
+            f" {len(x)} images: let its forward return the logits alone"
+        )
+    return logits
+
+
+def require_finite(logits: Tensor, who: str) -> None:
+    """Raises an InputError if a logit of (N, K) is NaN or infinite."""
+    wrong = int((~logits.isfinite()).any(1).sum())
+    if wrong:
+        raise InputError(f"{who} needs finite logits, got NaN or infinite ones for {wrong} of {len(logits)} images")
+
+
+def check_energy(logits: Tensor, who: str) -> None:
+    """Raises an InputError if logits (N, K) look like probabilities or their logarithms, which leave no energy.
+
+    One image says nothing: its energy may be 0 by chance.
+    """
+    values = logits.detach().float()
+    constant = {"log_softmax": values.exp().sum(1), "softmax": values.sum(1) + (values < 0).any(1)}
+    for ending, totals in constant.items() if min(logits.shape) > 1 else ():
+        if bool(((totals - 1).abs() < 1e-4).all()):
+            raise InputError(f"{who} seems to end in {ending}, which leaves no energy: let it return logits")
 
 
 def batch_part(batch: Any, key: str, who: str) -> Tensor:

@@ -154,7 +154,7 @@ class AutoAttack(Evaluator):
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns the values of :attr:`results` for a chunk."""
-        logits = float_logits(pl_module)
+        logits = float_logits(pl_module, type(self).__name__)
         with torch.inference_mode(False), torch.no_grad(), no_trace(pl_module), _package_contained():
             torch.manual_seed(self.seed)
             x, y = batch["x"].detach().clone(memory_format=torch.contiguous_format).float(), batch["y"].clone()

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.errors import require_at_least
-from dat_lightning.data.batches import EvaluationEntry, only_loader
+from dat_lightning.data.batches import EvaluationEntry, logits_of, only_loader
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.reliability import (
     HIGHEST_TEMPERATURE,
@@ -68,7 +68,7 @@ class Calibration(Evaluator):
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns logits (N, K), labels, and a number that tells images apart."""
         with torch.no_grad():
-            logits = pl_module(batch["x"])
+            logits = logits_of(pl_module, batch["x"], type(self).__name__)
         y = batch["y"].cpu()
         self.check_logits(logits, y)
         # The images alone: what is a test image stays one under another label.

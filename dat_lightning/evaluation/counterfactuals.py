@@ -17,12 +17,11 @@ from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
-from dat_lightning.data.batches import check_classes
+from dat_lightning.data.batches import check_classes, logits_of, require_finite
 from dat_lightning.evaluation.class_distances import Target, class_distances
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, draw_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import check_independent
-from dat_lightning.evaluation.reliability import require_finite
 from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import network_digest, network_identity
 from dat_lightning.results.gathering import Values
@@ -208,7 +207,7 @@ class Counterfactuals(Evaluator):
         if self.judge is None:
             raise RuntimeError("there is no judge")
         with torch.no_grad():
-            logits: Tensor = self.judge(images)
+            logits = logits_of(self.judge, images, "Counterfactuals.judge")
         return logits.argmax(1)
 
     @override
@@ -298,6 +297,6 @@ class Counterfactuals(Evaluator):
 
 def _logits(pl_module: LightningModule, x: Tensor) -> Tensor:
     with torch.no_grad(), no_trace(pl_module):
-        logits: Tensor = pl_module(x)
+        logits = logits_of(pl_module, x, "Counterfactuals", least=2)
     require_finite(logits, "Counterfactuals")
     return logits

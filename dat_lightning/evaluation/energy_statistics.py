@@ -18,6 +18,7 @@ from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.batches import check_energy, logits_of
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.ood_images import OODEvaluator, Transform
 from dat_lightning.results.gathering import Values, gather
@@ -197,9 +198,10 @@ def energy_values(pl_module: LightningModule, x: Tensor) -> Values:
     """Returns ``energy`` E(x) and ``r1`` ‖∇ₓE(x)‖², (N,) each, float64 on the CPU, in eval mode, from any hook."""
     with torch.inference_mode(False), torch.enable_grad(), no_trace(pl_module):
         x = x.detach().clone()
-        r1 = energy_gradient_norm(pl_module, x)
         with torch.no_grad():
-            logits = pl_module(x)
+            logits = logits_of(pl_module, x, "EnergyStatistics")
+        check_energy(logits, type(pl_module).__name__)
+        r1 = energy_gradient_norm(pl_module, x)
     return {"energy": marginal_energy(logits.cpu().double()), "r1": r1.detach().cpu().double()}
 
 

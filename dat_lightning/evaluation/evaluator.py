@@ -13,8 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import EvaluationEntry, check_classes
-from dat_lightning.evaluation.reliability import require_finite
+from dat_lightning.data.batches import EvaluationEntry, check_classes, require_finite
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues

@@ -7,6 +7,7 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.losses import is_right
+from dat_lightning.data.batches import logits_of
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
@@ -66,7 +67,7 @@ class LabelAgreement(SampleConsumer):
         """Reads a batch."""
         for steps, images in batch.images.items():
             with torch.no_grad():
-                agree = is_right(self.judge(images), batch.labels).cpu()
+                agree = is_right(logits_of(self.judge, images, "LabelAgreement.judge"), batch.labels).cpu()
             self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
 
     @override

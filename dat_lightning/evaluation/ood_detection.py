@@ -13,6 +13,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import ascend
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.batches import check_energy, logits_of
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.ood_images import OODEvaluator
 from dat_lightning.evaluation.ood_scores import OBJECTIVES, Score, auroc, detection_scores, false_positive_rates
@@ -109,7 +110,10 @@ class OODDetection(OODEvaluator):
 
     def _scores(self, pl_module: LightningModule, x: Tensor) -> Values:
         with torch.no_grad():
-            found = detection_scores(pl_module(x))
+            logits = logits_of(pl_module, x, "OODDetection")
+        if "logsumexp" in self.scores:
+            check_energy(logits, type(pl_module).__name__)
+        found = detection_scores(logits)
         return {score: found[score] for score in self.scores}
 
     def _ood_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:

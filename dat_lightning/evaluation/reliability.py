@@ -7,6 +7,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.batches import require_finite
 
 # The bounds of a temperature, for where none is best.
 LOWEST_TEMPERATURE, HIGHEST_TEMPERATURE = 1e-3, 1e3
@@ -84,10 +85,3 @@ def fit_temperature(logits: Tensor, y: Tensor) -> float:
             break
         inverse = step
     return 1 / inverse
-
-
-def require_finite(logits: Tensor, who: str) -> None:
-    """Raises an InputError if a logit of (N, K) is NaN or infinite."""
-    wrong = int((~logits.isfinite()).any(1).sum())
-    if wrong:
-        raise InputError(f"{who} needs finite logits, got NaN or infinite ones for {wrong} of {len(logits)} images")

@@ -17,6 +17,7 @@ from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.threat_model import ThreatModel, vanishes
+from dat_lightning.data.batches import logits_of
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.masking import attack_name, masking_signs, share_of, wilson_interval
 from dat_lightning.results.gathering import Values
@@ -80,7 +81,7 @@ class RobustAccuracy(Evaluator):
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns the values of :attr:`results` for a batch, and the number of pixels as ``dimensions``."""
-        logits = float_logits(pl_module)
+        logits = float_logits(pl_module, type(self).__name__)
         with torch.inference_mode(False), torch.no_grad(), no_trace(pl_module):
             x, y = batch["x"].detach().clone().float(), batch["y"].clone()
             draws = batch["index"].clone()
@@ -148,7 +149,7 @@ class RobustAccuracy(Evaluator):
         return found
 
 
-def float_logits(module: LightningModule) -> Logits:
+def float_logits(module: LightningModule, who: str) -> Logits:
     """Returns a module of any precision as a function from and to float32.
 
     Pixels of half precision would be coarser than a small ε.
@@ -156,7 +157,7 @@ def float_logits(module: LightningModule) -> Logits:
     weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
 
     def logits(x: Tensor) -> Tensor:
-        output: Tensor = module(x.to(weight.dtype))
+        output = logits_of(module, x.to(weight.dtype), who)
         # A copy: Square writes into what it gets.
         return output.to(torch.float32, copy=True)
 

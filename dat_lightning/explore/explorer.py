@@ -15,6 +15,7 @@ from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.data.batches import logits_of
 
 MAX_STEPS = 500
 MAX_IMAGES = 64
@@ -253,7 +254,8 @@ class Explorer:
     def _logits(self, images: Tensor) -> Tensor:
         """Logits on the CPU, (N, K)."""
         with self._alone(), torch.no_grad():
-            logits = torch.cat([self.model(part.to(self.device)).float().cpu() for part in images.split(_BATCH_SIZE)])
+            parts = [logits_of(self.model, x.to(self.device), "explore") for x in images.split(_BATCH_SIZE)]
+            logits = torch.cat([part.float().cpu() for part in parts])
         if not bool(logits.isfinite().all()):
             raise InputError("the network gives NaN or infinite logits for this image: its weights have diverged")
         return logits
@@ -272,8 +274,6 @@ class Explorer:
             raise InputError(
                 f"the network does not take images of {shape} (channels, height, width): {error}"
             ) from error
-        if logits.dim() != 2:
-            raise InputError(f"the network must map images to logits (N, K), got shape {tuple(logits.shape)}")
         return logits.shape[1]
 
     def _checked(self, image: Tensor) -> Tensor:

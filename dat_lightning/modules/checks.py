@@ -11,7 +11,7 @@ from torch import Tensor
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import check_pixels, class_labels
+from dat_lightning.data.batches import check_energy, check_pixels, class_labels, logits_of
 
 
 def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], who: str, declared: object) -> None:
@@ -33,7 +33,7 @@ def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], wh
     parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
     for name in parts:
         with torch.no_grad(), no_trace(energy_model):
-            num_classes = _first_logits(energy_model, batch[f"x{name}"]).shape[1]
+            num_classes = _first_logits(energy_model, batch[f"x{name}"], who).shape[1]
         if isinstance(declared, int) and declared > num_classes:
             raise InputError(
                 f"the network has {num_classes} logits, but the data have {declared} classes: set the backbone's"
@@ -47,10 +47,11 @@ def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], wh
             )
 
 
-def _first_logits(energy_model: EnergyModel, x: Tensor) -> Tensor:
+def _first_logits(energy_model: EnergyModel, x: Tensor, who: str) -> Tensor:
     """Logits of the first images, or a sentence if the network cannot take them, or gives something else."""
+    name = type(energy_model.backbone).__name__
     try:
-        logits: Tensor = energy_model(x[:2])
+        logits = logits_of(energy_model, x[:2], f"{who} with the network {name}")
     except RuntimeError as error:
         # Out of memory is another matter, as are errors of devices.
         if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
@@ -61,17 +62,7 @@ def _first_logits(energy_model: EnergyModel, x: Tensor) -> Tensor:
             f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
             " backbone's in_channels and the data's image_size to what goes together"
         ) from error
-    network = type(energy_model.backbone).__name__
-    if not isinstance(logits, Tensor) or logits.dim() != 2:
-        found = tuple(logits.shape) if isinstance(logits, Tensor) else f"a {type(logits).__name__}"
-        raise InputError(f"the network {network} must return logits, a tensor (N, K), got {found}")
-    values = logits.float()
-    constant = {"log_softmax": values.exp().sum(1), "softmax": values.sum(1) + (values < 0).any(1)}
-    for ending, totals in constant.items() if logits.shape[1] > 1 else ():
-        if bool(((totals - 1).abs() < 1e-4).all()):
-            raise InputError(
-                f"the network {network} seems to end in {ending}, which leaves no energy: let it return logits"
-            )
+    check_energy(logits, f"the network {name}")
     return logits
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.ascent import no_trace
+from dat_lightning.data.batches import logits_of
 from dat_lightning.results.digests import digest, network_digest
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import settings_key
@@ -64,7 +65,7 @@ class KeptValues:
         path = self.path(network, batch, part)
         like = next((p for p in network.parameters() if p.is_floating_point()), batch["x"])
         with torch.no_grad(), no_trace(network):
-            probe = network(batch["x"].to(like.dtype)).detach().float().cpu()
+            probe = logits_of(network, batch["x"].to(like.dtype), self.name.rpartition(".")[2]).float().cpu()
         values = read_values(path, len(batch["index"]))
         kept = None if values is None else values.pop(_PROBE, None)
         if values is None or kept is None or not _alike(kept, probe):

@@ -19,6 +19,7 @@ from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
+from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.progress import is_silent
@@ -133,6 +134,10 @@ class PGDSampler(Callback):
     The LightningModule may be any that maps images in [0, 1] to logits. Seeds come from the DataModule's
     ``held_out_seeds()``; if it has ``num_workers``, so many loader processes read them while chains are walked.
 
+    A network that gives NaN has no samples, and no figure is made of them: that is an error at once, in the validation
+    of a training as well. Nothing would rescue such a run, for what
+    :class:`~dat_lightning.training.DivergenceGuard` lets go on has kept its weights finite.
+
     Logged: ``val/network_evaluations_{steps}_steps``, the cost of one sample; the plan has it for consumers.
 
     With a ``dirpath``, generation that was interrupted goes on where it stopped: batches that were finished are read,
@@ -157,7 +162,7 @@ class PGDSampler(Callback):
     Raises:
         InputError: If a number is outside its range.
         InputError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
-            primitive.
+            primitive; with a batch, if the network gives no finite logits (N, K), or a sample is NaN.
         OSError: With a batch, if it cannot be kept.
 
     Source: DAT (arXiv 2510.13872), on generation.
@@ -256,7 +261,9 @@ class PGDSampler(Callback):
         workers = min(_MAX_WORKERS, getattr(data, "num_workers", None) or 0)
         seeds = SeedBatches(data.held_out_seeds(), chunks, like, workers)
         with torch.no_grad():
-            num_classes = pl_module(seeds.first.unsqueeze(0).to(like)).shape[1]
+            logits = logits_of(pl_module, seeds.first.unsqueeze(0).to(like), "PGDSampler")
+        require_finite(logits, "PGDSampler")
+        num_classes = logits.shape[1]
         evaluations = {steps: self.ascent.network_evaluations(steps) for steps in self.num_steps}
         plan = SamplingPlan(
             stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size, self.rule, evaluations
@@ -280,6 +287,7 @@ class PGDSampler(Callback):
                 images = next(batches)
                 with trainer.precision_plugin.forward_context():
                     batch = self._generate_or_read(kept, pl_module, network, images, torch.tensor(indices), num_classes)
+                _check_finite(batch)
                 for consumer in consumers:
                     consumer.on_samples_batch(trainer, pl_module, batch)
         for consumer in consumers:
@@ -350,6 +358,18 @@ class PGDSampler(Callback):
         # A new batch goes the same way as one that was read, so that they cannot differ.
         images = {steps: values[f"images_{steps}"].to(seeds) for steps in self.num_steps}
         return SampleBatch(indices, values["labels"].to(seeds.device), seeds, images)
+
+
+def _check_finite(batch: SampleBatch) -> None:
+    """Raises an InputError if a sample is NaN: eight-bit images would have it black, and figures look good."""
+    for steps, images in batch.images.items():
+        wrong = ~images.flatten(1).isfinite().all(1)
+        if bool(wrong.any()):
+            raise InputError(
+                f"PGDSampler: sample {int(batch.indices[wrong.cpu()][0])} is NaN after {steps} steps, and"
+                f" {int(wrong.sum())} of the {len(wrong)} samples in its batch are: the network gives gradients that"
+                " are not finite"
+            )
 
 
 def _network_forms(pl_module: LightningModule) -> NetworkForms | None:

@@ -161,3 +161,48 @@ def test_a_report_takes_what_its_module_tests(tmp_path: Path) -> None:
     unknown = '"test_images": null'
     assert unknown not in report(IMAGES * 255, LABELS)
     assert unknown in report(IMAGES)
+
+
+class Odd(Foreign):
+    """A network of somebody else that gives something else than logits."""
+
+    def __init__(self, change: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, x: Tensor) -> Any:
+        return self.change(super().forward(x))
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """Measures nothing itself."""
+
+
+@pytest.mark.parametrize("dirpath", [None, "kept"])
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda logits: (logits, logits), "a tuple"),
+        (lambda logits: {"logits": logits}, "a dict"),
+        (lambda logits: logits[:, :, None, None], r"shape \(20, 10, 1, 1\)"),
+    ],
+)
+@pytest.mark.parametrize("name", EVALUATORS)
+def test_every_evaluator_refuses_what_are_no_logits(
+    name: str, change: Callable[[Tensor], Any], found: str, dirpath: str | None, tmp_path: Path
+) -> None:
+    evaluator = EVALUATORS[name]()
+    evaluator.dirpath = None if dirpath is None else str(tmp_path / dirpath)
+    data = Plain(DataLoader(TensorDataset(IMAGES, LABELS), batch_size=20))
+    with pytest.raises(InputError, match=rf"{name} needs logits \(N, K\) .*, and Odd gave {found} for 20 images"):
+        tiny.trainer(tmp_path, [evaluator]).test(Odd(change), datamodule=data, verbose=False)
+
+
+@pytest.mark.parametrize("name", ["OODDetection", "EnergyStatistics"])
+@pytest.mark.parametrize(
+    ("change", "ending"), [(lambda f: f.log_softmax(1), "log_softmax"), (lambda f: f.softmax(1), "softmax")]
+)
+def test_energies_of_probabilities_are_refused(
+    name: str, change: Callable[[Tensor], Any], ending: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=f"Odd seems to end in {ending}, which leaves no energy"):
+        tiny.trainer(tmp_path, [EVALUATORS[name]()]).test(Odd(change), datamodule=Plain(pairs()), verbose=False)

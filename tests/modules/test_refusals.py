@@ -47,8 +47,8 @@ class Framed(nn.Module):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda logits: (logits, logits), r"network Wrapped must return logits, a tensor \(N, K\), got a tuple"),
-        (lambda logits: logits[:, :, None], r"must return logits, a tensor \(N, K\), got \(2, 10, 1\)"),
+        (lambda logits: (logits, logits), r"network Wrapped needs logits \(N, K\) .* gave a tuple for 2 images"),
+        (lambda logits: logits[:, :, None], r"Wrapped needs logits \(N, K\) .* gave shape \(2, 10, 1\) for 2 images"),
         (lambda logits: logits.log_softmax(1), "seems to end in log_softmax, which leaves no energy: let it return"),
         (lambda logits: logits.softmax(1), "seems to end in softmax, which leaves no energy"),
     ],

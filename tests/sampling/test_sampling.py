@@ -180,6 +180,71 @@ def test_any_module_can_be_sampled_in_inference_mode(tmp_path: Path) -> None:
     assert not torch.equal(collector.images(1), collector.images(3))
 
 
+class Broken(ForeignModule):
+    """Its gradients are NaN where the first pixel is dark."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixel = x[:, :, 0, 0]
+        # sqrt'(0) is infinite, and 0 · inf is NaN.
+        return super().forward(x) + 0 * (pixel * (pixel > 0.5)).sqrt()
+
+
+@pytest.mark.parametrize("writes", [False, True])
+def test_samples_that_are_nan_are_named_before_anybody_sees_them(writes: bool, tmp_path: Path) -> None:
+    """In eight bits they would be black."""
+    seeds = tiny.digits().held_out_seeds()
+    dark = [float(seeds(i)[0][0, 0, 0]) <= 0.5 for i in range(25)]
+    first = dark.index(True)
+    collector = Collector()
+    consumers = [collector, SampleWriter(str(tmp_path / "samples"), stages=("test",))] if writes else [collector]
+    said = rf"sample {first} is NaN after 1 steps, and {sum(dark)} of the 25 samples in its batch are"
+    with pytest.raises(InputError, match=said):
+        run(tmp_path, *consumers, sampler(num_steps=[0, 1, 3], batch_size=25), module=Broken())
+    assert collector.batches == []
+    assert not [*tmp_path.rglob("*.npz"), *tmp_path.rglob("*.png")]
+
+
+def test_a_network_whose_parameters_are_nan_has_no_samples_in_any_stage(tmp_path: Path) -> None:
+    """A bias does not enter the gradient, so that samples would be images."""
+    module = ForeignModule()
+    list(module.parameters())[-1].data[2] = torch.nan
+    with pytest.raises(InputError, match="PGDSampler needs finite logits, got NaN or infinite ones for 1 of 1 images"):
+        run(tmp_path, Collector(), sampler(), module=module)
+    own = tiny.stage1()
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/fid")
+    fid = FrechetDistance(DigitsFeatures(), cache_dir=str(tmp_path))
+    trainer = tiny.trainer(tmp_path, [sampler(), fid, best], limit_val_batches=1, enable_checkpointing=True)
+
+    class Breaking(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            list(own.parameters())[-1].data.fill_(torch.nan)
+
+    trainer.callbacks.append(Breaking())  # type: ignore[attr-defined]
+    with pytest.raises(InputError, match="PGDSampler needs finite logits"):
+        trainer.fit(own, datamodule=tiny.digits())
+    assert best.best_model_score is None
+
+
+@pytest.mark.parametrize("change", [lambda f: (f, f), lambda f: {"logits": f}, lambda f: f[:, :, None, None]])
+def test_a_network_without_logits_has_no_samples(change: Any, tmp_path: Path) -> None:
+    module = ForeignModule()
+    module.net.append(Changed(change))
+    module.test_step = lambda batch, batch_idx: None  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"PGDSampler needs logits \(N, K\) .*, and ForeignModule gave"):
+        run(tmp_path, Collector(), sampler(), module=module)
+
+
+class Changed(nn.Module):
+    """A last layer."""
+
+    def __init__(self, change: Any) -> None:
+        super().__init__()
+        self.change = change
+
+    def forward(self, logits: Tensor) -> Any:
+        return self.change(logits)
+
+
 def test_a_consumer_needs_a_sampler(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Collector consumes samples: add a PGDSampler to trainer.callbacks"):
         run(tmp_path, Collector())
