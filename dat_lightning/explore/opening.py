@@ -219,12 +219,8 @@ def _sections(config: Path) -> list[Mapping[str, Any]]:
     """The sections of a configuration, which may stand below ``fit``, after those of the files that it is on top of."""
     if not config.is_file():
         raise FileNotFoundError(f"--config names {config}, which is no file")
-    try:
-        files = with_bases(config)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"--config {config} is no YAML: {error}") from error
     found: list[Mapping[str, Any]] = []
-    for _, contents in files:
+    for _, contents in with_bases(config):
         below = contents.get("fit")
         sections = {**contents, **below} if isinstance(below, dict) else contents
         found.append({name: section for name, section in sections.items() if isinstance(section, dict)})

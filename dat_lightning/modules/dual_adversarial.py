@@ -10,7 +10,7 @@ from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
 from dat_lightning.core.errors import require_at_least
-from dat_lightning.core.losses import energy_bce, r1_penalty
+from dat_lightning.core.losses import energy_bce, is_right, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.modules.base import EnergyModule
@@ -152,7 +152,7 @@ class DualAdversarialModule(EnergyModule):
             "contrastive_steps": self.curriculum.num_steps.float(),
             "energy_real": marginal_energy(logits.gen).mean(),
             "energy_contrast": marginal_energy(logits.contrast).mean(),
-            "robust_accuracy": (logits.adv.argmax(1) == y_clf).float().mean(),
+            "robust_accuracy": is_right(logits.adv, y_clf).float().mean(),
         }
         self.log_training(scalars, len(x_gen), shown=("loss", "contrastive_steps", "auc"))
         self.curriculum.update(separation, len(x_gen) * number_of_ranks())

@@ -10,6 +10,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError, TrainingFailureError
+from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.random_streams import normal_noise, stream_generator, uniform_noise
 from dat_lightning.core.update_rules import Langevin
@@ -123,7 +124,7 @@ class JEMModule(EnergyModule):
             "loss": loss,
             "energy_loss": energy_loss,
             "classification_loss": classification_loss,
-            "accuracy": (logits.argmax(1) == y_clf).float().mean(),
+            "accuracy": is_right(logits, y_clf).float().mean(),
             "energy_real": energy_real.mean(),
             "energy_samples": energy_samples.mean(),
         }

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dat_lightning.core.losses import is_right
 from dat_lightning.modules.base import EnergyModule
 from dat_lightning.modules.trained import Batch
 
@@ -23,7 +24,7 @@ class RobustClassifierModule(EnergyModule):
         x, y = self.part(batch, "x_clf"), self.part(batch, "y_clf")
         logits = self(self.adversarial_examples(x, y, batch.get("draw")))
         loss = self.classification_loss(logits, y)
-        robust_accuracy = (logits.argmax(1) == y).float().mean()
+        robust_accuracy = is_right(logits, y).float().mean()
         scalars = {"loss": loss, "robust_accuracy": robust_accuracy}
         self.log_training(scalars, len(x), shown=("loss", "robust_accuracy"))
         return loss

@@ -9,6 +9,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import Ascent, no_trace
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.modules.base import EnergyModule
@@ -100,8 +101,8 @@ class TradesModule(EnergyModule):
             "loss": loss,
             "clean_loss": clean_loss,
             "robust_regularizer": regularizer,
-            "accuracy": (logits_clean.argmax(1) == y).float().mean(),
-            "robust_accuracy": (logits_adv.argmax(1) == y).float().mean(),
+            "accuracy": is_right(logits_clean, y).float().mean(),
+            "robust_accuracy": is_right(logits_adv, y).float().mean(),
         }
         self.log_training(scalars, len(x), shown=("loss", "robust_accuracy"))
         return loss

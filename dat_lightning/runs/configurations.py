@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace, get_loader
 
 from dat_lightning.core.errors import InputError
@@ -16,7 +17,7 @@ def with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
 
     Raises:
         FileNotFoundError: If a base is missing.
-        InputError: If bases lead in a circle, or a file is no mapping.
+        InputError: If bases lead in a circle, or a file is no YAML or no mapping.
     """
     files: dict[Path, dict[str, Any]] = {}
     while True:
@@ -24,7 +25,7 @@ def with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
             raise InputError(f"{path} is its own base: {' on top of '.join(map(str, [*files, path]))}")
         if files and not path.is_file():
             raise FileNotFoundError(f"{next(reversed(files))} names a base that is missing: {path}")
-        contents = get_loader("yaml")(path.read_text(encoding="utf-8"))
+        contents = _contents(path)
         if not isinstance(contents, dict):
             raise InputError(f"{path} must be a mapping of settings, got {type(contents).__name__}")
         files[path] = contents
@@ -34,6 +35,18 @@ def with_bases(path: Path) -> list[tuple[Path, dict[str, Any]]]:
         if not isinstance(base, str):
             raise InputError(f"{path}: base must be the name of one file, got {base!r}")
         path = Path(os.path.normpath(path.parent / base))
+
+
+def _contents(path: Path) -> Any:
+    try:
+        return get_loader("yaml")(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is no text in UTF-8") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        place = "" if mark is None else f", line {mark.line + 1}"
+        reason = getattr(error, "problem", None) or getattr(error, "reason", None) or error
+        raise InputError(f"{path}{place} is no YAML: {reason}") from error
 
 
 def with_changed_callbacks(contents: dict[str, Any], below: Namespace, file: Path) -> dict[str, Any]:

@@ -211,7 +211,7 @@ def test_wrong_configurations_and_devices_are_a_sentence(checkpoint: Path, tmp_p
     cases: list[tuple[dict[str, Any], str]] = [
         ({"config": ["nowhere.yaml"]}, "--config names nowhere.yaml, which is no file"),
         ({"config": [tmp_path / "list.yaml"]}, "must be a mapping of settings, got list"),
-        ({"config": [tmp_path / "broken.yaml"]}, "is no YAML"),
+        ({"config": [tmp_path / "broken.yaml"]}, "broken.yaml, line 2 is no YAML"),
         ({"config": [tmp_path / "wrong.yaml"]}, "batch"),
         ({"device": "abacus"}, "device must be one that torch can use here, such as 'cpu', got 'abacus'"),
         ({"device": "meta"}, "device must be"),

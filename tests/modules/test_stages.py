@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,9 +17,12 @@ from dat_lightning import (
     DualAdversarialModule,
     EnergyModel,
     EnergyModule,
+    JEMModule,
     RobustClassifierModule,
     ThreatModel,
+    TradesModule,
 )
+from dat_lightning.core.errors import TrainingFailureError
 from dat_lightning.modules import JointLogits
 from tests import tiny
 
@@ -192,6 +196,35 @@ def test_a_missing_part_is_named(key: str) -> None:
     stream = key.split("_")[1]
     with pytest.raises(ValueError, match=rf"needs '{key}' in its batch.*data\.streams has '{stream}'"):
         silent(tiny.stage2()).training_step(batch, 0)
+
+
+class NoNumbers(nn.Module):
+    """A network that has broken: NaN for each class."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(256, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.fc(x.flatten(1)) * torch.nan
+        return logits
+
+
+@pytest.mark.parametrize("kind", [RobustClassifierModule, DualAdversarialModule, TradesModule, JEMModule])
+def test_a_broken_network_is_right_about_nothing(
+    kind: type[EnergyModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where all images are of the class that argmax takes NaN for."""
+    module = kind(EnergyModel(NoNumbers()), threat_model=tiny.ATTACK)
+    module.trainer = tiny.trainer(tmp_path)
+    logged: dict[str, Tensor] = {}
+    monkeypatch.setattr(module, "log_training", lambda scalars, *args, **kwargs: logged.update(scalars))
+    batch = {**make_batch(), "y_clf": torch.zeros(8, dtype=torch.long)}
+    with nullcontext() if kind is not JEMModule else pytest.raises(TrainingFailureError):
+        module.training_step(batch, 0)
+    found = {name: float(value) for name, value in logged.items() if "accuracy" in name}
+    assert found
+    assert set(found.values()) == {0.0}
 
 
 @pytest.mark.parametrize("name", ["energy_weight", "classification_weight", "r1_weight"])

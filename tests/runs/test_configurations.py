@@ -91,6 +91,26 @@ def test_bases_that_lead_nowhere_are_a_sentence(contents: Any, said: str, capsys
     assert said in refusal(capsys, "fit", "--config", "top.yaml")
 
 
+@pytest.mark.parametrize("place", ["wrong.yaml", "top.yaml"])
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        (b"trainer:\n  max_epochs: [\n", "wrong.yaml, line 3 is no YAML: "),
+        (b"trainer:\n\tmax_epochs: 1\n", "wrong.yaml, line 2 is no YAML: "),
+        (b"\x00\x01\x02", "wrong.yaml is no YAML: "),
+        (b"\x80\x04\x95", "wrong.yaml is no text in UTF-8"),
+        ("trainer: {}\n".encode("utf-16"), "wrong.yaml is no text in UTF-8"),
+    ],
+)
+def test_files_that_are_no_yaml_are_a_sentence(
+    contents: bytes, said: str, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a configuration, and as the base of one."""
+    Path("wrong.yaml").write_bytes(contents)
+    write("top.yaml", {"base": "wrong.yaml"})
+    assert said in refusal(capsys, "fit", "--config", place)
+
+
 @pytest.mark.parametrize(
     ("contents", "said"),
     [
