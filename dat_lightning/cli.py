@@ -12,7 +12,7 @@ import yaml
 from jsonargparse import ActionConfigFile, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -199,16 +199,22 @@ class DATCLI(LightningCLI):
             arguments["trainer"] = here
 
     @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Returns the Trainer; its values are all the configuration's, and a ValueError is how it refuses one."""
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except ValueError as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"the Trainer cannot be made as configured: {error}") from error
+
+    @override
     def instantiate_classes(self) -> None:
         """Instantiates everything, and gives the model its configuration as hyperparameters."""
         try:
             super().instantiate_classes()
         except Exception as error:
-            cause = constructor_error(error)
-            if isinstance(cause, ValueError) and not isinstance(cause, InputError):
-                # How anybody's constructor refuses a value of the right type.
-                raise InputError(f"the configuration cannot be instantiated: {cause}") from cause
-            raise cause from None
+            raise constructor_error(error) from None
         if isinstance(getattr(self.trainer.strategy, "cluster_environment", None), LightningEnvironment):
             # Processes that Lightning is about to start, on the cores of this one.
             limit_threads(self.trainer.num_devices)

@@ -13,6 +13,7 @@ from dat_lightning import (
     DigitsDataModule,
     DualAdversarialModule,
     EnergyModel,
+    JEMModule,
     RobustClassifierModule,
     SmallResNet,
     ThreatModel,
@@ -37,6 +38,13 @@ def stage2(**kwargs: Any) -> DualAdversarialModule:
     curriculum = AUCCurriculum(max_steps=3, auc_threshold=0.3, window_samples=64)
     defaults = {"energy_model": energy_model(), "optimizer": SGD, "threat_model": ATTACK, "curriculum": curriculum}
     return DualAdversarialModule(**{**defaults, "contrastive_step_size": 0.4, **kwargs})
+
+
+def jem(**kwargs: Any) -> JEMModule:
+    small: dict[str, Any] = {"threat_model": ATTACK, "num_steps": 3, "buffer_size": 64}
+    return JEMModule(
+        **{"energy_model": energy_model(), "optimizer": partial(torch.optim.Adam, lr=1e-3), **small, **kwargs}
+    )
 
 
 def digits(**kwargs: Any) -> DigitsDataModule:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
-from torch import Tensor
+from torch import Tensor, nn
 
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.energy import EnergyModel
@@ -48,19 +48,18 @@ def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], wh
 
 
 def _first_logits(energy_model: EnergyModel, x: Tensor, who: str) -> Tensor:
-    """Logits of the first images, or a sentence if the network cannot take them, or gives something else."""
+    """Logits of the first images, or a sentence if these have other channels, or the network gives something else."""
     name = type(energy_model.backbone).__name__
     try:
         logits = logits_of(energy_model, x[:2], f"{who} with the network {name}")
     except RuntimeError as error:
-        # Out of memory is another matter, as are errors of devices.
-        if isinstance(error, torch.OutOfMemoryError) or "size" not in str(error).lower():
+        first = next((layer for layer in energy_model.modules() if isinstance(layer, nn.Conv2d)), None)
+        if first is None or first.in_channels == x.shape[1]:
             raise
         shape = "×".join(str(n) for n in x.shape[1:])
-        first = str(error).splitlines()[0]
         raise InputError(
-            f"the network cannot take the data's images of {shape} (channels, height, width): {first}; set the"
-            " backbone's in_channels and the data's image_size to what goes together"
+            f"the network's first convolution takes {first.in_channels} channels, but the data's images are {shape}"
+            " (channels, height, width): set the backbone's in_channels, and mean and std, to those of the data"
         ) from error
     check_energy(logits, f"the network {name}")
     return logits

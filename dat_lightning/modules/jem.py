@@ -52,6 +52,8 @@ class JEMModule(EnergyModule):
     Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 9 and Algorithm 1, where images lie in [−1, 1].
     """
 
+    training_parts = ("x_gen", "x_clf", "y_clf")
+
     def __init__(
         self,
         energy_model: EnergyModel,

@@ -45,13 +45,15 @@ class TrainedModule(LightningModule):
         former: What older checkpoints say of execution, whose parts were arguments of the module.
 
     Attributes:
+        training_parts: The entries of a batch that ``training_step`` looks at; the first batch's are checked.
         curriculum: The number of contrastive steps, in modules that have one; callbacks ask for it.
         network_evaluations: How often training has evaluated the network for an image, since it began and over all
             ranks, to compare methods at equal cost: a forward pass is one, with input gradient two, with gradients of
             the parameters three. What :meth:`count_evaluations` is told of is counted. It is the sum over
             all steps, and in checkpoints, so that steps and batches of any size share one axis.
-
     """
+
+    training_parts: tuple[str, ...] = ("x_gen", "y_gen", "x_clf", "y_clf", "x_ood")
 
     def __init__(
         self,
@@ -227,7 +229,7 @@ class TrainedModule(LightningModule):
             InputError: If pixels are not in [0, 1], or a label is no integer or not below the number of logits.
         """
         if not self._training_checked and isinstance(batch, Mapping):
-            self._check_first_batch(batch)
+            self._check_first_batch({key: batch[key] for key in self.training_parts if key in batch})
             self._training_checked = True
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:

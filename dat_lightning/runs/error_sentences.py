@@ -71,7 +71,7 @@ def constructor_error(error: Exception) -> Exception:
     ):
         error = error.__cause__
     no_mapping = _NO_MAPPING.search(str(error)) if isinstance(error, TypeError) else None
-    return ValueError(f"a {no_mapping[1]} stands where settings with names belong") if no_mapping else error
+    return InputError(f"a {no_mapping[1]} stands where settings with names belong") if no_mapping else error
 
 
 def _one_line(message: str) -> str:

@@ -9,7 +9,6 @@ from lightning.pytorch import Callback, Trainer
 
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
-from tests.modules.test_jem import jem
 
 NUM_STEPS, STOP = 4, 2
 
@@ -31,7 +30,7 @@ def main(folder: Path, name: str, steps: int, resume: Path | None) -> None:
     keeper = Keeper()
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "limit_val_batches": 1, "val_check_interval": 2}
     trainer = tiny.trainer(folder, [keeper], devices=2, strategy=strategy(2), **options)
-    trainer.fit(jem(), tiny.digits(), ckpt_path=resume, weights_only=True)
+    trainer.fit(tiny.jem(), tiny.digits(), ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
     kept = {"buffer": keeper.buffer, "weights": keeper.weights, "in_validation": getattr(keeper, "saved", None)}
     torch.save(kept, folder / f"{name}-{trainer.global_rank}.pt")

@@ -164,7 +164,7 @@ def test_labels_that_the_network_has_no_logit_for_are_an_error_before_the_first_
     module = tiny.stage1(energy_model=network)
     before = {name: value.clone() for name, value in module.state_dict().items()}
     trainer = tiny.trainer(tmp_path, limit_val_batches=1, limit_test_batches=1)
-    with pytest.raises(ValueError, match=r"network has 7 logits, but y(_gen)? has labels 0 … 9.*num_classes"):
+    with pytest.raises(ValueError, match=r"network has 7 logits, but y(_clf)? has labels 0 … 9.*num_classes"):
         getattr(trainer, run)(module, datamodule=tiny.digits())
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
 

@@ -13,13 +13,6 @@ from dat_lightning import JEMModule
 from dat_lightning.core.errors import InputError, TrainingFailureError
 from tests import tiny
 
-ADAM = partial(torch.optim.Adam, lr=1e-3)
-
-
-def jem(**kwargs: Any) -> JEMModule:
-    small: dict[str, Any] = {"optimizer": ADAM, "threat_model": tiny.ATTACK, "num_steps": 3, "buffer_size": 64}
-    return JEMModule(tiny.energy_model(), **{**small, **kwargs})
-
 
 def attached(path: Path, module: JEMModule) -> JEMModule:
     """In a Trainer, without a run."""
@@ -37,7 +30,7 @@ def batch(size: int, first_draw: int = 0) -> dict[str, Tensor]:
 
 def test_the_loss_and_the_chains_are_those_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In float64 and without random numbers, for two steps of half the buffer each."""
-    module = attached(tmp_path, jem(noise=0.0, data_noise=0.0, restart_share=0.0, energy_weight=0.5)).double()
+    module = attached(tmp_path, tiny.jem(noise=0.0, data_noise=0.0, restart_share=0.0, energy_weight=0.5)).double()
     monkeypatch.setattr(JEMModule, "log", lambda *args, **kwargs: None)
     before: Tensor | None = None
     for first in (0, 8):
@@ -69,7 +62,7 @@ def test_the_loss_and_the_chains_are_those_of_a_plain_loop(tmp_path: Path, monke
 
 def test_random_numbers_are_those_of_the_paper(tmp_path: Path) -> None:
     """Data noise, restarts and the chain's noise by their statistics, and as functions of the draw."""
-    module = attached(tmp_path, jem(num_steps=1, step_size=0.0, noise=0.01, buffer_size=4000))
+    module = attached(tmp_path, tiny.jem(num_steps=1, step_size=0.0, noise=0.01, buffer_size=4000))
     x = torch.full((2000, 1, 16, 16), 0.5)
     noised = module.noised(x, range(2000), "gen")
     assert float((noised - x).std()) == pytest.approx(0.03, rel=0.01)
@@ -92,7 +85,7 @@ class Keeper(Callback):
 
 
 def run(path: Path, steps: int, resume: Path | None = None) -> tuple[Trainer, JEMModule, Tensor]:
-    keeper, module = Keeper(), jem()
+    keeper, module = Keeper(), tiny.jem()
     trainer = tiny.trainer(path, [keeper], max_epochs=-1, max_steps=steps, limit_val_batches=1)
     trainer.fit(module, tiny.digits(), ckpt_path=resume, weights_only=True)
     return trainer, module, keeper.buffer
@@ -120,18 +113,20 @@ _FC = "energy_model.backbone.fc.weight"
 
 
 def test_divergence_is_a_sentence(tmp_path: Path) -> None:
-    module = jem(optimizer=partial(torch.optim.SGD, lr=1e4), max_energy_gap=50.0)
+    module = tiny.jem(optimizer=partial(torch.optim.SGD, lr=1e4), max_energy_gap=50.0)
     with pytest.raises(TrainingFailureError, match=r"^JEM has diverged at step 11: .* max_energy_gap 50, .*lower"):
         tiny.trainer(tmp_path, max_epochs=2).fit(module, tiny.digits())
 
 
 def test_the_size_of_the_buffer_has_to_fit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="buffer_size must be at least the batch size, got 16"):
-        tiny.trainer(tmp_path).fit(jem(buffer_size=16), tiny.digits())
+        tiny.trainer(tmp_path).fit(tiny.jem(buffer_size=16), tiny.digits())
     trainer, _, _ = run(tmp_path, 2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="number of processes, 1, and be 64 as in the checkpoint; got 128"):
-        tiny.trainer(tmp_path, max_epochs=3).fit(jem(buffer_size=128), tiny.digits(), ckpt_path=tmp_path / "a.ckpt")
+        tiny.trainer(tmp_path, max_epochs=3).fit(
+            tiny.jem(buffer_size=128), tiny.digits(), ckpt_path=tmp_path / "a.ckpt"
+        )
     for wrong in ({"restart_share": 1.5}, {"buffer_size": 0}, {"data_noise": -1.0}, {"max_energy_gap": 0.0}):
         with pytest.raises(InputError, match=f"{next(iter(wrong))}=?"):
-            jem(**wrong)
+            tiny.jem(**wrong)

@@ -13,7 +13,13 @@ from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAver
 from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
-from dat_lightning import DualAdversarialModule, EnergyModel, ExponentialMovingAverage, RobustClassifierModule
+from dat_lightning import (
+    DualAdversarialModule,
+    EnergyModel,
+    ExponentialMovingAverage,
+    RobustClassifierModule,
+    SmallResNet,
+)
 from dat_lightning.core.errors import InputError
 from dat_lightning.speed import Execution
 from tests import tiny
@@ -60,6 +66,21 @@ def test_a_network_that_gives_no_logits_is_a_sentence(
     module = tiny.stage1(energy_model=EnergyModel(Wrapped(change)))
     with pytest.raises(InputError, match=said):
         getattr(tiny.trainer(tmp_path), run)(module, tiny.digits())
+
+
+@pytest.mark.parametrize("run", ["fit", "test"])
+def test_images_of_other_channels_are_a_sentence(run: str, tmp_path: Path) -> None:
+    network = EnergyModel(SmallResNet(in_channels=3, widths=(4, 8)))
+    with pytest.raises(InputError, match=r"first convolution takes 3 channels, but the data's images are 1×16×16"):
+        getattr(tiny.trainer(tmp_path), run)(tiny.stage1(energy_model=network), tiny.digits())
+
+
+def test_a_bug_of_the_network_is_its_own(tmp_path: Path) -> None:
+    """Torch says "size" of it, as it does of images that do not fit."""
+    module = tiny.stage1(energy_model=EnergyModel(Wrapped(lambda logits: logits + torch.ones(3))))
+    with pytest.raises(RuntimeError, match="size of tensor a") as caught:
+        tiny.trainer(tmp_path).fit(module, tiny.digits())
+    assert not isinstance(caught.value, InputError)
 
 
 def test_logits_that_are_all_zero_are_logits(tmp_path: Path) -> None:
