@@ -36,8 +36,9 @@ class Step:
 class UpdateRule(ABC):
     """How a step is made; the ascent then projects onto the ball and into [0, 1].
 
-    A rule is a value: it keeps nothing itself, what it has to remember goes through ``state``. In a configuration it is
-    named by its class path. A rule that asks for more than one gradient in a step says so in
+    A rule is a value, a frozen dataclass of numbers, strings and the like, by which samples are told apart: it keeps
+    nothing itself, what it has to remember goes through ``state``. In a configuration it is named by its class path.
+    A rule that asks for more than one gradient in a step says so in
     :attr:`gradients_per_step`.
     """
 

@@ -52,6 +52,12 @@ class LabelAgreement(SampleConsumer):
         }
         return over_sweep(made, made[best])
 
+    @property
+    @override
+    def logged_names(self) -> set[str]:
+        """None at all."""
+        return set()
+
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Starts anew."""

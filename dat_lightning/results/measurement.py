@@ -117,7 +117,7 @@ def _as_primitive(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         # Of two classes with the same fields one means another thing; fields may be such objects again.
         parts = {part.name: getattr(value, part.name) for part in dataclasses.fields(value)}
-        return {"class": type(value).__qualname__, **parts}
+        return {"class": f"{type(value).__module__}.{type(value).__qualname__}", **parts}
     if isinstance(value, Path):
         return str(value)
     raise TypeError(f"settings must be primitives, got {type(value).__name__}: {value!r}")

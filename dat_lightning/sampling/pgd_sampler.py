@@ -1,6 +1,5 @@
 """Generation: one class-balanced set of images per evaluation, from one chain, handed to whoever consumes samples."""
 
-import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -10,7 +9,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -22,7 +20,9 @@ from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
+from dat_lightning.results.measurement import canonical, primitives
 from dat_lightning.results.progress import is_silent
+from dat_lightning.sampling.monitors import check_monitors
 from dat_lightning.sampling.seed_batches import SeedBatches
 from dat_lightning.speed.network_forms import CompiledNetwork, NetworkForms
 
@@ -57,7 +57,7 @@ class SamplingPlan:
     @property
     def settings(self) -> dict[str, Any]:
         """What decides about samples besides the number of steps, as primitives."""
-        return {"step_size": self.step_size, "rule": repr(self.rule)}
+        return primitives({"step_size": self.step_size, "rule": self.rule})
 
     def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
         """Raises an InputError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
@@ -102,9 +102,9 @@ class SampleConsumer(Callback):
     plan: SamplingPlan
 
     @property
-    def logged_names(self) -> set[str]:
-        """Names that are logged behind the stage, but for those of single step counts."""
-        return set()
+    def logged_names(self) -> set[str] | None:
+        """Names that are logged behind the stage, but for those of single step counts; ``None`` does not say."""
+        return None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -157,10 +157,11 @@ class PGDSampler(Callback):
             each step count: 0.6 GB for 50 000 of 3×32×32, 39 GB at 3×256×256. Any number of ranks can go on, if they
             share the folder. Other weights, seeds or settings, number of samples and batch size among them, start anew;
             what was kept then stays until the test that was interrupted is whole.
-        rule: How steps are made.
+        rule: How steps are made; a frozen dataclass of primitives.
 
     Raises:
-        InputError: If a number is outside its range.
+        InputError: If a number is outside its range, or the rule is no such dataclass; when training begins, if a
+            callback or a schedule monitors what samples give and there are none after some validations.
         InputError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
             primitive; with a batch, if the network gives no finite logits (N, K), or a sample is NaN.
         OSError: With a batch, if it cannot be kept.
@@ -186,7 +187,7 @@ class PGDSampler(Callback):
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
         self.chain = unbounded_ascent(step_size, max(num_steps))
-        self.rule = rule
+        self.rule = _checked_rule(rule)
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
         self.stages = tuple(stages)
@@ -195,40 +196,31 @@ class PGDSampler(Callback):
 
     def settings(self) -> dict[str, Any]:
         """Returns the primitives on which samples depend, beside the network, its precision and the seeds."""
-        steps = {"chain": self.chain, "rule": repr(self.rule), "num_steps": list(self.num_steps)}
+        steps = {"chain": self.chain, "rule": self.rule, "num_steps": list(self.num_steps)}
         return {**steps, "precision": self.precision}
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are seeds to start from, and that nobody waits for samples in an epoch without."""
+        """Checks that there are seeds to start from."""
         if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
             raise InputError(
                 "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"
                 " (image, label or None), as PairedDataModule has it"
             )
 
-        if stage == "fit" and "val" in self.stages:
-            self._check_monitors(trainer)
-
-    def _check_monitors(self, trainer: Trainer) -> None:
-        """Raises an InputError if a callback waits after each validation for what is measured after some of them."""
-        every = self.every_n_epochs
-        validates: int | None = trainer.check_val_every_n_epoch
-        if every == 1 or (validates is not None and validates % every == 0):
-            return
-        callbacks = trainer.callbacks  # type: ignore[attr-defined]
-        consumers = [c for c in callbacks if isinstance(c, SampleConsumer) and "val" in c.stages]
-        names = {f"val/{name}" for c in consumers for name in c.logged_names}
-        for callback in callbacks:
-            monitor = getattr(callback, "monitor", None)
-            own = getattr(callback, "every_n_epochs", 1)
-            in_step = isinstance(callback, ModelCheckpoint) and own > 0 and own % every == 0
-            if not in_step and isinstance(monitor, str) and re.sub(r"_\d+_steps$", "", monitor) in names:
-                raise InputError(
-                    f"PGDSampler.every_n_epochs={every} and {type(callback).__name__}.monitor={monitor!r} clash: after"
-                    f" the other validations there is no new value. Set trainer.check_val_every_n_epoch={every} instead"
-                    " of PGDSampler.every_n_epochs"
-                )
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that nobody waits for samples in an epoch without; schedules are not there before."""
+        logged: set[str] = set()
+        never: set[str] = set()
+        silent: set[str] = set()
+        for consumer in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(consumer, SampleConsumer):
+                names, sampled = consumer.logged_names, "val" in self.stages and "val" in consumer.stages
+                (logged if sampled else never).update(names or (), ("network_evaluations",))
+                if sampled and names is None:
+                    silent.add(type(consumer).__name__)
+        check_monitors(trainer, self.every_n_epochs, logged, never, silent)
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -358,6 +350,17 @@ class PGDSampler(Callback):
         # A new batch goes the same way as one that was read, so that they cannot differ.
         images = {steps: values[f"images_{steps}"].to(seeds) for steps in self.num_steps}
         return SampleBatch(indices, values["labels"].to(seeds.device), seeds, images)
+
+
+def _checked_rule(rule: UpdateRule) -> UpdateRule:
+    """The rule, of which settings must tell class and fields; a dataclass's subclass hides its own unless it is one."""
+    if "__dataclass_fields__" not in vars(type(rule)):
+        raise InputError(f"rule must be a frozen dataclass, by whose fields samples are told apart, got {rule!r}")
+    try:
+        canonical({"rule": rule})
+    except TypeError as error:
+        raise InputError(f"the fields of rule={rule!r} must be numbers, strings or the like: {error}") from error
+    return rule
 
 
 def _check_finite(batch: SampleBatch) -> None:

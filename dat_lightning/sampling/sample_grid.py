@@ -36,6 +36,12 @@ class SampleGrid(SampleConsumer):
         self.max_columns = max_columns
         self._tiles: dict[int, Tensor] = {}
 
+    @property
+    @override
+    def logged_names(self) -> set[str]:
+        """None at all."""
+        return set()
+
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Makes room for the pictures."""

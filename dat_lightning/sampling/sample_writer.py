@@ -64,6 +64,12 @@ class SampleWriter(SampleConsumer):
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: deque[list[Future[None]]] = deque()
 
+    @property
+    @override
+    def logged_names(self) -> set[str]:
+        """None at all."""
+        return set()
+
     @override
     def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
         """Prepares the folder."""

@@ -37,7 +37,7 @@ def test_the_old_name_still_works() -> None:
 
 def test_settings_are_equal_as_data_whatever_their_order_and_containers() -> None:
     one = {"attack": Attack(0.5), "steps": (1, 2), "path": Path("a")}
-    other = {"path": "a", "steps": [1, 2], "attack": {"class": "Attack", "random_start": False, "eps": 0.5}}
+    other = {"path": "a", "steps": [1, 2], "attack": {"class": f"{__name__}.Attack", "random_start": False, "eps": 0.5}}
     assert canonical(one) == canonical(other)
     assert primitives(one) == other
     assert settings_key(one) == settings_key(other) != settings_key({**other, "steps": [2, 1]})
@@ -61,8 +61,8 @@ def test_settings_of_two_classes_with_equal_fields_differ() -> None:
     assert canonical(one) != canonical(other)
     assert settings_key(one) != settings_key(other)
     assert differing([one, other]) == ("rule",)
-    inner = {"class": "Other", "eps": 0.5, "random_start": False}
-    assert primitives(other) == {"rule": {"class": "Outer", "inner": inner}}
+    inner = {"class": f"{__name__}.{Other.__qualname__}", "eps": 0.5, "random_start": False}
+    assert primitives(other) == {"rule": {"class": f"{__name__}.{Outer.__qualname__}", "inner": inner}}
 
 
 def test_what_is_no_primitive_is_refused() -> None:

@@ -169,7 +169,10 @@ def test_the_chosen_steps_are_those_of_the_lowest_fid(tmp_path: Path) -> None:
         assert figure.details["num_steps"] == best
         assert figure.details["sweep_steps"] == [0, 4, 30]
         assert figure.details["sweep"] == [found[f"digits_{name}_{steps}_steps"] for steps in (0, 4, 30)]
-        assert (figure.settings["step_size"], figure.settings["rule"]) == (0.5, "Steepest()")
+        assert (figure.settings["step_size"], figure.settings["rule"]) == (
+            0.5,
+            {"class": "dat_lightning.core.update_rules.Steepest"},
+        )
         assert figure.details["network_evaluations"] == 2 * figure.details["num_steps"]
         json.dumps(dict(figure.details), allow_nan=False)
 

@@ -3,6 +3,7 @@
 import errno
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,11 @@ from dat_lightning import (
     SampleWriter,
     SamplingPlan,
     Steepest,
+    UpdateRule,
     ascend,
     unbounded_ascent,
 )
-from dat_lightning.core import Logits, targeted_logit
+from dat_lightning.core import Logits, State, Step, targeted_logit
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.features import Gaussian
@@ -673,8 +675,133 @@ def test_who_waits_no_oftener_than_samples_come_is_no_mistake(monitor: Callback,
     picky = sampler(every_n_epochs=2)
     trainer = tiny.trainer(tmp_path, [picky, FrechetDistance(DigitsFeatures()), monitor], enable_checkpointing=True)
     trainer.check_val_every_n_epoch = check
-    trainer.datamodule = tiny.digits()  # type: ignore[attr-defined]
-    picky.setup(trainer, tiny.stage2(), "fit")
+    picky.on_train_start(trainer, tiny.stage2())
+
+
+class Bright(Collector):
+    """A consumer of somebody else, which logs something of its own."""
+
+
+class Declared(Bright):
+    @property
+    def logged_names(self) -> set[str]:
+        return {"brightness"}
+
+
+def plateau(monitor: str, frequency: int = 1) -> Any:
+    """A module whose schedule waits for a figure."""
+    module = tiny.stage1()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+    config: Any = {"scheduler": schedule, "monitor": monitor, "frequency": frequency}
+    module.configure_optimizers = lambda: {"optimizer": optimizer, "lr_scheduler": config}  # type: ignore[method-assign]
+    return module
+
+
+@pytest.mark.parametrize(
+    ("picky", "consumer", "module", "callback", "message"),
+    [
+        ({"every_n_epochs": 2}, "fid", plateau("val/fid"), None, "ReduceLROnPlateau.monitor='val/fid' clash"),
+        ({"every_n_epochs": 2}, "fid", plateau("val/fid", 3), None, "ReduceLROnPlateau.monitor='val/fid' clash"),
+        (
+            {"every_n_epochs": 2},
+            "silent",
+            None,
+            EarlyStopping("val/network_evaluations_1_steps"),
+            "EarlyStopping.monitor='val/network_evaluations_1_steps' clash",
+        ),
+        (
+            {"every_n_epochs": 2},
+            "silent",
+            None,
+            EarlyStopping("val/brightness"),
+            "EarlyStopping.monitor='val/brightness' may clash, for Bright does not say what it logs",
+        ),
+        ({"every_n_epochs": 2}, "said", None, EarlyStopping("val/brightness"), "monitor='val/brightness' clash"),
+        (
+            {"stages": ["test"]},
+            "fid",
+            None,
+            ModelCheckpoint(monitor="val/fid"),
+            "ModelCheckpoint.monitor='val/fid' waits for samples, and none are drawn in validation",
+        ),
+    ],
+)
+def test_every_figure_of_samples_that_somebody_waits_for_is_known(
+    picky: dict[str, Any], consumer: str, module: Any, callback: Callback | None, message: str, tmp_path: Path
+) -> None:
+    consumers = {"fid": FrechetDistance(DigitsFeatures()), "silent": Bright(), "said": Declared()}
+    callbacks = [sampler(**picky), consumers[consumer], *([] if callback is None else [callback])]
+    trainer = tiny.trainer(tmp_path, callbacks, limit_val_batches=1, enable_checkpointing=True)
+    with pytest.raises(InputError, match=message):
+        trainer.fit(module or tiny.stage1(), datamodule=tiny.digits())
+    assert trainer.global_step == 0
+
+
+def test_schedules_that_wait_as_long_and_figures_of_validation_itself_are_no_mistake(tmp_path: Path) -> None:
+    """With a consumer that says what it logs; each run ends."""
+    for module, callback in ((plateau("val/brightness", 2), None), (None, EarlyStopping("val/accuracy", mode="max"))):
+        logging = Declared()
+        logging.on_samples_end = lambda trainer, pl_module: pl_module.log("val/brightness", 1.0)  # type: ignore[method-assign]
+        callbacks = [sampler(every_n_epochs=2), logging, *([] if callback is None else [callback])]
+        trainer = tiny.trainer(
+            tmp_path, callbacks, max_epochs=3, limit_train_batches=1, limit_val_batches=1, num_sanity_val_steps=1
+        )
+        trainer.fit(module or tiny.stage1(), datamodule=tiny.digits())
+        assert trainer.current_epoch == 3
+
+
+@dataclass(frozen=True)
+class Own(UpdateRule):
+    """A rule of somebody else."""
+
+    factor: float = 0.5
+
+    def move(self, step: Step, state: State) -> tuple[Tensor, State]:
+        return self.factor * step.gradient(step.x), state
+
+
+class Plain(UpdateRule):
+    """No dataclass: two of them are never equal, and their text has an address."""
+
+    def move(self, step: Step, state: State) -> tuple[Tensor, State]:
+        return step.gradient(step.x), state
+
+
+class Hiding(Own):
+    """Its factor is not that of the field."""
+
+
+@dataclass(frozen=True)
+class Holding(Own):
+    network: nn.Module | None = None
+
+
+def test_rules_are_told_apart_by_class_and_fields() -> None:
+    plans = [SamplingPlan("test", 25, 10, (1,), 0.5, rule, {1: 2}) for rule in (Own(), Own(0.5), Own(0.2), Steepest())]
+    keys = [canonical(plan.settings) for plan in plans]
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 3
+    assert plans[0].settings["rule"] == {"class": f"{__name__}.Own", "factor": 0.5}
+    # Of another file, with the same name and fields.
+    namesake = type("Own", (Own,), {"__module__": "elsewhere", "__dataclass_fields__": Own.__dataclass_fields__})
+    assert canonical(sampler(rule=namesake()).settings()) != canonical(sampler(rule=Own()).settings())
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (Plain(), "rule must be a frozen dataclass, by whose fields samples are told apart, got .*Plain"),
+        (Hiding(), "rule must be a frozen dataclass"),
+        (
+            Holding(network=nn.Identity()),
+            r"the fields of rule=Holding\(.*\) must be numbers, strings or the like: .* got Identity",
+        ),
+    ],
+)
+def test_rules_that_cannot_be_told_apart_are_refused(rule: UpdateRule, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        sampler(rule=rule)
 
 
 def test_validation_and_test_have_one_fid_and_one_cache(tmp_path: Path) -> None:
