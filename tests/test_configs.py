@@ -77,6 +77,26 @@ def name_of(recipe: Path) -> str:
     return f"{recipe.parent.name}/{recipe.stem}"
 
 
+def values_of(part: Any, key: str = "") -> list[tuple[str, Any]]:
+    """All values of a file, each with the last name above it."""
+    if isinstance(part, dict):
+        return [found for name, value in part.items() for found in values_of(value, str(name))]
+    if isinstance(part, list):
+        return [found for value in part for found in values_of(value, key)]
+    return [(key, part)]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_a_run_writes_nowhere_but_into_its_own_folder(path: Path) -> None:
+    """So that trainer.default_root_dir moves all of it; init_from reads another run."""
+    values = values_of(yaml.safe_load(path.read_text(encoding="utf-8")))
+    assert values
+    literal = {key for key, value in values if isinstance(value, str) and value.startswith(("runs/", "./runs/"))}
+    assert literal <= {"default_root_dir", "init_from"}
+    folders = [value for key, value in values if key in ("dirpath", "picture_dirpath", "save_dir")]
+    assert all(str(folder).startswith("${trainer.default_root_dir}") for folder in folders if folder is not None)
+
+
 def instantiate(recipe: Path, *args: str) -> Any:
     """The program's objects, with weights that take no memory."""
     with torch.device("meta"):

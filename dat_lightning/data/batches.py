@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
@@ -25,6 +25,16 @@ def check_images(images: Tensor, what: str) -> None:
         raise InputError(f"{what} must be float images in [0, 1], got {images.dtype}: divide eight-bit pixels by 255")
     if images.dim() < 2:
         raise InputError(f"{what} must be images (N, C, H, W), got shape {tuple(images.shape)}")
+
+
+def check_precision(images: Tensor, network: nn.Module | None, what: str) -> None:
+    """Raises an InputError unless images are float32 or of the type of the network's weights; waits for no device."""
+    weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
+    if weight is not None and images.dtype not in (torch.float32, weight.dtype):
+        raise InputError(
+            f"{what} must be images of {weight.dtype}, as the network's weights are, got {images.dtype}: let the data"
+            " give torch.float32"
+        )
 
 
 def check_pixels(images: Tensor, what: str, *, allow_nan: bool = False) -> None:
@@ -54,7 +64,7 @@ def _range(images: Tensor, *, allow_nan: bool) -> tuple[float, float]:
 
 
 def stacked(images: Sequence[Any], what: str) -> Tensor:
-    """Returns a batch of images (C, H, W).
+    """Returns a float32 batch of images (C, H, W) of any precision.
 
     Raises:
         InputError: If they are no float tensors of three dimensions, or have several shapes.
@@ -69,7 +79,7 @@ def stacked(images: Sequence[Any], what: str) -> Tensor:
             f"{what} have several shapes, {shapes[0]} and {shapes[1]} among them: their transform has to bring them to"
             " one size and number of channels"
         )
-    return torch.stack(list(images))
+    return torch.stack([image.float() for image in images])
 
 
 def class_labels(labels: Tensor, what: str, *, check_values: bool = True) -> Tensor:
@@ -90,7 +100,7 @@ def class_labels(labels: Tensor, what: str, *, check_values: bool = True) -> Ten
             " one-hot and soft labels give the largest entry's index, argmax(1)"
         )
     if flat.is_floating_point() and check_values:
-        wrong = flat[flat != flat.floor()]
+        wrong = flat[(flat != flat.floor()) | ~flat.isfinite()]
         if len(wrong):
             raise InputError(f"{what} must be class indices, integers (N,), got {float(wrong[0]):g} among them")
     return flat.long()
@@ -205,7 +215,7 @@ class EvaluationEntry:
     Args:
         who: Who evaluates, for messages.
         loader: The loader, which says how examples are dealt to the ranks; see :func:`only_loader`.
-        trainer: Knows the rank.
+        trainer: Knows the rank, and the network.
         parts: What the batches must have.
         values: Whether to look at the values of every batch, of the first one, where NaN passes, or of none.
     """
@@ -221,6 +231,7 @@ class EvaluationEntry:
         self.who = who
         self.loader = only_loader(loader, who)
         self.rank, self.world_size = trainer.global_rank, trainer.world_size
+        self.network = trainer.lightning_module
         self.parts = tuple(parts)
         self.values = values
         self.num_seen = 0
@@ -234,6 +245,7 @@ class EvaluationEntry:
         batch = _as_mapping(batch)
         found = {key: batch_part(batch, key, self.who) for key in self.parts}
         found = {**batch, **found}
+        check_precision(found["x"], self.network, f"x of {self.who}")
         size = len(found["x"])
         if self.values == "every" or (self.values == "first" and self.num_seen == 0):
             check_pixels(found["x"], f"x of {self.who}", allow_nan=self.values == "first")

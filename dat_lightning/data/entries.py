@@ -38,7 +38,7 @@ def label_of(entry: Any) -> int | None:
     if label is None or type(label) is int:
         return label
     value = np.asarray(label.detach().cpu() if isinstance(label, Tensor) else label)
-    if value.size != 1 or value.dtype.kind not in "biuf" or value.item() != np.floor(value.item()):
+    if value.size != 1 or value.dtype.kind not in "biuf" or value.item() % 1 != 0:
         shown = f"{value.dtype} of shape {value.shape}" if value.size != 1 else repr(value.item())
         raise InputError(f"a label must be the index of a class, an integer, got {shown}")
     return int(value.item())

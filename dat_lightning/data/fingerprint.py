@@ -4,6 +4,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from dat_lightning.data.entries import ReadableImages, SizedDataset, image_of
@@ -12,7 +13,11 @@ from dat_lightning.data.entries import ReadableImages, SizedDataset, image_of
 def image_digest(entry: Any) -> str:
     """Returns a hash of an entry's raw image: a PIL image, array or tensor, or a pair that begins with one."""
     image = image_of(entry)
-    array = np.ascontiguousarray(image.detach().cpu().numpy() if isinstance(image, Tensor) else np.asarray(image))
+    if isinstance(image, Tensor):
+        image = image.detach().cpu()
+        # NumPy has no bfloat16.
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    array = np.ascontiguousarray(image)
     return hashlib.sha256(repr((array.shape, array.dtype.str)).encode() + array.tobytes()).hexdigest()
 
 

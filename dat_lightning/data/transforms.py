@@ -90,11 +90,11 @@ class CheckUnitRange(v2.Transform):  # type: ignore[misc]
 
 
 class ToUnitRange(v2.Transform):  # type: ignore[misc]
-    """Makes a uint8 tensor a float tensor in [0, 1]; level k becomes the float nearest to k / 255.
+    """Makes a tensor a float32 tensor in [0, 1]; of uint8, level k becomes the float nearest to k / 255.
 
     torchvision's ToDtype multiplies by the rounded 1 / 255 instead, which is off in the last place for half of the
-    levels: images that other sources divide by 255 would not be equal to ours. Float tensors are clipped to [0, 1],
-    since bicubic interpolation overshoots; :class:`CheckUnitRange` comes first.
+    levels: images that other sources divide by 255 would not be equal to ours. Float tensors of any precision are
+    clipped to [0, 1], since bicubic interpolation overshoots; :class:`CheckUnitRange` comes first.
 
     Raises:
         InputError: If a tensor is of another type.
@@ -105,7 +105,7 @@ class ToUnitRange(v2.Transform):  # type: ignore[misc]
     def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
         """Returns the float tensor."""
         if inpt.is_floating_point():
-            return inpt.clamp(0, 1)
+            return inpt.float().clamp(0, 1)
         if inpt.dtype != torch.uint8:
             raise InputError(f"images must be PIL images, uint8 tensors or float tensors in [0, 1], got {inpt.dtype}")
         return inpt.float().div_(255)

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import EvaluationEntry, check_classes, require_finite
+from dat_lightning.data.batches import EvaluationEntry, check_classes, only_loader, require_finite
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import KeptValues
@@ -130,8 +130,13 @@ class Evaluator(Callback, ABC):
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets the last evaluation."""
+        """Forgets the last evaluation.
+
+        Raises:
+            InputError: If there are several test loaders.
+        """
         warn_if_spawned(trainer, type(self).__name__)
+        only_loader(trainer.test_dataloaders, type(self).__name__)
         self._values = []
         self.figures = []
         self._entry = None
@@ -170,6 +175,16 @@ class Evaluator(Callback, ABC):
         for figure in self.figures:
             # The same number on every rank, so there is nothing to reduce.
             pl_module.log(f"test/{figure.name}", figure.value, sync_dist=False)
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Notices that there was no test loader, of which Lightning calls no other hook.
+
+        Raises:
+            InputError: If there was none.
+        """
+        if stage == "test":
+            only_loader(trainer.test_dataloaders, type(self).__name__)
 
 
 def _on_cpu(value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import check_energy, check_pixels, class_labels, logits_of
+from dat_lightning.data.batches import check_energy, check_pixels, check_precision, class_labels, logits_of
 
 
 def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], who: str, declared: object) -> None:
@@ -30,6 +30,7 @@ def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], wh
     for key in ("x", "x_gen", "x_clf", "x_ood"):
         if key in batch:
             check_pixels(batch[key], f"{key} of {who}", allow_nan=True)
+            check_precision(batch[key], energy_model, f"{key} of {who}")
     parts = [name for name in ("", "_gen", "_clf") if f"x{name}" in batch and f"y{name}" in batch]
     for name in parts:
         with torch.no_grad(), no_trace(energy_model):

@@ -18,7 +18,7 @@ from typing_extensions import Self, override
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import EvaluationEntry, batch_part
+from dat_lightning.data.batches import EvaluationEntry, batch_part, only_loader
 from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
@@ -209,11 +209,13 @@ class TrainedModule(LightningModule):
             self.energy_model.freeze_batch_norm()
 
     def on_validation_start(self) -> None:
-        """Loads the initial weights."""
+        """Loads the initial weights; there is one loader."""
+        only_loader(self.trainer.val_dataloaders, type(self).__name__)
         self._load_initial_weights()
 
     def on_test_start(self) -> None:
-        """Loads the initial weights; warns as in training."""
+        """Loads the initial weights; there is one loader; warns as in training."""
+        only_loader(self.trainer.test_dataloaders, type(self).__name__)
         self._load_initial_weights()
         self._warn_of_emulation()
 
@@ -239,9 +241,17 @@ class TrainedModule(LightningModule):
         self.log("train/network_evaluations", count, on_step=True, on_epoch=False, sync_dist=False)
 
     def teardown(self, stage: str) -> None:
-        """Gives back the memory of the network's faster forms."""
+        """Gives back the memory of the network's faster forms.
+
+        Raises:
+            InputError: If there was no loader to evaluate.
+        """
         self._training_checked, self._batches = False, None
         self.network_forms.clear()
+        # Of no loader Lightning calls no other hook.
+        if stage in ("validate", "test"):
+            loaders = self.trainer.test_dataloaders if stage == "test" else self.trainer.val_dataloaders
+            only_loader(loaders, type(self).__name__)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Returns the optimiser over all parameters that train, and its schedule.
@@ -271,11 +281,12 @@ class TrainedModule(LightningModule):
             schedule["monitor"] = scheduler.monitor
         return cast(OptimizerLRScheduler, {"optimizer": optimizer, "lr_scheduler": schedule})
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    # Without dataloader_idx Lightning refuses several loaders before the hooks that name the remedy.
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Updates the validation metrics."""
         self._evaluate(self._entered(batch, batch_idx, self.trainer.val_dataloaders), "val")
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Updates the test metrics."""
         self._evaluate(self._entered(batch, batch_idx, self.trainer.test_dataloaders), "test")
 

@@ -26,7 +26,7 @@ LABELS = torch.arange(10) % 3
 
 
 def trainer_of(rank: int = 0, world_size: int = 1) -> Trainer:
-    return cast(Trainer, SimpleNamespace(global_rank=rank, world_size=world_size))
+    return cast(Trainer, SimpleNamespace(global_rank=rank, world_size=world_size, lightning_module=None))
 
 
 def loader_of(labels: Tensor = LABELS, images: Tensor = IMAGES, **kwargs: Any) -> DataLoader[Any]:
@@ -88,6 +88,27 @@ def test_only_float_images_are_stacked(image: Any, found: str) -> None:
     assert stacked([torch.zeros(1, 2, 2), torch.ones(1, 2, 2)], "the seeds").mean() == 0.5
 
 
+def test_stacked_images_are_float32() -> None:
+    images = [torch.full((1, 2, 2), 0.5, dtype=dtype) for dtype in (torch.float64, torch.float16, torch.bfloat16)]
+    assert stacked(images, "the seeds").dtype == torch.float32
+    assert bool((stacked(images, "the seeds") == 0.5).all())
+
+
+@pytest.mark.parametrize("network", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("images", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_images_have_the_precision_of_the_network_or_are_float32(network: torch.dtype, images: torch.dtype) -> None:
+    trainer = trainer_of()
+    trainer.lightning_module = torch.nn.Linear(4, 2, dtype=network)  # type: ignore[assignment, misc]
+    entry = EvaluationEntry("Probe", loader_of(), trainer)
+    batch = (IMAGES[:4].to(images), LABELS[:4])
+    if images in (torch.float32, network):
+        assert entry(batch)["x"].dtype == images
+    else:
+        said = f"x of Probe must be images of {network}, as the network's weights are, got {images}: let the data give"
+        with pytest.raises(InputError, match=said):
+            entry(batch)
+
+
 # Labels.
 
 
@@ -106,6 +127,8 @@ def test_labels_of_any_type_become_int64(dtype: torch.dtype, shape: tuple[int, .
         (torch.eye(3), r"y must be class indices, integers \(N,\), got torch.float32 of shape \(3, 3\): .*argmax\(1\)"),
         (torch.tensor([1.0, 0.7]), r"y must be class indices, integers \(N,\), got 0.7 among them"),
         (torch.tensor([1.0, torch.nan]), r"got nan among them"),
+        (torch.tensor([1.0, torch.inf]), r"got inf among them"),
+        (torch.tensor([-torch.inf, 1.0]), r"got -inf among them"),
         (torch.tensor(1), r"got torch.int64 of shape \(\)"),
     ],
 )

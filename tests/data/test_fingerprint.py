@@ -32,6 +32,13 @@ def test_a_digest_is_that_of_the_pixels_whatever_holds_them() -> None:
     assert {image_digest(entry) for entry in entries} == {digest}
 
 
+def test_images_of_bfloat16_are_told_apart_and_found_again() -> None:
+    images = [torch.full((1, 2, 2), 2.0**-k, dtype=torch.bfloat16) for k in range(4)]
+    assert len({image_digest(image) for image in images}) == 4
+    assert shared_images(images, images[:2]) == 1.0
+    assert shared_images(images[2:], images[:2]) == 0.0
+
+
 @pytest.mark.parametrize("change", ["pixel", "shape", "dtype"])
 def test_a_digest_changes_with_pixel_shape_and_type(change: str) -> None:
     pixels = np.zeros((2, 6), dtype=np.uint8)

@@ -85,6 +85,20 @@ class Floats(Dataset[Any]):
         return f"{self.source} {index}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_precision_become_batches_of_float32(dtype: torch.dtype) -> None:
+    source = Floats(0.25, 0.75)
+    expected = next(iter(pairs(test=source).test_dataloader()))["x"]
+    source.image = source.image.to(dtype)
+    data = pairs(test=source, train=source)
+    found = next(iter(data.test_dataloader()))["x"]
+    assert found.dtype == expected.dtype == torch.float32
+    # What torch resizes in half precision has its rounding.
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+    batch = next(iter(data.train_dataloader()))
+    assert {batch[key].dtype for key in ("x_gen", "x_clf", "x_ood")} == {torch.float32}
+
+
 @pytest.mark.parametrize("augmentation", ["cifar", "imagenet"])
 @pytest.mark.parametrize(
     ("low", "high", "found"),
@@ -132,7 +146,13 @@ def test_a_label_of_any_type_is_an_index(label: Any) -> None:
 
 @pytest.mark.parametrize(
     ("label", "found"),
-    [(0.7, "0.7"), (torch.tensor([0.1, 0.9]), r"float32 of shape \(2,\)"), ("cat", "'cat'"), (math.nan, "nan")],
+    [
+        (0.7, "0.7"),
+        (torch.tensor([0.1, 0.9]), r"float32 of shape \(2,\)"),
+        ("cat", "'cat'"),
+        (math.nan, "nan"),
+        (-math.inf, "-inf"),
+    ],
 )
 def test_a_label_that_is_no_index_is_named_with_its_image(label: Any, found: str) -> None:
     source = Floats(0, 1, label)

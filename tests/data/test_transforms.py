@@ -135,6 +135,15 @@ def test_tensors_are_taken_as_images_are() -> None:
         ToUnitRange()(torch.zeros(3, 2, 2, dtype=torch.int32))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_precision_become_float32(dtype: torch.dtype) -> None:
+    """Eighths and sixteenths are exact in all of them."""
+    image = torch.arange(3 * 32 * 32).view(3, 32, 32) % 17 / 16
+    resized = evaluation_resize(32)(image.to(dtype))
+    assert resized.dtype == torch.float32
+    assert torch.equal(resized, image)
+
+
 def test_weak_cifar_images_are_shifted_by_up_to_four_pixels_over_black_and_flipped() -> None:
     padded = torch.nn.functional.pad(tensor_of(SMALL), (4, 4, 4, 4))
     where = {}

@@ -10,9 +10,10 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 
 from dat_lightning.core import ThreatModel
+from dat_lightning.core.errors import InputError
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.kept_values import read_values, write_values
@@ -346,6 +347,29 @@ def test_one_loader_at_a_time(tmp_path: Path) -> None:
     loaders: list[Any] = [DataLoader(ALL, batch_size=None)] * 2  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="Probe evaluates one loader, got 2"):
         tiny.trainer(tmp_path, [Probe()]).test(Two(), dataloaders=loaders, verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:Total length of `list` across ranks is zero")
+@pytest.mark.parametrize(("count", "found"), [(2, "2"), (0, "none")])
+@pytest.mark.parametrize("with_probe", [True, False])
+def test_several_loaders_and_none_are_sentences_with_our_modules(
+    count: int, found: str, with_probe: bool, tmp_path: Path
+) -> None:
+    """Lightning refuses several before its hooks, and returns an empty list for none."""
+    data = TensorDataset(torch.rand(4, 1, 16, 16), torch.arange(4))
+    loaders = [DataLoader(data, batch_size=2)] * count
+    who = "Probe" if with_probe else "RobustClassifierModule"
+    trainer = tiny.trainer(tmp_path, [Probe()] if with_probe else [])
+    with pytest.raises(InputError, match=f"{who} evaluates one loader, got {found}"):
+        trainer.test(tiny.stage1(), dataloaders=loaders, verbose=False)
+    with pytest.raises(InputError, match=f"RobustClassifierModule evaluates one loader, got {found}"):
+        tiny.trainer(tmp_path, limit_val_batches=1).validate(tiny.stage1(), dataloaders=loaders, verbose=False)
+
+
+def test_without_batches_on_purpose_nothing_is_said(tmp_path: Path) -> None:
+    data = TensorDataset(torch.rand(4, 1, 16, 16), torch.arange(4))
+    trainer = tiny.trainer(tmp_path, [Probe()], limit_test_batches=0)
+    assert trainer.test(tiny.stage1(), dataloaders=DataLoader(data), verbose=False) == []
 
 
 def test_nothing_to_evaluate() -> None:

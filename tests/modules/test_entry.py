@@ -56,6 +56,17 @@ def test_each_loop_looks_at_its_first_batch(loop: str, tmp_path: Path) -> None:
         run(module, pairs(IMAGES * 255))
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("loop", ["fit", "validate", "test", "predict"])
+def test_images_of_another_precision_are_named(loop: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    trainer = tiny.trainer(tmp_path, limit_val_batches=1.0)
+    loader = mappings(x_clf=IMAGES.to(dtype), y_clf=LABELS) if loop == "fit" else pairs(IMAGES.to(dtype))
+    said = rf"x\w* of RobustClassifierModule must be images of torch.float32, .*, got {dtype}"
+    with pytest.raises(InputError, match=said):
+        getattr(trainer, loop)(tiny.stage1(), loader)
+
+
 class Changed(DigitsDataModule):
     """Digits that something changes on the way to the module, from a batch on."""
 
