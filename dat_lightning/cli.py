@@ -67,6 +67,7 @@ class DATArgumentParser(LightningArgumentParser):
         """Parses a configuration; one that has a ``base`` as if the base had been given before it."""
         files = with_bases(Path(path))
         if len(files) == 1:
+            with_changed_callbacks(files[0][1], Namespace(), files[0][0])  # type: ignore[no-untyped-call]
             parsed: Namespace = super().parse_path(path, *args, **kwargs)
             return parsed
         config = Namespace()  # type: ignore[no-untyped-call]
@@ -261,6 +262,7 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             save_config_callback=SaveRunSettings,
             parser_class=DATArgumentParser,
+            parser_kwargs={"prog": "dat-lightning", "description": (dat_lightning.__doc__ or "").splitlines()[0]},
             args=args,
         )
     except StoppedBySignal as stop:

@@ -241,6 +241,18 @@ def test_a_bug_keeps_its_traceback(bug: type[Exception], method: str, monkeypatc
         main(["fit", "--config", STAGE1, "--config", TINY])
 
 
+def test_help_names_the_program(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: dat-lightning [")
+    assert "PyTorch Lightning modules for Dual Adversarial Training" in shown
+    assert "Trainer command line tool" not in shown
+    with pytest.raises(SystemExit):
+        main(["fit", "--help"])
+    assert capsys.readouterr().out.startswith("usage: dat-lightning [options] fit")
+
+
 def test_a_bug_shows_its_traceback_on_the_screen(tmp_path: Path) -> None:
     (tmp_path / "planted.py").write_text(
         "from dat_lightning import RobustClassifierModule\n"

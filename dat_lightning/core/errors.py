@@ -19,5 +19,16 @@ def require_at_least(minimum: float, **values: float | None) -> None:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
 
 
+def require_kind(kind: type[object], **values: object) -> None:
+    """Checks arguments that are to be objects of a class, and not, say, the settings of one.
+
+    Raises:
+        InputError: Naming the first that is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, kind):
+            raise InputError(f"{name} must be of the class {kind.__name__}, got {value!r}")
+
+
 class TrainingFailureError(InputError):
     """A run that cannot get anywhere: the message names the signature, the cause and the remedy."""

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dat_lightning.core.ascent import Ascent, AttackMode
 from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.errors import require_kind
 from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
@@ -48,6 +49,8 @@ class EnergyModule(TrainedModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
+        require_kind(ThreatModel, threat_model=threat_model, eval_threat_model=eval_threat_model or threat_model)
+        require_kind(UpdateRule, attack_rule=attack_rule)
         self.threat_model = threat_model
         self.eval_threat_model = eval_threat_model or threat_model
         self.attack_mode: AttackMode = attack_mode

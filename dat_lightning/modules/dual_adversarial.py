@@ -9,7 +9,7 @@ from torch import Tensor
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
-from dat_lightning.core.errors import require_at_least
+from dat_lightning.core.errors import require_at_least, require_kind
 from dat_lightning.core.losses import energy_bce, is_right, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -57,6 +57,8 @@ class DualAdversarialModule(EnergyModule):
     Source: DAT (arXiv 2510.13872), the second stage of its training.
     """
 
+    trains_energy = True
+
     def __init__(
         self,
         energy_model: EnergyModel,
@@ -69,11 +71,15 @@ class DualAdversarialModule(EnergyModule):
         merge_forwards: bool = True,
         **shared: Any,
     ) -> None:
+        if "attack_mode" in shared:
+            raise TypeError(f"{type(self).__name__} has no argument 'attack_mode': its attack sees eval mode")
         super().__init__(energy_model=energy_model, attack_mode="eval", **shared)
         require_at_least(
             0, energy_weight=energy_weight, classification_weight=classification_weight, r1_weight=r1_weight
         )
+        require_kind(UpdateRule, contrastive_rule=contrastive_rule)
         self.curriculum: AUCCurriculum = curriculum if curriculum is not None else AUCCurriculum()
+        require_kind(AUCCurriculum, curriculum=self.curriculum)
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.contrastive_rule = contrastive_rule
         self.energy_weight = energy_weight

@@ -43,7 +43,8 @@ class JEMModule(EnergyModule):
         data_noise: Standard deviation of the noise on training images.
         energy_weight: Weight of the difference of energies.
         max_energy_gap: The run stops when the two mean energies are further apart than this.
-        shared: The arguments of :class:`EnergyModule`; ``optimizer`` is Adam with rate 1e-4 in the paper.
+        shared: The arguments of :class:`EnergyModule`; ``optimizer`` is Adam with rate 1e-4 in the paper. There is no
+            attack in training: ``threat_model`` is that of evaluation, ``attack_mode`` and ``attack_rule`` do nothing.
 
     Raises:
         InputError: If a number is outside its range.
@@ -52,6 +53,7 @@ class JEMModule(EnergyModule):
     Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 9 and Algorithm 1, where images lie in [−1, 1].
     """
 
+    trains_energy = True
     training_parts = ("x_gen", "x_clf", "y_clf")
 
     def __init__(
@@ -114,7 +116,7 @@ class JEMModule(EnergyModule):
             TrainingFailureError: If the energies of images and samples are too far apart, on any rank.
         """
         x_gen, x_clf, y_clf = (self.part(batch, key) for key in ("x_gen", "x_clf", "y_clf"))
-        draws: list[int] = batch["draw"].tolist()
+        draws = self._draws(batch, len(x_gen))
         samples = self.chain_samples(self._buffer_of(x_gen), draws)
         energy_real = marginal_energy(self(self.noised(x_gen, draws, "gen")))
         energy_samples = marginal_energy(self(samples))
@@ -160,6 +162,14 @@ class JEMModule(EnergyModule):
         self.replay_buffer, self._restored_buffer = None, checkpoint.get("replay_buffer")
 
     # Parts.
+
+    def _draws(self, batch: Batch, size: int) -> Sequence[int]:
+        """The numbers of this batch's draws, counted by steps where the data do not number them."""
+        if "draw" in batch:
+            draws: list[int] = batch["draw"].tolist()
+            return draws
+        first = (self.global_step * self.trainer.world_size + self.trainer.global_rank) * size
+        return range(first, first + size)
 
     def _buffer_of(self, x: Tensor) -> Tensor:
         """This rank's share of the buffer, made or taken from a checkpoint at the first step."""

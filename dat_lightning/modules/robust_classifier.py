@@ -19,6 +19,7 @@ class RobustClassifierModule(EnergyModule):
     Source: Madry et al. 2018 (arXiv 1706.06083), Eq. 2.1; DAT (arXiv 2510.13872), the first stage of its training.
     """
 
+    trains_batch_norm = True
     training_parts = ("x_clf", "y_clf")
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

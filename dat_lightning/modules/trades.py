@@ -47,6 +47,7 @@ class TradesModule(EnergyModule):
     Source: Zhang et al. 2019 (arXiv 1901.08573), Eq. 5 and Algorithm 1; their implementation's separate passes.
     """
 
+    trains_batch_norm = True
     training_parts = ("x_clf", "y_clf")
 
     def __init__(

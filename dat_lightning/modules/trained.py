@@ -8,7 +8,7 @@ from uuid import uuid4
 
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -17,12 +17,21 @@ from typing_extensions import Self, override
 
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_kind
 from dat_lightning.data.batches import EvaluationEntry, batch_part, only_loader
 from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
-from dat_lightning.weights import check_hyperparameters, check_stamp, load_weights, run_of, settings_of_module, stamp
+from dat_lightning.speed.execution import EXECUTION_SETTINGS
+from dat_lightning.weights import (
+    check_hyperparameters,
+    check_stamp,
+    check_states,
+    load_weights,
+    run_of,
+    settings_of_module,
+    stamp,
+)
 from dat_lightning.weights.hub import EnergyModel
 
 Batch = Mapping[str, Tensor]
@@ -42,9 +51,14 @@ class TrainedModule(LightningModule):
             not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         execution: Layout, compiling, folding and precision: how the network is run.
-        former: What older checkpoints say of execution, whose parts were arguments of the module.
+        parts_of_execution: What older checkpoints say of execution, whose parts were arguments of the module.
+
+    Raises:
+        InputError: If an argument is not of its class.
 
     Attributes:
+        trains_batch_norm: Whether the method is one for batch norm that trains; frozen one is warned of.
+        trains_energy: Whether the loss has a term of energies, for which callbacks look out.
         training_parts: The entries of a batch that ``training_step`` looks at; the first batch's are checked.
         curriculum: The number of contrastive steps, in modules that have one; callbacks ask for it.
         network_evaluations: How often training has evaluated the network for an image, since it began and over all
@@ -53,6 +67,8 @@ class TrainedModule(LightningModule):
             all steps, and in checkpoints, so that steps and batches of any size share one axis.
     """
 
+    trains_batch_norm: bool = False
+    trains_energy: bool = False
     training_parts: tuple[str, ...] = ("x_gen", "y_gen", "x_clf", "y_clf", "x_ood")
 
     def __init__(
@@ -64,10 +80,14 @@ class TrainedModule(LightningModule):
         init_from: str | None = None,
         new_head: bool = False,
         execution: Execution = Execution(),
-        **former: Any,
+        **parts_of_execution: Any,
     ) -> None:
         super().__init__()
-        execution = replace(execution, **former)
+        for name in parts_of_execution:
+            if name not in EXECUTION_SETTINGS:
+                raise TypeError(f"{type(self).__name__} has no argument {name!r}")
+        require_kind(Execution, execution=execution)
+        execution = replace(execution, **parts_of_execution)
         self.energy_model = energy_model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -171,9 +191,11 @@ class TrainedModule(LightningModule):
         A file of weights alone gets averaged ones, where :class:`~dat_lightning.ExponentialMovingAverage` has some.
 
         Raises:
-            InputError: If a hyperparameter is an object, which nobody could read back.
+            InputError: If a hyperparameter, or the state of a callback, is an object, which nobody could read back.
         """
         check_hyperparameters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
+        check_hyperparameters(checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}), "of the data ")
+        check_states(checkpoint.get("callbacks", {}))
         if not self._initialized and self._is_fitting():
             # LearningRateFinder saves before on_fit_start what it goes back to.
             self._load_initial_weights()
@@ -187,13 +209,18 @@ class TrainedModule(LightningModule):
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
 
-        Warns if bfloat16 is to be emulated.
+        Warns if bfloat16 is to be emulated, or batch norm is frozen that should train.
 
         Raises:
             InputError: If the learning rate schedule is shorter than the training.
         """
         self._load_initial_weights()
         if self.freezes_batch_norm:
+            if self.trains_batch_norm:
+                rank_zero_warn(
+                    f"batch norm of the network is frozen, which {type(self).__name__} trains as a rule: give it an"
+                    " EnergyModel of its own, unless you called freeze_batch_norm() for that"
+                )
             # Just before on_train_start, which freezes them again, Lightning warns of layers in eval mode.
             for layer in batch_norm_layers(self.energy_model):
                 layer.train()

@@ -72,7 +72,10 @@ def with_changed_callbacks(contents: dict[str, Any], below: Namespace, file: Pat
     for name, arguments in changes.items():
         found = [callback for callback in callbacks if callback["class_path"].rpartition(".")[2] == name]
         if len(found) != 1:
-            raise InputError(f"{file}: trainer.callbacks changes {name}, of which its base has {len(found)}, not one")
+            raise InputError(
+                f"{file}: trainer.callbacks changes {name}, of which its base has {len(found)}, not one; the files of"
+                " another --config are no base"
+            )
         if not isinstance(arguments, dict):
             raise InputError(f"{file}: trainer.callbacks.{name} must be a mapping of arguments, got {arguments!r}")
         found[0]["init_args"] = {**found[0].get("init_args", {}), **arguments}

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision, unbounded_ascent
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_kind
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import logits_of, require_finite
@@ -182,6 +182,7 @@ class PGDSampler(Callback):
         rule: UpdateRule = Steepest(),
     ) -> None:
         require_at_least(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
+        require_kind(UpdateRule, rule=rule)
         if not num_steps or min(num_steps) < 0:
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
         self.num_samples = num_samples

@@ -39,7 +39,7 @@ class Diagnostics(Callback):
     :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
     is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
     training; the row on OOD seeds is for data of others.
-    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in Stage 2.
+    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in modules that train an energy (``trains_energy``).
 
     Args:
         every_n_steps: Training steps between looks; each costs a host synchronisation and one input gradient.
@@ -122,7 +122,7 @@ class Diagnostics(Callback):
         self._last_look = step
         curriculum = curriculum_of(pl_module)
         self._check_batch_norm(pl_module)
-        self._check_values(self._largest_values(trainer, pl_module, batch, curriculum), curriculum is not None)
+        self._check_values(self._largest_values(trainer, pl_module, batch), pl_module)
         if curriculum is not None:
             self._check_curriculum(trainer, curriculum)
 
@@ -136,13 +136,11 @@ class Diagnostics(Callback):
         if warning is not None:
             rank_zero_warn(warning)
 
-    def _largest_values(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, curriculum: AUCCurriculum | None
-    ) -> dict[str, float]:
+    def _largest_values(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
         """Absolute losses, energies and gradient, the largest over ranks, which have to come to one decision."""
         scalars = [(n, v) for n, v in trainer.callback_metrics.items() if not self._is_stale(n, v)]
         values = {n: v for n, v in scalars if n.startswith("train/") and ("loss" in n or "energy" in n)}
-        if isinstance(batch, dict) and curriculum is not None and "x_gen" in batch:
+        if isinstance(batch, dict) and getattr(pl_module, "trains_energy", False) and "x_gen" in batch:
             with torch.enable_grad(), no_trace(pl_module):
                 values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
             pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
@@ -166,24 +164,28 @@ class Diagnostics(Callback):
                 " energy_model.freeze_batch_norm(), as DualAdversarialModule does, and do not override train()."
             )
 
-    def _check_values(self, values: dict[str, float], is_joint: bool) -> None:
+    def _check_values(self, values: dict[str, float], pl_module: LightningModule) -> None:
+        curriculum, has_r1 = curriculum_of(pl_module), hasattr(pl_module, "r1_weight")
         for name, value in values.items():
             if not math.isfinite(value):
-                step = " or contrastive step" if is_joint else ""
+                step = "" if curriculum is None else " or contrastive step"
                 raise TrainingFailureError(
-                    f"{name} is NaN or infinite in Stage {1 + is_joint}. Mostly the cause is a learning rate{step} too"
-                    " large; lower it and resume from an earlier checkpoint."
+                    f"{name} is NaN or infinite in {type(pl_module).__name__}. Mostly the cause is a learning rate"
+                    f"{step} too large; lower it and resume from an earlier checkpoint."
                 )
             if name.startswith("train/energy_") and "loss" not in name and value > self.max_energy:
                 self._act(
                     f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
-                    " norm is frozen, lower the learning rate, or set r1_weight to 0.01."
+                    f" norm is frozen, lower the learning rate{', or set r1_weight to 0.01' * has_r1}."
                 )
             if name == _GRADIENT and value > self.max_gradient:
+                remedy = (
+                    "keep its attack (threat_model.eps > 0), which regularises the gradient, or set r1_weight to 0.01"
+                    " … 1"
+                )
                 self._act(
                     f"{_GRADIENT} has reached {value:.3g}, beyond {self.max_gradient:g}. This happens where the"
-                    " classification term sees clean images: keep its attack (threat_model.eps > 0), which regularises"
-                    " the gradient, or set r1_weight to 0.01 … 1."
+                    f" classification term sees clean images: {remedy if has_r1 else 'lower the learning rate'}."
                 )
 
     def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:

@@ -76,8 +76,9 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
         if head and not new_head and not elsewhere and len(faults) == len(head):
             hint = "; only the number of classes differs: new_head=True (--model.new_head true) starts with a new head"
         raise InputError(f"{path} does not fit the network: {_shortened(faults)}{hint}")
-    if not found.strict:
-        kept |= {name: own[name] for name in ("mean", "std") if name in own}
+    for name in {"mean", "std"} & own.keys():
+        if not found.strict or weights[name].element_size() < own[name].element_size():
+            kept[name] = own[name]
     model.load_state_dict({**weights, **kept})
     return LoadedWeights(found.layout, found.ignored, head if new_head else (), _about_normalisation(found, own))
 
@@ -132,11 +133,13 @@ def _value_faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> l
 def _normalisation_faults(found: FoundWeights, own: Mapping[str, Tensor]) -> list[str]:
     if found.strict:
         both = [name for name in ("mean", "std") if name in own and name in found.weights]
+        # Ours as exactly as the file can say it: one in half precision has rounded.
+        rounded = {name: own[name].to(found.weights[name].dtype).to(own[name]) for name in both}
         return [
             f"{name} is {found.weights[name].flatten().tolist()} instead of {own[name].flatten().tolist()}"
             for name in both
             if found.weights[name].shape == own[name].shape
-            and not torch.allclose(found.weights[name].to(own[name]), own[name])
+            and not torch.allclose(found.weights[name].to(own[name]), rounded[name])
         ]
     if found.normalisation is None:
         return []

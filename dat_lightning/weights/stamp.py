@@ -1,6 +1,6 @@
 """What a checkpoint says of its run: the number of its format, the module's class, the run, and its settings."""
 
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping, MutableMapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,8 @@ _NOT_COMPARED = frozenset({"_class_path", "_instantiator", "execution"})
 _OF_THE_RUN = ("class_path", "data", "trainer", "seed_everything", "float32_matmul_precision")
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
-_PLAIN = (bool, int, float, complex, str, bytes, torch.Tensor, torch.Size, torch.dtype, torch.device)
+# A subclass, such as NumPy's of float, is an object to torch.
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, torch.Size, torch.dtype, torch.device)
 
 
 def stamp(checkpoint: MutableMapping[str, Any], kind: str | None = None, run: str | None = None) -> None:
@@ -110,11 +111,12 @@ def changed_settings(checkpoint: Mapping[str, Any], settings: Mapping[str, Any])
     return list(_changed(_compared(old), _compared(settings)))
 
 
-def check_hyperparameters(settings: Mapping[str, Any]) -> None:
+def check_hyperparameters(settings: Mapping[str, Any], of: str = "") -> None:
     """Checks that hyperparameters are what a checkpoint gives back: numbers, strings, tensors, and collections of them.
 
     Args:
         settings: As they are about to be saved.
+        of: Whose they are, for the message, if they are not the module's.
 
     Raises:
         InputError: If one is an object; it is named.
@@ -122,19 +124,38 @@ def check_hyperparameters(settings: Mapping[str, Any]) -> None:
     for name, value in settings.items():
         found = next(_objects(value), None)
         if found is not None:
+            again = "the constructor" if of else "load_from_checkpoint"
             raise InputError(
-                f"the hyperparameter {name} holds a {type(found).__qualname__}, which no checkpoint gives back: leave"
-                f" it out, self.save_hyperparameters(ignore=[{name!r}]), and give it to load_from_checkpoint"
+                f"the hyperparameter {of}{name} holds a {type(found).__qualname__}, which no checkpoint gives back:"
+                f" leave it out, self.save_hyperparameters(ignore=[{name!r}]), and give it to {again}"
+            )
+
+
+def check_states(states: Mapping[str, Any]) -> None:
+    """Checks that the states of callbacks are what a checkpoint gives back.
+
+    Args:
+        states: By callback, as they are about to be saved.
+
+    Raises:
+        InputError: If one holds an object; the callback is named.
+    """
+    for name, state in states.items():
+        found = next(_objects(state), None)
+        if found is not None:
+            raise InputError(
+                f"the state_dict of the callback {name} holds a {type(found).__qualname__}, which no checkpoint gives"
+                " back: let it hold numbers, strings, tensors, and collections of them"
             )
 
 
 def _objects(value: Any) -> Iterator[Any]:
-    if type(value) in (dict, OrderedDict):
+    if type(value) in (dict, OrderedDict, Counter):
         yield from _objects([*value, *value.values()])
     elif type(value) in (list, tuple, set):
         for entry in value:
             yield from _objects(entry)
-    elif not (value is None or isinstance(value, _PLAIN)):
+    elif not (type(value) in _PLAIN or isinstance(value, torch.Tensor)):
         yield value
 
 

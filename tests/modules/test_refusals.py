@@ -1,11 +1,14 @@
 """What a module refuses or handles at the start of a run: networks, callbacks, schedules, hyperparameters."""
 
 import copy
+import pickle
+from collections import Counter
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
@@ -14,11 +17,15 @@ from lightning.pytorch.cli import ReduceLROnPlateau
 from torch import Tensor, nn
 
 from dat_lightning import (
+    DigitsDataModule,
     DualAdversarialModule,
     EnergyModel,
+    EnergyModule,
     ExponentialMovingAverage,
+    PGDSampler,
     RobustClassifierModule,
     SmallResNet,
+    TradesModule,
 )
 from dat_lightning.core.errors import InputError
 from dat_lightning.speed import Execution
@@ -197,5 +204,77 @@ def test_shared_arguments_reach_the_parent() -> None:
         tiny.energy_model(), r1_weight=0.5, seed=7, execution=Execution(fold_batch_norm=True)
     )
     assert (module.r1_weight, module.seed, module.network_forms.fold_batch_norm) == (0.5, 7, True)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'sead'"):
+    with pytest.raises(TypeError, match=r"^DualAdversarialModule has no argument 'sead'$"):
         DualAdversarialModule(tiny.energy_model(), sead=7)
+    with pytest.raises(TypeError, match=r"^DualAdversarialModule has no argument 'attack_mode': its attack sees eval"):
+        DualAdversarialModule(tiny.energy_model(), attack_mode="train")
+    # As checkpoints from before Execution have it.
+    assert tiny.stage1(fold_batch_norm=True).execution == Execution(fold_batch_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("make", "argument", "kind"),
+    [
+        (tiny.stage1, "threat_model", "ThreatModel"),
+        (tiny.stage1, "eval_threat_model", "ThreatModel"),
+        (tiny.stage1, "attack_rule", "UpdateRule"),
+        (tiny.stage1, "execution", "Execution"),
+        (tiny.stage2, "contrastive_rule", "UpdateRule"),
+        (tiny.stage2, "curriculum", "AUCCurriculum"),
+        (PGDSampler, "rule", "UpdateRule"),
+    ],
+)
+def test_settings_in_the_place_of_an_object_are_a_sentence(make: Callable[..., Any], argument: str, kind: str) -> None:
+    with pytest.raises(InputError, match=rf"^{argument} must be of the class {kind}, got \{{'eps': 0.5\}}$"):
+        make(**{argument: {"eps": 0.5}})
+    if not argument.startswith(("eval", "curr")):  # where null is a value
+        with pytest.raises(InputError, match=rf"^{argument} must be of the class {kind}, got None$"):
+            make(**{argument: None})
+
+
+@pytest.mark.parametrize("kind", [RobustClassifierModule, TradesModule])
+def test_a_network_that_another_module_has_frozen_is_warned_of(kind: type[EnergyModule], tmp_path: Path) -> None:
+    network = tiny.energy_model()
+    kind(network)
+    DualAdversarialModule(network)
+    module = kind(network, optimizer=tiny.SGD, threat_model=tiny.ATTACK)
+    with pytest.warns(UserWarning, match=f"batch norm of the network is frozen, which {kind.__name__} trains"):
+        tiny.trainer(tmp_path, limit_train_batches=1).fit(module, tiny.digits())
+
+
+class Remembering(Callback):
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": [1, {"last": Path("a")}]}
+
+
+class Described(DigitsDataModule):
+    def __init__(self, source: Any) -> None:
+        super().__init__(batch_size=32, validation_size=20, num_ood=200, num_held_out=50)
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "source", "said"),
+    [
+        ([Remembering()], "a", r"state_dict of the callback Remembering holds a PosixPath.*: let it hold numbers"),
+        ([], Path("a"), r"hyperparameter of the data source holds a PosixPath.*ignore=\['source'\]"),
+        ([], np.float64(0.5), r"hyperparameter of the data source holds a float64"),
+        ([], {"of": ["a", 1, None, Counter("a")]}, None),
+    ],
+)
+def test_what_callbacks_and_data_keep_is_looked_at_when_it_is_saved(
+    callbacks: list[Callback], source: Any, said: str | None, tmp_path: Path
+) -> None:
+    data, trainer = Described(source), tiny.trainer(tmp_path, callbacks, limit_train_batches=1)
+    trainer.fit(tiny.stage1(), data)
+    if said is None:
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+        kept = torch.load(tmp_path / "a.ckpt", weights_only=True)["datamodule_hyper_parameters"]
+        assert kept == {"source": source}
+        return
+    with pytest.raises(InputError, match=said):
+        trainer.save_checkpoint(tmp_path / "a.ckpt")
+    # Torch would have written it, and not read it again.
+    torch.save(source if not callbacks else callbacks[0].state_dict(), tmp_path / "raw.pt")
+    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        torch.load(tmp_path / "raw.pt", weights_only=True)

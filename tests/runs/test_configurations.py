@@ -91,6 +91,12 @@ def test_bases_that_lead_nowhere_are_a_sentence(contents: Any, said: str, capsys
     assert said in refusal(capsys, "fit", "--config", "top.yaml")
 
 
+def test_callbacks_are_changed_in_a_file_with_a_base_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    write("top.yaml", {"trainer": {"callbacks": {"PGDSampler": {"num_steps": [3]}}}})
+    said = "changes PGDSampler, of which its base has 0, not one; the files of another --config are no base"
+    assert said in refusal(capsys, "fit", "--config", str(STAGE1), "--config", "top.yaml")
+
+
 @pytest.mark.parametrize("place", ["wrong.yaml", "top.yaml"])
 @pytest.mark.parametrize(
     ("contents", "said"),

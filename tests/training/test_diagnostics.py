@@ -60,12 +60,31 @@ def test_batch_norm_in_train_mode(tmp_path: Path) -> None:
 def test_nan(tmp_path: Path) -> None:
     module = tiny.stage2(optimizer=partial(torch.optim.SGD, lr=1e20))
     with pytest.raises(
-        TrainingFailureError, match=r"is NaN or infinite in Stage 2\..*contrastive step.*earlier checkpoint"
+        TrainingFailureError,
+        match=r"is NaN or infinite in DualAdversarialModule\..*contrastive step.*earlier",
     ):
         fit(tmp_path, module)
     first = tiny.stage1(optimizer=partial(torch.optim.SGD, lr=1e30))
-    with pytest.raises(TrainingFailureError, match=r"train/loss is NaN or infinite in Stage 1"):
+    with pytest.raises(TrainingFailureError, match=r"train/loss is NaN or infinite in RobustClassifierModule"):
         fit(tmp_path, first)
+
+
+def test_jem_trains_an_energy_too(tmp_path: Path) -> None:
+    module = tiny.jem(optimizer=partial(torch.optim.SGD, lr=0.0))
+    trainer = fit(tmp_path, module)
+    data = tiny.digits()
+    data.setup("fit")
+    x = list(data.train_dataloader())[5]["x_gen"].requires_grad_()
+    (gradient,) = torch.autograd.grad(module.eval()(x).logsumexp(1).sum(), x)
+    expected = gradient.square().flatten(1).sum(1).mean()
+    assert float(trainer.callback_metrics["train/r1"]) == pytest.approx(float(expected), rel=1e-4)
+    # It has no r1_weight to advise.
+    with pytest.raises(TrainingFailureError, match=r"the energy drifts\..* frozen, lower the learning rate\.$"):
+        fit(tmp_path, tiny.jem(), max_energy=1e-9)
+    with pytest.raises(TrainingFailureError, match=r"clean images: lower the learning rate\.$"):
+        fit(tmp_path, tiny.jem(), max_gradient=1e-9)
+    with pytest.raises(TrainingFailureError, match=r"infinite in JEMModule\. Mostly .* a learning rate too large"):
+        fit(tmp_path, tiny.jem(optimizer=partial(torch.optim.SGD, lr=1e20), max_energy_gap=float("inf")))
 
 
 @pytest.mark.parametrize(

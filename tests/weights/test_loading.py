@@ -267,6 +267,22 @@ def test_other_precisions_are_converted(dtype: torch.dtype, tmp_path: Path) -> N
         assert torch.equal(value, expected.to(dtype).to(expected.dtype)), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_normaliser_in_half_precision_is_the_same(dtype: torch.dtype, tmp_path: Path) -> None:
+    """0.3 is 0.30078125 in bfloat16, which has eight bits of precision; 0.31 is another number there too."""
+    backbone = small_model().backbone
+    half = EnergyModel(backbone, mean=[0.3], std=[0.35]).to(dtype)
+    torch.save(half.state_dict(), tmp_path / "half.pt")
+    model = EnergyModel(small_model(seed=1).backbone, mean=[0.3], std=[0.35])
+    load_weights(model, tmp_path / "half.pt")
+    assert model.mean is not None
+    assert model.mean.item() == torch.tensor(0.3).item()
+    assert torch.equal(next(model.backbone.parameters()), next(half.backbone.parameters()).float())
+    other = EnergyModel(small_model(seed=1).backbone, mean=[0.31], std=[0.35])
+    with pytest.raises(ValueError, match=r"does not fit the network: mean is \[0.3.*\] instead of \[0.31"):
+        load_weights(other, tmp_path / "half.pt")
+
+
 def test_counters_that_old_files_lack_start_at_zero(tmp_path: Path) -> None:
     source, model = small_model(seed=1), small_model(seed=0)
     model.backbone(torch.rand(4, 1, 2, 2))
