@@ -15,6 +15,7 @@ from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.core.update_rules import STEEPEST, UpdateRule
 from dat_lightning.data.batches import logits_of
 
 MAX_STEPS = 500
@@ -191,6 +192,7 @@ class Explorer:
         step_size: float = 0.5,
         seed: int = 0,
         watch: Watch | None = None,
+        rule: UpdateRule = STEEPEST,
     ) -> Samples:
         """Returns samples of a class: the unbounded ascent on f(x)[target] from OOD seeds.
 
@@ -203,6 +205,7 @@ class Explorer:
             step_size: L2 length of a step.
             seed: Which starting images; no two seeds share one, as long as there are enough.
             watch: Told after each step, of all images together.
+            rule: How steps are made.
 
         Raises:
             InputError: If an argument is outside its range, or logits are not finite.
@@ -216,7 +219,8 @@ class Explorer:
         chunks = starts.split(_BATCH_SIZE)
         for number, chunk in enumerate(chunks):
             told = None if watch is None else _part(watch, number, len(chunks))
-            parts.append(self._ascend(chunk, target, chain, (num_steps,), told)[num_steps])
+            draws = seed * MAX_IMAGES + number * _BATCH_SIZE + torch.arange(len(chunk))
+            parts.append(self._ascend(chunk, target, chain, (num_steps,), told, rule, draws)[num_steps])
         images = torch.cat(parts)
         return Samples(target, starts, images, self._logits(images))
 
@@ -231,7 +235,14 @@ class Explorer:
     # Parts.
 
     def _ascend(
-        self, starts: Tensor, target: int, threat_model: ThreatModel, snapshots: Sequence[int], watch: Watch | None
+        self,
+        starts: Tensor,
+        target: int,
+        threat_model: ThreatModel,
+        snapshots: Sequence[int],
+        watch: Watch | None,
+        rule: UpdateRule = STEEPEST,
+        draws: Tensor | None = None,
     ) -> dict[int, Tensor]:
         done = 0
 
@@ -246,7 +257,7 @@ class Explorer:
         x = starts.to(self.device)
         y = torch.full((len(x),), target, device=self.device)
         with self._alone():
-            states = Ascent(targeted_logit, threat_model).snapshots(watched, x, y, snapshots)
+            states = Ascent(targeted_logit, threat_model, rule).snapshots(watched, x, y, snapshots, draws=draws)
         if watch is not None:
             watch(threat_model.num_steps, threat_model.num_steps)
         return {step: state.cpu() for step, state in states.items()}

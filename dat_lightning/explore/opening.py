@@ -11,15 +11,18 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
+from dat_lightning import core
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
+from dat_lightning.core.update_rules import STEEPEST, UpdateRule
 from dat_lightning.data import DigitsDataModule, PairedDataModule
 from dat_lightning.data.entries import SizedDataset, image_of, label_of
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.runs.configurations import with_bases
+from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
 
@@ -75,6 +78,7 @@ class Opened:
         notes: What a reader has to know about it, a sentence each.
         eps: A radius to begin with, for counterfactuals.
         step_size: A step to begin with, for samples.
+        rule: How their steps are made.
     """
 
     explorer: Explorer
@@ -84,6 +88,7 @@ class Opened:
     notes: tuple[str, ...]
     eps: float
     step_size: float
+    rule: UpdateRule
 
 
 def open_checkpoint(
@@ -127,7 +132,7 @@ def open_checkpoint(
             model = _described_network(path, settings)
         load_weights(model, path)
     # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
-    settings = {**settings, **_sampling_step(sections)}
+    settings = {**settings, **_sampling(sections)}
     data = _data([section["data"] for section in sections if "data" in section], contents, model)
     return _put_together(path, model, data, settings, image_size, chosen)
 
@@ -169,7 +174,8 @@ def _put_together(
         or settings.get("contrastive_step_size")
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
-    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size))
+    rule = settings.get("sampling_rule") or _described_rule(settings.get("contrastive_rule"))
+    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size), rule)
 
 
 def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
@@ -232,20 +238,34 @@ def _first_steps(module: EnergyModule) -> dict[str, Any]:
     first: dict[str, Any] = {"threat_model": {"norm": module.threat_model.norm, "eps": module.threat_model.eps}}
     if isinstance(module, DualAdversarialModule):
         first["contrastive_step_size"] = module.contrastive_chain.step_size
+        first["sampling_rule"] = module.contrastive_rule
     return first
 
 
-def _sampling_step(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The step of the configurations' last PGDSampler, if they have one that says it."""
-    found = {}
+def _described_rule(section: object) -> UpdateRule:
+    """The rule that a checkpoint's hyperparameters describe, if it is one of this package; or else the steepest."""
+    path = str(_mapping(section).get("class_path", ""))
+    known = getattr(core, path.rpartition(".")[2], None) if path.startswith("dat_lightning.") else None
+    if not (isinstance(known, type) and issubclass(known, UpdateRule)):
+        return STEEPEST
+    rule: UpdateRule = known(**_mapping(_mapping(section).get("init_args")))
+    return rule
+
+
+def _sampling(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Step and rule of the configurations' last PGDSampler, its defaults among them; nothing if they have none."""
+    found: dict[str, Any] | None = None
     for section in sections:
         callbacks = _mapping(section.get("trainer")).get("callbacks")
-        if isinstance(callbacks, dict) and "step_size" in _mapping(callbacks.get("PGDSampler")):
-            found = {"sampling_step_size": callbacks["PGDSampler"]["step_size"]}
+        if isinstance(callbacks, dict) and "PGDSampler" in callbacks:
+            found = {**(found or {}), **_mapping(callbacks["PGDSampler"])}
         for callback in callbacks if isinstance(callbacks, list) else []:
             if str(_mapping(callback).get("class_path", "")).rpartition(".")[2] == "PGDSampler":
-                found = {"sampling_step_size": _mapping(callback.get("init_args")).get("step_size")}
-    return found
+                found = dict(_mapping(callback.get("init_args")))
+    if found is None:
+        return {}
+    sampler = _instantiated(PGDSampler, "sampler", [{"class_path": "dat_lightning.PGDSampler", "init_args": found}])
+    return {"sampling_step_size": sampler.chain.step_size, "sampling_rule": sampler.rule}
 
 
 def _checked_device(device: str) -> torch.device:

@@ -251,7 +251,7 @@ def _sample(opened: Opened) -> None:
     if asked:
         st.session_state["samples"] = _with_bar(
             "Generating",
-            lambda watch: explorer.generate(target, int(count), int(steps), size, int(seed), watch),
+            lambda watch: explorer.generate(target, int(count), int(steps), size, int(seed), watch, opened.rule),
         )
     samples = st.session_state.get("samples")
     if samples is not None:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from dat_lightning.core.errors import InputError
 
+# Features are float32; a distance of larger numbers overflows.
+_LARGEST = float(np.finfo(np.float32).max)
+
 
 @dataclass(frozen=True)
 class Gaussian:
@@ -107,28 +110,41 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
 
 
 def read_statistics(path: Path) -> Gaussian:
-    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any float type.
+    """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any real type.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it has no such entries, they do not fit each other, or a number is NaN or infinite.
+        InputError: If it has no such entries, they do not fit each other, a number is complex, NaN, infinite or beyond
+            float32, or a variance is negative.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no statistics file at {path}")
     try:
         # NumPy leaves a damaged file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            mu, sigma = np.asarray(file["mu"], np.float64), np.asarray(file["sigma"], np.float64)
+            raw_mu, raw_sigma = file["mu"], file["sigma"]
     except KeyError as error:
         raise InputError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz: {error}") from error
+    for name, array in (("mu", raw_mu), ("sigma", raw_sigma)):
+        if array.dtype.kind not in "fiu":
+            raise InputError(f"{path}: {name} must be real numbers, got {array.dtype}")
+    mu, sigma = raw_mu.astype(np.float64), raw_sigma.astype(np.float64)
     if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
         raise InputError(f"{path}: mu {mu.shape} and sigma {sigma.shape} must have shapes (D,) and (D, D)")
     for name, array in (("mu", mu), ("sigma", sigma)):
         wrong = int((~np.isfinite(array)).sum())
         if wrong:
             raise InputError(f"{path}: {name} must be finite, got NaN or infinity in {wrong} of {array.size} numbers")
+        largest = float(np.abs(array).max(initial=0.0))
+        if largest > _LARGEST:
+            raise InputError(f"{path}: {name} must be statistics of features, got a number of size {largest:.3g}")
+    variance = sigma.diagonal()
+    # Rounding of sums may leave a feature that never varies a little below zero.
+    if variance.min(initial=0.0) < -1e-6 * np.abs(sigma).max(initial=0.0):
+        place = int(variance.argmin())
+        raise InputError(f"{path}: sigma[{place}, {place}] is a variance, got {variance[place]:.4g}")
     if not np.allclose(sigma, sigma.T, rtol=1e-3, atol=1e-6 * float(np.abs(sigma).max(initial=0.0))):
         raise InputError(f"{path}: sigma must be symmetric, as a covariance is")
     return Gaussian(torch.from_numpy(mu), torch.from_numpy(sigma))

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dat_lightning import EnergyModel, SmallResNet
+from dat_lightning import EnergyModel, RandomLength, SmallResNet
+from dat_lightning.core import normal_noise
 from dat_lightning.explore import Explorer
 from dat_lightning.explore.explorer import MAX_IMAGES
 from tests import tiny
@@ -77,6 +78,20 @@ def test_samples_are_the_unbounded_ascent_from_the_seeds() -> None:
     torch.testing.assert_close(samples.images, expected, atol=1e-4, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(samples.logits, explorer.model(expected), atol=1e-3, rtol=1e-3)
+
+
+def test_samples_climb_by_the_rule_whose_noise_is_each_image_s_own() -> None:
+    """Against one image after another; more than a batch, so that places in a batch repeat."""
+    explorer = Explorer(tiny.energy_model(), SHAPE, seeds=seeds)
+    samples = explorer.generate(2, num_images=18, num_steps=4, step_size=0.4, seed=1, rule=RandomLength(0.5))
+    lengths = []
+    for k in range(18):
+        draw = MAX_IMAGES + k
+        u = 1 + 0.5 * (2 * torch.special.ndtr(normal_noise(0, "noise of step 0", [draw], SHAPE)[0, 0, 0, 0]) - 1)
+        lengths.append(float(u))
+        expected = climb(explorer.model, samples.starts[k], 2, 4, 0.4 * float(u))[-1]
+        torch.testing.assert_close(samples.images[k], expected, atol=1e-3, rtol=0)
+    assert len(set(lengths)) == 18
 
 
 @pytest.mark.parametrize("stream", [None, seeds])

@@ -5,7 +5,15 @@ import pytest
 import torch
 import yaml
 
-from dat_lightning import DigitsDataModule, DualAdversarialModule, EnergyModel, SmallResNet
+from dat_lightning import (
+    DigitsDataModule,
+    DualAdversarialModule,
+    EnergyModel,
+    Momentum,
+    RandomLength,
+    SmallResNet,
+    Steepest,
+)
 from dat_lightning.explore import open_checkpoint
 from dat_lightning.weights import load_weights
 from tests.explore.conftest import network
@@ -27,8 +35,8 @@ def test_a_run_s_checkpoint_gives_averaged_weights_data_and_first_steps(checkpoi
     assert float((answers(opened) - raw).abs().max()) > 1e-4
     assert opened.notes == ()
     assert opened.network.startswith("SmallResNet, ")
-    # Four times the attack's radius, and the step of contrastive samples.
-    assert (opened.eps, opened.step_size) == (4.0, 0.75)
+    # Four times the attack's radius, and step and rule of contrastive samples.
+    assert (opened.eps, opened.step_size, opened.rule) == (4.0, 1.5, RandomLength(0.3))
     assert opened.explorer.class_names == tuple("0123456789")
 
 
@@ -95,8 +103,33 @@ def test_a_configuration_s_own_chain_and_attack_come_first(bare_checkpoint: Path
     assert first(contrastive_step_size=0.3, threat_model=attack) == (0.3, 3.0)
     sampler = {"class_path": "dat_lightning.PGDSampler", "init_args": {"step_size": 0.8}}
     assert first({"callbacks": [sampler]}, contrastive_step_size=0.3) == (0.8, 4.0)
+    # One that does not say its step has the default's.
+    assert first({"callbacks": [{"class_path": "dat_lightning.PGDSampler"}]}, contrastive_step_size=0.3) == (0.2, 4.0)
     assert first({"callbacks": [{"class_path": "SampleGrid"}]}, contrastive_step_size=0.3) == (0.3, 4.0)
     assert first(contrastive_step_size=0.3, threat_model={"norm": "Linf", "eps": 0.1}) == (0.3, 4.0)
+
+
+def test_samples_climb_by_the_rule_of_the_run(checkpoint: Path, bare_checkpoint: Path, tmp_path: Path) -> None:
+    """Of the sampler, its defaults among them; without one, of the contrastive chain, also as a checkpoint tells it."""
+
+    def rule(*callbacks: Any) -> Any:
+        sections = {"model": yaml.safe_load(Path(TINY).read_text(encoding="utf-8"))["model"]}
+        own = {"contrastive_rule": {"class_path": "dat_lightning.Momentum", "init_args": {"momentum": 0.7}}}
+        sections["model"].setdefault("init_args", {}).update(own)
+        sections["trainer"] = {"callbacks": list(callbacks)}
+        network = written(tmp_path / "network.yaml", model=yaml.safe_load(Path(STAGE2).read_text())["model"])
+        return open_checkpoint(bare_checkpoint, [network, written(tmp_path / "rule.yaml", **sections)]).rule
+
+    random = {"class_path": "dat_lightning.RandomLength", "init_args": {"spread": 0.25}}
+    sampler: dict[str, Any] = {"class_path": "dat_lightning.PGDSampler"}
+    assert rule() == Momentum(0.7)
+    assert rule(sampler) == Steepest()
+    assert rule({**sampler, "init_args": {"rule": random}}) == RandomLength(0.25)
+    contents = torch.load(checkpoint, weights_only=True)
+    for described, expected in ((random, RandomLength(0.25)), ({"class_path": "other.Rule"}, Steepest())):
+        contents["hyper_parameters"]["contrastive_rule"] = described
+        torch.save(contents, tmp_path / "described.ckpt")
+        assert open_checkpoint(tmp_path / "described.ckpt").rule == expected
 
 
 def test_colour_images_with_class_names_come_from_folders(tmp_path: Path) -> None:

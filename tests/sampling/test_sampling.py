@@ -849,6 +849,29 @@ def test_statistics_that_are_no_numbers_are_refused(
         run(tmp_path, sampler(), metric)
 
 
+@pytest.mark.parametrize(
+    ("mu", "sigma", "message"),
+    [
+        (np.zeros(3), np.diag([1.0, -0.5, 2.0]), r"sigma\[1, 1\] is a variance, got -0.5"),
+        (np.array([0, 1j, 0]), np.eye(3), "mu must be real numbers, got complex128"),
+        (np.zeros(3), np.eye(3).astype(np.complex64), "sigma must be real numbers, got complex64"),
+        (np.array([0, -1e200, 0]), np.eye(3), r"mu must be statistics of features, got a number of size 1e\+200"),
+        (np.zeros(3), np.eye(3) * 1e100, r"sigma must be statistics of features, got a number of size 1e\+100"),
+    ],
+)
+def test_statistics_that_nothing_has_are_refused_by_file_and_entry(
+    mu: Any, sigma: Any, message: str, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "odd.npz", mu=mu, sigma=sigma)
+    with pytest.raises(InputError, match=rf"odd\.npz: {message}"):
+        read_statistics(tmp_path / "odd.npz")
+
+
+def test_a_variance_that_rounding_left_below_zero_is_one(tmp_path: Path) -> None:
+    np.savez(tmp_path / "rounded.npz", mu=np.zeros(2), sigma=np.diag([4.0, -1e-9]))
+    assert read_statistics(tmp_path / "rounded.npz").covariance.diagonal().tolist() == [4.0, -1e-9]
+
+
 def test_statistics_files(tmp_path: Path) -> None:
     gaussian = Gaussian(torch.arange(3.0).double(), torch.eye(3).double(), 10)
     np.savez(tmp_path / "a.npz", mu=gaussian.mean.numpy(), sigma=gaussian.covariance.numpy())
