@@ -7,6 +7,9 @@ CORES ?= 2
 BIN := $(VENV)/bin
 # Decides about threads from the machine and its load, before torch is loaded.
 RUN := $(BIN)/python -m dat_lightning.threads
+# One process per core, each with one thread; the tests of a file share its fixtures.
+WORKERS ?= auto
+TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile
 
 .PHONY: demo study test test-all lint types bench docs format clean
 
@@ -17,10 +20,10 @@ study: $(VENV)/.installed-studies  ## run, or go on with, a study of configs/stu
 	$(BIN)/snakemake -s configs/studies/Snakefile --cores $(CORES) --config study=$(STUDY)
 
 test: lint types  ## what CI runs
-	$(RUN) -m pytest
+	$(TESTS)
 
 test-all: lint types  ## the slow tests as well
-	$(RUN) -m pytest -m ''
+	$(TESTS) -m ''
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
