@@ -18,7 +18,7 @@ from dat_lightning.explore import open_checkpoint
 from dat_lightning.weights import load_weights
 from tests.explore.conftest import network
 from tests.recipes import write_folders
-from tests.test_cli import STAGE2, TINY
+from tests.test_cli import STAGE2, STEP_SIZE, TINY
 
 NOISE = torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(0))
 
@@ -36,7 +36,7 @@ def test_a_run_s_checkpoint_gives_averaged_weights_data_and_first_steps(checkpoi
     assert opened.notes == ()
     assert opened.network.startswith("SmallResNet, ")
     # Four times the attack's radius, and step and rule of contrastive samples.
-    assert (opened.eps, opened.step_size, opened.rule) == (4.0, 1.5, RandomLength(0.3))
+    assert (opened.eps, opened.step_size, opened.rule) == (4.0, STEP_SIZE, RandomLength(0.3))
     assert opened.explorer.class_names == tuple("0123456789")
 
 
