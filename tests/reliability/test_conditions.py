@@ -184,7 +184,7 @@ def test_a_folder_that_vanishes_in_mid_run_is_a_sentence(
     [
         ("model.optimizer.init_args.lr=-1", "the optimizer cannot be made as configured: Invalid learning rate: -1"),
         ("model.lr_scheduler.init_args.total_steps=-3", "the learning rate schedule cannot be made as configured: "),
-        ("model.init_args.threat_model=[]", "the configuration cannot be instantiated: "),
+        ("model.init_args.threat_model=[]", "a list stands where settings with names belong"),
     ],
 )
 def test_what_a_library_refuses_is_a_sentence(setting: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -287,16 +287,17 @@ def test_images_of_another_size_are_cropped_and_resized(tmp_path: Path) -> None:
         assert Keeps.finite
 
 
-@pytest.mark.parametrize(
-    ("settings", "args", "shape"),
-    [({}, ["--model.energy_model.backbone.in_channels=1"], "3×16×16"), ({"image_size": 1}, [], "3×1×1")],
-)
-def test_images_that_the_network_cannot_take_are_a_sentence(
-    settings: dict[str, Any], args: list[str], shape: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_images_of_other_channels_than_the_network_s_are_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refusal(capsys, "fit", "--config", write_config(tmp_path, **settings), *args)
-    assert said.startswith(f"the network cannot take the data's images of {shape} (channels, height, width): ")
-    assert said.endswith("set the backbone's in_channels and the data's image_size to what goes together")
+    said = refusal(capsys, "fit", "--config", write_config(tmp_path), "--model.energy_model.backbone.in_channels=1")
+    assert said.startswith("the network's first convolution takes 1 channels, but the data's images are 3×16×16 ")
+    assert said.endswith("set the backbone's in_channels, and mean and std, to those of the data")
+
+
+def test_images_too_small_for_the_network_keep_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        main(["fit", "--config", write_config(tmp_path, image_size=1)])
 
 
 @pytest.mark.filterwarnings("ignore:.*the step is skipped")
