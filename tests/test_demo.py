@@ -83,6 +83,7 @@ def test_a_run_that_was_stopped_goes_on(stages: list[Stage]) -> None:
     assert [path.name for path in again.iterdir()] == ["version_0"]
 
 
+@pytest.mark.slow
 def test_a_demonstration_that_is_done_trains_no_more(out: Path, configs: Path, tmp_path: Path) -> None:
     def state() -> list[str]:
         found = [out / name / "checkpoints" / "last.ckpt" for name in demo.STAGES]

@@ -62,7 +62,9 @@ def callbacks_of(config: Any) -> dict[str, Any]:
     return {c["class_path"].rpartition(".")[2]: c.get("init_args", {}) for c in config["trainer"]["callbacks"]}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [n if n.startswith("digits/") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+)
 def test_the_command_line_takes_all_of_a_study_and_measures_what_it_shows(name: str) -> None:
     study = read_study(STUDIES / f"{name}.yaml")
     trainings = {*study.bases, *(variant.folder for variant in study.variants)}
@@ -182,7 +184,7 @@ def small_study(folder: Path, epochs: int) -> None:
         (folder / name).write_text(yaml.safe_dump(contents, sort_keys=False), encoding="utf-8")
 
 
-@pytest.mark.parametrize("executor", ["local", "slurm"])
+@pytest.mark.parametrize("executor", [pytest.param("local", marks=pytest.mark.slow), "slurm"])
 def test_a_dry_run_lists_what_there_is_to_do(executor: str, tmp_path: Path) -> None:
     pytest.importorskip("snakemake", reason="needs pip install 'dat-lightning[studies]'")
     if executor == "slurm":

@@ -109,6 +109,7 @@ def test_stage_1_agrees_with_the_plain_implementation() -> None:
     assert largest_difference(start, plain.model) > 100 * TOLERANCE
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     out = tmp_path / "bench.json"
     assert main(["--nets", "wrn_10_1", "--rounds", "2", "--threads", "1", "--json", str(out)]) == 0

@@ -48,6 +48,7 @@ def test_every_rank_has_the_figures_of_one_process(num_ranks: int, runs: dict[in
             assert same(a, b), f"{a}\n{b}"
 
 
+@pytest.mark.slow
 def test_the_same_images_are_shown(runs: dict[int, Path]) -> None:
     names = [sorted(path.name for path in (folder / "pictures").iterdir()) for folder in runs.values()]
     assert names[0] == names[1]

@@ -127,7 +127,10 @@ def test_attacks_have_a_precision_of_their_own(kind: str, tmp_path: Path) -> Non
     assert next(stem.parameters()).dtype == torch.float32
 
 
-@pytest.mark.parametrize(("mode", "fold"), [(True, True), ("reduce-overhead", True), ("reduce-overhead", False)])
+@pytest.mark.parametrize(
+    ("mode", "fold"),
+    [(True, True), ("reduce-overhead", True), pytest.param("reduce-overhead", False, marks=pytest.mark.slow)],
+)
 def test_a_run_compiles_a_graph_for_each_size_and_stays_the_same(
     mode: CompileMode, fold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -153,7 +156,7 @@ def test_a_run_compiles_a_graph_for_each_size_and_stays_the_same(
     ]
 
 
-@pytest.mark.parametrize("kind", ["stage1", "trades"])
+@pytest.mark.parametrize("kind", ["stage1", pytest.param("trades", marks=pytest.mark.slow)])
 def test_stage_1_can_replay_graphs_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also an attack in train mode, where batch norm sees the batch."""
     options: dict[str, Any] = {"attack_mode": "train"}

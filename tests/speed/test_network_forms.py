@@ -60,6 +60,7 @@ def test_in_training_every_size_has_a_graph(monkeypatch: pytest.MonkeyPatch) -> 
         assert len(compiler.graphs) == 2
 
 
+@pytest.mark.slow
 def test_networks_do_not_share_the_limit_of_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
     """Torch makes eight for one piece of code, and says so only in its log."""
     with Compiler().installed(monkeypatch) as compiler:
@@ -126,7 +127,7 @@ def test_another_network_gets_forms_of_its_own(mode: CompileMode, monkeypatch: p
                 torch.testing.assert_close(form(images(3)), model(images(3)), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("fold", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_parts_that_are_replaced_are_noticed(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with Compiler().installed(monkeypatch):
         for compile in (False, True):
