@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-
 # Their files come first, so that at the end no process is left alone with one.
 LONG = ("test_frozen.py", "tests/runs/", "tests/ddp/", "test_cli.py", "test_demo.py", "test_studies.py", "tests/speed/")
 

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.draws import (
@@ -201,9 +202,13 @@ class PairedDataModule(LightningDataModule):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where the checkpoint stopped; batch size and number of processes may differ, the seed may not.
 
+        An evaluation continues nothing, and takes a checkpoint of any seed.
+
         Raises:
             InputError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
         """
+        if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
+            return
         if state["seed"] != self.seed:
             raise InputError(
                 f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"

@@ -77,6 +77,18 @@ def test_another_seed_cannot_continue(tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint:UserWarning")
+def test_another_seed_can_evaluate(tmp_path: Path) -> None:
+    fit(tiny.stage1(), tmp_path / "a", max_steps=2)
+    found = [
+        tiny.trainer(tmp_path).test(
+            tiny.stage1(), datamodule=tiny.digits(seed=seed), ckpt_path=str(tmp_path / "a/last.ckpt"), verbose=False
+        )
+        for seed in (0, 7)
+    ]
+    assert found[0] == found[1]  # the test images are those of every seed
+
+
 class Validations(Callback):
     """Notes the step of each validation and what it found."""
 
