@@ -3,6 +3,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from dat_lightning.data import PairedDataModule, SizedDataset, Transform
@@ -46,7 +47,9 @@ def attach(data: PairedDataModule, processed: int = 0, rank: int = 0, world_size
     """Gives the data module a trainer of which it sees the batches processed, the rank and the world size."""
     total = SimpleNamespace(processed=processed)
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_progress=SimpleNamespace(total=total)))
-    cast(Any, data).trainer = SimpleNamespace(fit_loop=loop, global_rank=rank, world_size=world_size)
+    cast(Any, data).trainer = SimpleNamespace(
+        fit_loop=loop, global_rank=rank, world_size=world_size, state=SimpleNamespace(fn=TrainerFn.FITTING)
+    )
     return total
 
 
