@@ -102,6 +102,11 @@ class EnergyModel(nn.Module):
         return self
 
 
+def first_weight(network: nn.Module, otherwise: Tensor) -> Tensor:
+    """Returns the first floating parameter of a network, whose type and device its images need, or another tensor."""
+    return next((p for p in network.parameters() if p.is_floating_point()), otherwise)
+
+
 # What torch.compile puts into the names of a network's weights.
 _COMPILED = "_orig_mod."
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError
 
 # Rounding of a transform, or of half precision: a quarter of an eight-bit level.
@@ -29,8 +30,8 @@ def check_images(images: Tensor, what: str) -> None:
 
 def check_precision(images: Tensor, network: nn.Module | None, what: str) -> None:
     """Raises an InputError unless images are float32 or of the type of the network's weights; waits for no device."""
-    weight = None if network is None else next((p for p in network.parameters() if p.is_floating_point()), None)
-    if weight is not None and images.dtype not in (torch.float32, weight.dtype):
+    weight = images if network is None else first_weight(network, images)
+    if images.dtype not in (torch.float32, weight.dtype):
         raise InputError(
             f"{what} must be images of {weight.dtype}, as the network's weights are, got {images.dtype}: let the data"
             " give torch.float32"

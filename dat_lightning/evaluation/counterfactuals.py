@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import ascend, no_trace
+from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import targeted_logit
@@ -283,7 +284,7 @@ class Counterfactuals(Evaluator):
 
     def _draw(self, path: Path, pl_module: LightningModule, search: Search, shown: Values) -> None:
         """Walks from the images shown once more: values are kept of all images, counterfactuals of none."""
-        like = next((p for p in pl_module.parameters() if p.is_floating_point()), shown["x"])
+        like = first_weight(pl_module, shown["x"])
         x, y = shown["x"].to(like), shown["y"].to(pl_module.device)
         targets = self.choose_targets(search.targets, _logits(pl_module, x), y, shown["index"])
         # Of "all", each image shows another one.

@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data.batches import check_pixels, stacked
@@ -104,7 +105,7 @@ class OODEvaluator(Evaluator):
         """
         chosen = choose(len(dataset), self.num_images, self.seed, name)
         mine = chosen[trainer.global_rank :: trainer.world_size]
-        dtype = next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32)
+        dtype = first_weight(pl_module, torch.empty(0, dtype=torch.float32)).dtype
         values: list[Values] = []
         firsts, reader = range(0, len(mine), self.batch_size), EvaluationBatches(dataset, transform)
         for first in tqdm(firsts, desc=f"{type(self).__name__}: {name}", leave=False, disable=is_silent(trainer)):

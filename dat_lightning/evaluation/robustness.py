@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
+from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
@@ -154,7 +155,7 @@ def float_logits(module: LightningModule, who: str) -> Logits:
 
     Pixels of half precision would be coarser than a small ε.
     """
-    weight = next((p for p in module.parameters() if p.is_floating_point()), torch.empty(0))
+    weight = first_weight(module, torch.empty(0))
 
     def logits(x: Tensor) -> Tensor:
         output = logits_of(module, x.to(weight.dtype), who)

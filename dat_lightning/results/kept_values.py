@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.energy import first_weight
 from dat_lightning.data.batches import logits_of
 from dat_lightning.results.digests import digest, network_digest
 from dat_lightning.results.gathering import Values
@@ -63,7 +64,7 @@ class KeptValues:
             TypeError: If a setting is no primitive.
         """
         path = self.path(network, batch, part)
-        like = next((p for p in network.parameters() if p.is_floating_point()), batch["x"])
+        like = first_weight(network, batch["x"])
         with torch.no_grad(), no_trace(network):
             probe = logits_of(network, batch["x"].to(like.dtype), self.name.rpartition(".")[2]).float().cpu()
         values = read_values(path, len(batch["index"]))

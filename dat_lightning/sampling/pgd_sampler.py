@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision, unbounded_ascent
+from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least, require_kind
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -246,9 +247,7 @@ class PGDSampler(Callback):
         consumers = [c for c in callbacks if isinstance(c, SampleConsumer) and stage in c.stages]
         if stage not in self.stages or not consumers:
             return
-        like = next(
-            (p for p in pl_module.parameters() if p.is_floating_point()), torch.empty(0, device=pl_module.device)
-        )
+        like = first_weight(pl_module, torch.empty(0, device=pl_module.device))
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
         workers = min(_MAX_WORKERS, getattr(data, "num_workers", None) or 0)
