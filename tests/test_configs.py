@@ -284,7 +284,10 @@ def small_network(recipe: Path) -> list[str]:
     return [f"{path}.init_args.depth=10", f"{path}.init_args.widen_factor=1"]
 
 
-@pytest.mark.parametrize("recipe", ["cifar10/stage1", "cifar100/stage2_T50", "imagenet/convnext_l_T110"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["cifar10/stage1", "cifar100/stage2_T50", pytest.param("imagenet/convnext_l_T110", marks=pytest.mark.slow)],
+)
 def test_a_recipe_trains_samples_and_keeps_its_checkpoints(recipe: str, tmp_path: Path) -> None:
     """Two steps and one evaluation as shipped, but for sizes."""
     path = CONFIGS / f"{recipe}.yaml"

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.frozen import record
 
@@ -20,7 +21,10 @@ same_machine = pytest.mark.skipif(
     reason=f"frozen with {FROZEN['environment']}; compare two commits by `python -m tests.frozen.record FILE`",
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),
+    pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning"),  # a step without a Trainer
+]
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +51,19 @@ SUMMED_ANEW |= dict.fromkeys(("ece", "ece_scaled"), 1e-14)
 
 
 @same_machine
-@pytest.mark.parametrize("part", [name for name in FROZEN if name != "environment"])
-def test_results_are_what_they_were(part: str, found: dict[str, Any]) -> None:
+def test_one_step_is_what_it_was() -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as it was recorded
+    try:
+        assert record.one_step() == FROZEN["one_step"]
+    finally:
+        torch.set_num_threads(threads)
+
+
+@same_machine
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [name for name in FROZEN if name not in ("environment", "one_step")])
+def test_runs_are_what_they_were(part: str, found: dict[str, Any]) -> None:
     expected = FROZEN[part]
     if part == "figures":
         expected = expected | {name: pytest.approx(expected[name], rel=rel, abs=0) for name, rel in SUMMED_ANEW.items()}
@@ -67,3 +82,11 @@ def test_every_recipe_is_frozen() -> None:
 def test_a_recipe_resolves_to_what_it_was(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert record.resolved(record.recipes()[name]) == CONFIGURATIONS[name]
+
+
+@pytest.mark.parametrize("name", [name for name in CONFIGURATIONS if not name.endswith("/features")])
+def test_a_recipe_guards_its_steps(name: str) -> None:
+    """As it resolves, which the test above compares."""
+    config = CONFIGURATIONS[name]
+    (guard,) = (key for key, value in config.items() if str(value).endswith(".DivergenceGuard"))
+    assert config[guard.replace("class_path", "init_args.action")] == "skip"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_kind
 from dat_lightning.core.threat_model import ThreatModel, steepest_step
 
 State = tuple[Any, ...]
@@ -67,30 +67,38 @@ STEEPEST = Steepest()
 
 @dataclass(frozen=True)
 class RandomLength(UpdateRule):
-    """Moves by u·η·d, with d the unit step of steepest ascent and u of the image: its whole walk is shorter or longer.
+    """Moves by u times what another rule would, with u of the image: its whole walk is shorter or longer.
 
     How far a seed lies from the images that it is to become differs from seed to seed. Walks of one length end too
     early for some and too late for others, and all alike; u, drawn once for each walk, is uniform in
     [1 − spread, 1 + spread], and of a stream named by the image's global index.
 
     Attributes:
-        spread: In [0, 1); 0 is the steepest rule.
+        spread: In [0, 1); 0 is the other rule alone.
+        rule: The other rule, by default the steepest.
 
     Raises:
-        InputError: If the spread is outside its range.
+        InputError: If the spread is outside its range, or the rule is none.
     """
 
     spread: float = 0.3
+    rule: UpdateRule = STEEPEST
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < 1:
             raise InputError(f"spread must be in [0, 1), got {self.spread}")
+        require_kind(UpdateRule, rule=self.rule)
+
+    @property
+    def gradients_per_step(self) -> int:  # type: ignore[override]
+        """Those of the other rule."""
+        return self.rule.gradients_per_step
 
     def move(self, step: Step, state: State) -> tuple[Tensor, State]:
-        """Returns u·η·d, and u, shape (N, 1, 1, 1)."""
-        (factor,) = state or (1 + self.spread * (2 * torch.special.ndtr(step.noise()[:, :1, :1, :1]) - 1),)
-        direction = steepest_step(step.gradient(step.x), step.threat_model.norm)
-        return factor * step.threat_model.step_size * direction, (factor,)
+        """Returns u times the other rule's move, and u, shape (N, 1, 1, 1), with the other rule's state."""
+        factor, inner = state or (1 + self.spread * (2 * torch.special.ndtr(step.noise()[:, :1, :1, :1]) - 1), ())
+        moved, inner = self.rule.move(step, inner)
+        return factor * moved, (factor, inner)
 
 
 @dataclass(frozen=True)

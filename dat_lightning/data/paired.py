@@ -176,6 +176,11 @@ class PairedDataModule(LightningDataModule):
         """Returns the test split, this rank's share."""
         return self._evaluation_loader("test")
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Moves a batch, but for the numbers of its draws: they name random streams, which the host reads."""
+        moved = super().transfer_batch_to_device(batch, device, dataloader_idx)
+        return {**moved, "draw": batch["draw"]} if "draw" in batch else moved
+
     def on_exception(self, exception: BaseException) -> None:
         """Adds what it means, and how the run goes on, to the error of a process that lost contact with another one."""
         # Gloo raises bare RuntimeErrors, of which these words are typical.

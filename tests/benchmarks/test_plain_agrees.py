@@ -161,6 +161,7 @@ def test_a_contender_that_computes_something_else_is_found(task: Task) -> None:
         check_results(task, timings)
 
 
+@pytest.mark.slow
 def test_a_benchmark_of_implementations_that_disagree_says_so(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,6 +34,7 @@ from tests.core.test_ascent import TanhNetwork, assert_no_trace, images, plain_g
 RULES: tuple[UpdateRule, ...] = (
     Steepest(),
     RandomLength(0.3),
+    RandomLength(0.4, Momentum(0.4, nesterov=True)),
     Momentum(0.4),
     Momentum(0.4, nesterov=True),
     PixelAdam(),
@@ -65,27 +66,27 @@ def plain_walk(
     gradient: Gradient, start: np.ndarray, rule: UpdateRule, threat: ThreatModel, seed: int, index: int
 ) -> list[np.ndarray]:
     """The states of one image's walk, flat."""
-    x, states, eta = start.copy(), [start.copy()], threat.step_size
+    x, states, eta, factor = start.copy(), [start.copy()], threat.step_size, 1.0
+    if isinstance(rule, RandomLength):
+        normal = float(normal_noise(seed, "noise of step 0", [index], (len(x),))[0, 0])
+        share = (1 + math.erf(normal / math.sqrt(2))) / 2  # the normal distribution's: uniform in [0, 1]
+        factor, rule = 1 - rule.spread + 2 * rule.spread * share, rule.rule
     v = m = s = np.zeros_like(x)
     for number in range(threat.num_steps):
         if isinstance(rule, Steepest):
-            x = x + eta * unit(gradient(x), threat.norm)
-        elif isinstance(rule, RandomLength):
-            normal = float(normal_noise(seed, "noise of step 0", [index], (len(x),))[0, 0])
-            share = (1 + math.erf(normal / math.sqrt(2))) / 2  # the normal distribution's: uniform in [0, 1]
-            x = x + (1 - rule.spread + 2 * rule.spread * share) * eta * unit(gradient(x), threat.norm)
+            move = eta * unit(gradient(x), threat.norm)
         elif isinstance(rule, Momentum):
             at = x + rule.momentum * eta * v if rule.nesterov else x
             v = rule.momentum * v + unit(gradient(at), threat.norm)
-            x = x + eta * v
+            move = eta * v
         elif isinstance(rule, PixelAdam):
             g, (b1, b2), t = gradient(x), rule.betas, number + 1
             m, s = b1 * m + (1 - b1) * g, b2 * s + (1 - b2) * g**2
-            x = x + eta * (m / (1 - b1**t)) / (np.sqrt(s / (1 - b2**t)) + rule.eps)
+            move = eta * (m / (1 - b1**t)) / (np.sqrt(s / (1 - b2**t)) + rule.eps)
         elif isinstance(rule, Langevin):
             noise = normal_noise(seed, f"noise of step {number}", [index], (len(x),))[0].double().numpy()
-            x = x + eta * gradient(x) + rule.noise * noise
-        x = nearest(x, start, threat)
+            move = eta * gradient(x) + rule.noise * noise
+        x = nearest(x + factor * move, start, threat)
         states.append(x)
     return states
 
@@ -254,6 +255,7 @@ def test_an_ascent_is_a_value() -> None:
     [
         (lambda: RandomLength(1.0), r"spread must be in \[0, 1\), got 1.0"),
         (lambda: RandomLength(-0.1), "got -0.1"),
+        (lambda: RandomLength(0.1, {"momentum": 0.4}), "rule must be of the class UpdateRule, got {'momentum': 0.4}"),  # type: ignore[arg-type]
         (lambda: Momentum(1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda: Momentum(-0.1), "got -0.1"),
         (lambda: Momentum(math.nan), "got nan"),

@@ -7,7 +7,7 @@ import torch
 
 from tests.ddp.ranks import run
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 def test_shares_of_two_ranks_are_saved_as_one_buffer_and_go_on(tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_errors_of_loader_processes(fail: Callable[[], None], start: str | None)
         assert sentence == start
 
 
+@pytest.mark.slow
 def test_a_compiler_that_is_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from torch._inductor import config
 

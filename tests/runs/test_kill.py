@@ -64,7 +64,7 @@ def assert_survives(lives: Lives, whole: Path, folder: Path, stage: int, workers
     ("stage", "workers", "moment", "count"),
     [
         (1, 2, "optimizer", 8),
-        (1, 0, "half written", 4),
+        pytest.param(1, 0, "half written", 4, marks=pytest.mark.slow),
         pytest.param(2, 0, "attack", 19, marks=pytest.mark.slow),
         pytest.param(2, 2, "unnamed", 3, marks=pytest.mark.slow),
         (2, 0, "sampling", 4),

@@ -52,7 +52,7 @@ def assert_shown(shown: Scalars, expected: Scalars, stopped: int) -> None:
 @pytest.mark.parametrize(
     ("signum", "moment", "count", "status", "name"),
     [
-        (TERM, "attack", 20, 143, "SIGTERM"),
+        pytest.param(TERM, "attack", 20, 143, "SIGTERM", marks=pytest.mark.slow),
         (TERM, "validation", 3, 143, "SIGTERM"),
         (INT, "half written", 3, 130, "SIGINT"),
     ],
@@ -93,7 +93,11 @@ def slurm(tmp_path: Path) -> tuple[dict[str, str], Path]:
 
 @pytest.mark.parametrize(
     ("signum", "moment", "count", "status", "requeued"),
-    [(USR1, "attack", 20, 138, True), (USR1, "sampling", 4, 138, True), (TERM, "optimizer", 7, 143, False)],
+    [
+        (USR1, "attack", 20, 138, True),
+        pytest.param(USR1, "sampling", 4, 138, True, marks=pytest.mark.slow),
+        pytest.param(TERM, "optimizer", 7, 143, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_slurm_job_is_put_back_into_the_queue_and_goes_on_by_itself(
     signum: int,

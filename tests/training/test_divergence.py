@@ -661,6 +661,7 @@ def test_the_end_says_how_many_steps_were_skipped(tmp_path: Path) -> None:
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_all_processes_decide_alike(tmp_path: Path) -> None:
     """One rank's loss fails, then another's gradient: both skip both steps, and the culprits keep their shares."""
     command = [sys.executable, "-m", "tests.training.run_divergence", str(tmp_path)]

@@ -105,3 +105,10 @@ def test_a_skipped_step_leaves_the_chain_as_long_as_it_was(tmp_path: Path) -> No
     told: list[int] = []
     tiny.trainer(tmp_path, [Spoil(), DivergenceGuard("skip")]).fit(tiny.stage2(curriculum=growing()), tiny.digits())
     assert seen == told == [0, 1, 2, 2, 3, 4]
+
+
+def test_numbers_of_draws_stay_where_random_streams_are_named() -> None:
+    """Random starts, JEM and walks of random length read them, and need not wait for a device that computes."""
+    batch = {"x_gen": torch.rand(2, 1, 16, 16), "draw": torch.tensor([4, 5])}
+    moved = tiny.digits().transfer_batch_to_device(batch, torch.device("meta"), 0)
+    assert (moved["x_gen"].device.type, moved["draw"].tolist()) == ("meta", [4, 5])
