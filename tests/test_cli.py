@@ -76,9 +76,16 @@ def test_printed_configs_read_back(config: Path, tmp_path: Path, capsys: pytest.
         assert stop.value.code == 0
         return capsys.readouterr().out
 
+    def without_empty(node: Any) -> Any:
+        """Classes without arguments are printed with none or with an empty mapping of them."""
+        if isinstance(node, dict):
+            return {key: without_empty(value) for key, value in node.items() if (key, value) != ("init_args", {})}
+        return [without_empty(value) for value in node] if isinstance(node, list) else node
+
     first = printed(config)
     (tmp_path / "printed.yaml").write_text(first)
-    assert yaml.safe_load(printed(tmp_path / "printed.yaml")) == yaml.safe_load(first)
+    again = yaml.safe_load(printed(tmp_path / "printed.yaml"))
+    assert without_empty(again) == without_empty(yaml.safe_load(first))
     shipped, full = with_bases(config)[0][1], yaml.safe_load(first)
     attack = shipped["model"]["init_args"]["eval_threat_model"]["eps"]
     assert full["model"]["init_args"]["eval_threat_model"]["eps"] == attack

@@ -74,6 +74,7 @@ def test_a_name_can_be_replaced_and_comes_back(monkeypatch: pytest.MonkeyPatch) 
     assert dat_lightning.TorchFidelityFeatures.__module__ == "dat_lightning.features.extractors"
 
 
+@pytest.mark.slow
 def test_the_command_line_finds_classes_by_their_last_name() -> None:
     arguments = ["--config", "configs/digits/stage1.yaml", "--trainer.callbacks+", "Memorisation", "--print_config"]
     command = [sys.executable, "-m", "dat_lightning", "fit", *arguments]

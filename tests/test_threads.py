@@ -161,6 +161,7 @@ def python(*arguments: str, **variables: str) -> str:
 CONFINED = "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); "
 
 
+@pytest.mark.slow
 def test_a_confined_process_has_a_thread_for_each_core_it_may_use() -> None:
     """By itself torch counts those of the machine."""
     shown = "import torch; from dat_lightning.cli import limit_threads; limit_threads(); print(torch.get_num_threads())"

@@ -248,7 +248,9 @@ def _described_rule(section: object) -> UpdateRule:
     known = getattr(core, path.rpartition(".")[2], None) if path.startswith("dat_lightning.") else None
     if not (isinstance(known, type) and issubclass(known, UpdateRule)):
         return STEEPEST
-    rule: UpdateRule = known(**_mapping(_mapping(section).get("init_args")))
+    arguments = _mapping(_mapping(section).get("init_args"))
+    inner = {name: _described_rule(value) for name, value in arguments.items() if "class_path" in _mapping(value)}
+    rule: UpdateRule = known(**{**arguments, **inner})
     return rule
 
 

@@ -15,6 +15,7 @@ from tests.ddp.ranks import run
 
 
 @pytest.mark.ddp
+@pytest.mark.slow
 def test_a_signal_in_validation_waits_for_all_ranks(tmp_path: Path) -> None:
     run("run_sharded_save", tmp_path)
     path = tmp_path / "saved" / "interrupted.ckpt"

@@ -36,7 +36,11 @@ def test_a_run_s_checkpoint_gives_averaged_weights_data_and_first_steps(checkpoi
     assert opened.notes == ()
     assert opened.network.startswith("SmallResNet, ")
     # Four times the attack's radius, and step and rule of contrastive samples.
-    assert (opened.eps, opened.step_size, opened.rule) == (4.0, STEP_SIZE, RandomLength(0.3))
+    assert (opened.eps, opened.step_size, opened.rule) == (
+        4.0,
+        STEP_SIZE,
+        RandomLength(0.3, Momentum(0.4, nesterov=True)),
+    )
     assert opened.explorer.class_names == tuple("0123456789")
 
 

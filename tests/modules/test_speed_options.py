@@ -129,7 +129,11 @@ def test_attacks_have_a_precision_of_their_own(kind: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("mode", "fold"),
-    [(True, True), ("reduce-overhead", True), pytest.param("reduce-overhead", False, marks=pytest.mark.slow)],
+    [
+        (True, True),
+        pytest.param("reduce-overhead", True, marks=pytest.mark.slow),
+        pytest.param("reduce-overhead", False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_compiles_a_graph_for_each_size_and_stays_the_same(
     mode: CompileMode, fold: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
