@@ -71,6 +71,7 @@ __all__ = [
     "build_architecture",
     "convnext_convstem",
     "load_post_mortem",
+    "pretrained",
     "register_architecture",
     "resnet50",
     "timm_model",
@@ -148,6 +149,7 @@ _ROOMS = {
     "ExponentialMovingAverage": "training",
     "load_post_mortem": "training",
     "EnergyModel": "weights",
+    "pretrained": "weights",
 }
 
 if TYPE_CHECKING:  # the same for type checkers, editors and the reference
@@ -221,7 +223,7 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         SamplingPlan,
     )
     from dat_lightning.training import Diagnostics, DivergenceGuard, ExponentialMovingAverage, load_post_mortem
-    from dat_lightning.weights import EnergyModel
+    from dat_lightning.weights import EnergyModel, pretrained
 else:  # hidden from type checkers, to whom any name would exist otherwise
 
     def __getattr__(name: str) -> object:

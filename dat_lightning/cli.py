@@ -30,7 +30,7 @@ from dat_lightning.runs.configurations import with_bases, with_changed_callbacks
 from dat_lightning.runs.error_sentences import argument_sentence, constructor_error, error_sentence
 from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.lightning_internals import replaces_files
-from dat_lightning.runs.resume import find_checkpoint, protect
+from dat_lightning.runs.resume import begin_with_exported, find_checkpoint, protect
 from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
@@ -170,8 +170,10 @@ class DATCLI(LightningCLI):
     def _find_checkpoint(self) -> str | None:
         """Puts the checkpoint that ``--ckpt_path`` means in its place, and returns it."""
         arguments = self.config_init[self.subcommand]
-        if arguments["weights_only"] is not False:
-            to_train = self.subcommand == "fit"
+        to_train = self.subcommand == "fit"
+        if begin_with_exported(arguments["ckpt_path"], self.model, to_train):
+            arguments["ckpt_path"] = None
+        elif arguments["weights_only"] is not False:
             arguments["ckpt_path"] = find_checkpoint(arguments["ckpt_path"], self.trainer, self.model, to_train)
         path: str | None = arguments["ckpt_path"]
         return path

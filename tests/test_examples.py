@@ -19,12 +19,14 @@ from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, DualAdversarialModule
 from dat_lightning.cli import main
+from dat_lightning.weights.shipped import MODELS, shipped_models
 from tests import lines_of_a_step, tiny
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLE = ROOT / "docs" / "examples" / "subclassing.py"
 PAGES = sorted((ROOT / "docs" / "pages").rglob("*.md"))
-TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [*PAGES, ROOT / "README.md"]}
+CARDS = [MODELS / name / "README.md" for name in shipped_models()]
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text() for page in [*PAGES, *CARDS, ROOT / "README.md"]}
 FENCE = re.compile(r"^( *)```(\w+)([^\n]*)\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 STEPS, STEP_SIZE = 3, 0.4
 

@@ -40,6 +40,12 @@ def test_a_published_model_is_loaded_without_the_training_stack(
     assert loaded.isdisjoint(TRAINING)
 
 
+def test_a_model_that_ships_is_loaded_without_the_training_stack() -> None:
+    loaded = loaded_after("import dat_lightning; dat_lightning.pretrained('digits')")
+    assert "safetensors" in loaded
+    assert loaded.isdisjoint(TRAINING)
+
+
 def test_the_table_the_imports_of_type_checkers_and_all_agree() -> None:
     (block,) = (node for node in SOURCE.body if isinstance(node, ast.If))
     imported = {

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,13 @@ from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.runs.configurations import with_bases
 from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
-from dat_lightning.weights.hub import CONFIG_FILE, EnergyModel
+from dat_lightning.weights.hub import EnergyModel
+from dat_lightning.weights.shipped import MODELS, PAGE_FILE, is_exported, located
 
 # Of networks whose files do not say it: those of this package are made for these.
 _USUAL_SIZES = {"SmallResNet": 16, "WideResNet": 32}
 _USUAL_SIZE = 224
+_USUAL_STEPS = 20
 
 
 class Examples:
@@ -72,13 +74,15 @@ class Opened:
 
     Attributes:
         explorer: The network.
-        name: Path of the checkpoint.
+        name: Path of the checkpoint, or name of the model that ships.
         network: The network in words.
         examples: Test images of the run's data, if they are known and here.
         notes: What a reader has to know about it, a sentence each.
         eps: A radius to begin with, for counterfactuals.
         step_size: A step to begin with, for samples.
         rule: How their steps are made.
+        num_steps: How many of them to begin with.
+        at_once: Whether the page shows a counterfactual and samples before it is asked for them.
     """
 
     explorer: Explorer
@@ -89,6 +93,8 @@ class Opened:
     eps: float
     step_size: float
     rule: UpdateRule
+    num_steps: int = _USUAL_STEPS
+    at_once: bool = False
 
 
 def open_checkpoint(
@@ -103,8 +109,10 @@ def open_checkpoint(
     are those of the digits or none.
 
     Args:
-        ckpt_path: Checkpoint of a run, folder that ``export`` wrote, or, with a configuration, any weights.
-        config: Configurations of the run, later ones win; they say which network and which data.
+        ckpt_path: Checkpoint of a run, folder that ``export`` wrote, name of a model that ships, or, with a
+            configuration, any weights.
+        config: Configurations of the run, later ones win; they say which network and which data. A model that ships
+            has one of its own.
         image_size: Height and width of the images, where nothing else says it.
         device: Where to compute.
 
@@ -112,14 +120,19 @@ def open_checkpoint(
         FileNotFoundError: If a file or the data of a configuration are missing.
         InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
     """
-    path = Path(ckpt_path)
+    path = located(ckpt_path)
+    ships = path.parent == MODELS
     chosen = _checked_device(device)
     if image_size is not None:
         require_at_least(1, image_size=image_size)
-    sections = [section for each in config for section in _sections(Path(each))]
+    configs = [Path(each) for each in config] or [path / PAGE_FILE] * ships
+    sections = [section for each in configs for section in _sections(each)]
+    if ships:
+        sections = _in_folder(sections, path)
     settings: Mapping[str, Any] = {}
-    if (path / CONFIG_FILE).is_file():
+    if is_exported(path):
         model, contents = EnergyModel.from_pretrained(path), {}
+        settings = _described_module(sections)
     else:
         contents = dict(read_checkpoint(path))
         settings = _mapping(contents.get("hyper_parameters"))
@@ -134,11 +147,12 @@ def open_checkpoint(
     # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
     settings = {**settings, **_sampling(sections)}
     data = _data([section["data"] for section in sections if "data" in section], contents, model)
-    return _put_together(path, model, data, settings, image_size, chosen)
+    name = path.name if ships else str(ckpt_path)
+    return replace(_put_together(name, model, data, settings, image_size, chosen), at_once=ships)
 
 
 def _put_together(
-    path: Path,
+    name: str,
     model: EnergyModel,
     data: PairedDataModule | None,
     settings: Mapping[str, Any],
@@ -175,7 +189,8 @@ def _put_together(
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
     rule = settings.get("sampling_rule") or _described_rule(settings.get("contrastive_rule"))
-    return Opened(explorer, str(path), _in_words(model), examples, tuple(notes), eps, float(step_size), rule)
+    steps = int(settings.get("sampling_steps", _USUAL_STEPS))
+    return Opened(explorer, name, _in_words(model), examples, tuple(notes), eps, float(step_size), rule, steps)
 
 
 def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
@@ -233,6 +248,23 @@ def _sections(config: Path) -> list[Mapping[str, Any]]:
     return found
 
 
+def _in_folder(value: Any, folder: Path) -> Any:
+    """A configuration in which ``${folder}`` stands for the folder of the model that it belongs to."""
+    if isinstance(value, dict):
+        return {name: _in_folder(inner, folder) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [_in_folder(inner, folder) for inner in value]
+    return value.replace("${folder}", str(folder)) if isinstance(value, str) else value
+
+
+def _described_module(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What configurations say about a module, as hyperparameters do; the module itself is not made."""
+    described: dict[str, Any] = {}
+    for section in sections:
+        described.update(_mapping(_mapping(section.get("model")).get("init_args")))
+    return described
+
+
 def _first_steps(module: EnergyModule) -> dict[str, Any]:
     """What a configured module says about attack and steps, as hyperparameters do."""
     first: dict[str, Any] = {"threat_model": {"norm": module.threat_model.norm, "eps": module.threat_model.eps}}
@@ -255,7 +287,10 @@ def _described_rule(section: object) -> UpdateRule:
 
 
 def _sampling(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Step and rule of the configurations' last PGDSampler, its defaults among them; nothing if they have none."""
+    """Step and rule of the configurations' last PGDSampler, its defaults among them; nothing if they have none.
+
+    The number of steps is among it if there is one, and not a sweep.
+    """
     found: dict[str, Any] | None = None
     for section in sections:
         callbacks = _mapping(section.get("trainer")).get("callbacks")
@@ -267,7 +302,8 @@ def _sampling(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if found is None:
         return {}
     sampler = _instantiated(PGDSampler, "sampler", [{"class_path": "dat_lightning.PGDSampler", "init_args": found}])
-    return {"sampling_step_size": sampler.chain.step_size, "sampling_rule": sampler.rule}
+    steps = {"sampling_steps": sampler.num_steps[0]} if len(sampler.num_steps) == 1 else {}
+    return {"sampling_step_size": sampler.chain.step_size, "sampling_rule": sampler.rule, **steps}
 
 
 def _checked_device(device: str) -> torch.device:

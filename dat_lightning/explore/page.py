@@ -1,7 +1,7 @@
 """The page: controls on one side, what the network says on the other. Everything it shows comes from an explorer."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -21,16 +21,26 @@ _PER_PAGE = 8
 _FRAMES = 11
 _THUMBNAIL = 128
 _MAX_SEED = 10**9
+_MODEL = "model"
 
 
-def draw_page(opened: Opened) -> None:
-    """Draws the page from top to bottom, as Streamlit does anew after each click."""
+def draw_page(served: Sequence[Opened]) -> None:
+    """Draws the page from top to bottom, as Streamlit does anew after each click.
+
+    Args:
+        served: What there is to look at; of several the page shows the chosen one.
+    """
+    names = [each.name for each in served]
+    place = names.index(st.session_state.get(_MODEL, names[0]))
+    opened = served[place]
     # An icon of Streamlit's own set would be fetched from another host.
     st.set_page_config(page_title=f"Explore {Path(opened.name).name}", layout="wide")
     st.html(markup.STYLE)
     explorer = opened.explorer
     shape = "×".join(str(n) for n in (*explorer.image_shape[1:], explorer.image_shape[0]))
     st.header("What the network sees, and what it imagines", anchor=False)
+    if len(served) > 1:
+        st.segmented_control("Model", names, default=names[0], required=True, key=_MODEL, on_change=_forget)
     st.caption(
         f"`{opened.name}`: {opened.network}, {explorer.num_classes} classes, images {shape}, averaged weights"
         f" where the file has them, on {explorer.device}"
@@ -42,6 +52,13 @@ def draw_page(opened: Opened) -> None:
         _look(opened)
     with sample:
         _sample(opened)
+
+
+def _forget() -> None:
+    """Leaves nothing of another model on the page: its images, classes and settings are not this one's."""
+    for key in list(st.session_state):
+        if key != _MODEL:
+            del st.session_state[key]
 
 
 # One image.
@@ -159,7 +176,7 @@ def _turn(opened: Opened, image: Tensor, key: str, reading: Reading) -> None:
         steps = columns[2].number_input("Steps", 1, MAX_STEPS, 20, key="walk steps")
         size = columns[3].number_input("Step size", 0.0, 1000.0, None, placeholder="2.5 ε / steps", key="walk size")
         asked = st.form_submit_button("Find the counterfactual", type="primary")
-    if asked:
+    if asked or (opened.at_once and "walk" not in st.session_state):
         walk = _with_bar("Climbing", lambda watch: explorer.counterfactual(image, target, eps, int(steps), size, watch))
         st.session_state["walk"] = (key, walk)
         st.session_state.pop("step", None)
@@ -244,11 +261,11 @@ def _sample(opened: Opened) -> None:
             "Class", range(explorer.num_classes), format_func=explorer.class_names.__getitem__, key="sample class"
         )
         count = columns[1].number_input("Images", 1, MAX_IMAGES, 12)
-        steps = columns[2].number_input("Steps", 1, MAX_STEPS, 20, key="sample steps")
+        steps = columns[2].number_input("Steps", 1, MAX_STEPS, opened.num_steps, key="sample steps")
         size = columns[3].number_input("Step size", 0.0, 1000.0, opened.step_size, 0.1, key="sample size")
         seed = columns[4].number_input("Seed", 0, _MAX_SEED, 0)
         asked = st.form_submit_button("Generate", type="primary")
-    if asked:
+    if asked or (opened.at_once and "samples" not in st.session_state):
         st.session_state["samples"] = _with_bar(
             "Generating",
             lambda watch: explorer.generate(target, int(count), int(steps), size, int(seed), watch, opened.rule),

@@ -13,10 +13,11 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.explore.markup import FIRST
 from dat_lightning.explore.opening import Opened, open_checkpoint
 from dat_lightning.explore.uploads import MAX_MEGABYTES
+from dat_lightning.weights.shipped import MODELS, shipped_models
 
 logger = logging.getLogger(__name__)
 
-_served: list[Opened] = []
+_served: list[Opened] = []  # one, or the models that ship
 
 # Streamlit's settings; those in a user's own files count less.
 _OPTIONS = {
@@ -38,7 +39,7 @@ _OPTIONS = {
 
 
 def explore(
-    ckpt_path: str,
+    ckpt_path: str | None = None,
     config: Sequence[str] = (),
     image_size: int | None = None,
     host: str = "127.0.0.1",
@@ -48,7 +49,8 @@ def explore(
     """Serves a web page to look at a checkpoint: readings of images, counterfactuals and samples.
 
     Args:
-        ckpt_path: Checkpoint of a run, folder that export wrote, or, with a configuration, any weights.
+        ckpt_path: Checkpoint of a run, folder that export wrote, name of a model that ships, or, with a configuration,
+            any weights; by default all models that ship, of which the page lets you choose.
         config: Configuration of the run, for its network and data; may be given several times, later ones win.
         image_size: Height and width of the images, where nothing else says it.
         host: Address to listen on; the default can be reached from this machine alone.
@@ -66,15 +68,19 @@ def explore(
     except ModuleNotFoundError as error:
         raise InputError("explore needs its page's library: pip install 'dat-lightning[explore]'") from error
     port = free_port(host, port)
-    opened = open_checkpoint(ckpt_path, config, image_size, device)
+    if ckpt_path is None and (config or image_size is not None):
+        raise InputError("config and image_size say what a checkpoint is about: name one with --ckpt_path")
+    paths = [MODELS / name for name in shipped_models()] if ckpt_path is None else [ckpt_path]
+    opened = [open_checkpoint(path, config, image_size, device) for path in paths]
     if not is_loopback(host):
         rank_zero_warn(
             f"--host {host} can be reached from other machines, and the page asks nobody for a password: whoever"
             " reaches it can use this machine's time"
         )
-    _served[:] = [opened]
+    _served[:] = opened
     options = {**_OPTIONS, "server_address": host, "server_port": port}
-    logger.info("%s is open at %s (Ctrl-C stops)", ckpt_path, address(host, port))
+    names = ", ".join(each.name for each in opened)
+    logger.info("%s %s open at %s (Ctrl-C stops)", names, "is" if len(opened) == 1 else "are", address(host, port))
     bootstrap.load_config_options(options)
     arguments = sys.argv
     try:
@@ -83,15 +89,15 @@ def explore(
         sys.argv = arguments
 
 
-def served() -> Opened:
-    """Returns the checkpoint that this process serves.
+def served() -> tuple[Opened, ...]:
+    """Returns what this process serves: a checkpoint, or the models that ship.
 
     Raises:
         InputError: If it serves none: the page was started in another way than by :func:`explore`.
     """
     if not _served:
-        raise InputError("the page belongs to a command: dat-lightning explore --ckpt_path ...")
-    return _served[0]
+        raise InputError("the page belongs to a command: dat-lightning explore")
+    return tuple(_served)
 
 
 def free_port(host: str, port: int) -> int:

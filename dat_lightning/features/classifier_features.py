@@ -22,7 +22,8 @@ class ClassifierFeatures(nn.Module):
 
     Args:
         energy_model: The network, with its input normalisation.
-        init_from: Checkpoint or state dict with its weights, averaged ones preferred; ``None`` for those it has.
+        init_from: Checkpoint or state dict with its weights, averaged ones preferred, or the name of a model
+            that ships; ``None`` for those it has.
         image_size: Height and width that images are resized to; by default they stay as they are.
         grey: Whether the network takes one channel; it gets the first one.
 

@@ -47,8 +47,8 @@ class TrainedModule(LightningModule):
         optimizer: Makes the optimiser from the parameters.
         lr_scheduler: Makes the learning rate schedule from the optimiser; ``None`` for a constant rate.
         lr_interval: Whether the schedule counts steps or epochs.
-        init_from: Checkpoint or state dict with initial weights, averaged ones preferred; loaded when a Trainer starts,
-            not before, and ignored when a run resumes.
+        init_from: Checkpoint or state dict with initial weights, averaged ones preferred, or the name of a model that
+            ships; loaded when a Trainer starts, not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         execution: Layout, compiling, folding and precision: how the network is run.
         parts_of_execution: What older checkpoints say of execution, whose parts were arguments of the module.

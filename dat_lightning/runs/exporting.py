@@ -14,17 +14,19 @@ class ExportingTrainer(Trainer):
         model: EnergyModule,
         ckpt_path: str,
         output: str,
+        half: bool = False,
         datamodule: LightningDataModule | None = None,
     ) -> None:
         """Writes a checkpoint's averaged model to a folder that ``EnergyModel.from_pretrained`` reads.
 
         Args:
             model: The module of the configuration.
-            ckpt_path: Checkpoint or state dict.
+            ckpt_path: Checkpoint or state dict, or the name of a model that ships.
             output: Folder to write; one that exists must be empty or an earlier export, which is replaced.
+            half: Whether to store weights in half precision, for a file of half the size.
             datamodule: Not used.
 
         Raises:
             FileExistsError: If the folder holds something else.
         """
-        export_model(model.energy_model, ckpt_path, output)
+        export_model(model.energy_model, ckpt_path, output, half)

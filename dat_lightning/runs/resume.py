@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.modules import EnergyModule
 from dat_lightning.runs import (
     AtomicCheckpointIO,
     DamagedCheckpointError,
@@ -29,9 +30,11 @@ from dat_lightning.runs import (
 from dat_lightning.runs.lightning_internals import use_checkpoint_io
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint
 from dat_lightning.weights import changed_settings
+from dat_lightning.weights.shipped import is_exported, located
 
 _LAST = "last"
 _HINT = "; for its weights alone use --model.init_from"
+_WEIGHTS_ALONE = f"has weights alone, and training goes on from an optimiser's state{_HINT}"
 # What the savers of FSDP and DeepSpeed have in the folder that is a checkpoint.
 _SHARDED = (".metadata", "latest")
 
@@ -87,6 +90,31 @@ def protect(trainer: Trainer) -> None:
     for kind in (SignalCheckpoint, SameCheckpoint):
         if not any(isinstance(callback, kind) for callback in callbacks):
             callbacks.append(kind())
+
+
+def begin_with_exported(given: str | None, model: EnergyModule, to_train: bool) -> bool:
+    """Has a module begin with the weights of a model that ships, or of a folder that ``export`` wrote.
+
+    Lightning takes no such weights as a checkpoint. A folder with checkpoints in it is one of checkpoints.
+
+    Args:
+        given: What ``--ckpt_path`` says.
+        model: Of the run; its ``init_from`` and ``new_head`` are replaced.
+        to_train: Whether training is to go on from there.
+
+    Returns:
+        Whether it was such weights.
+
+    Raises:
+        InputError: If training is to go on from them, or a file here has the name of the model.
+    """
+    folder = None if given is None else located(given)
+    if folder is None or not is_exported(folder) or checkpoints_in(folder):
+        return False
+    if to_train:
+        raise InputError(f"--ckpt_path {given} {_WEIGHTS_ALONE}")
+    model.init_from, model.new_head = given, False
+    return True
 
 
 def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule, to_train: bool) -> str | None:
@@ -248,4 +276,4 @@ def _check(path: Path, kind: str, required: Requirements) -> None:
             f"--ckpt_path {path} is a checkpoint of another kind of module or network than {kind}: {unmet}{_HINT}"
         )
     if required.to_train and not can_resume(contents):
-        raise InputError(f"--ckpt_path {path} has weights alone, and training goes on from an optimiser's state{_HINT}")
+        raise InputError(f"--ckpt_path {path} {_WEIGHTS_ALONE}")

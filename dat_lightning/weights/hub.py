@@ -122,6 +122,7 @@ class HubModel(
         *,
         config: dict[str, Any] | None = None,
         model_card_kwargs: dict[str, Any] | None = None,
+        half: bool = False,
     ) -> None:
         """Writes ``model.safetensors``, ``config.json`` and, where there is none, a model card ``README.md``.
 
@@ -129,14 +130,19 @@ class HubModel(
             save_directory: Folder, made if need be.
             config: What to write in place of this model's own description.
             model_card_kwargs: Values for the card's template: ``title``, ``model_id``, ``network``.
+            half: Whether weights of two and more dimensions are stored in half precision, for a file of half the size;
+                the rest of the model, such as statistics of batch norm, stays as it is. It is read as float32 again.
 
         Raises:
             InputError: If a model with these weights could not be made from the configuration, for example because its
-                network is not registered; nothing is written then.
+                network is not registered, or half precision does not reach as far as a weight; nothing is written then.
         """
         config = self._checked_config(config)
+        weights = self._stored_weights(half)
         card = {"title": Path(save_directory).resolve().name, "model_id": ".", "network": _network_names(config)}
         super().save_pretrained(save_directory, config=config, model_card_kwargs=card | (model_card_kwargs or {}))
+        if half:  # the base hands nothing on to what it has written the weights with
+            save_file(weights, Path(save_directory) / WEIGHTS_FILE, metadata={"format": "pt"})
 
     @override
     def push_to_hub(  # type: ignore[override]
@@ -175,12 +181,23 @@ class HubModel(
 
     @override
     def _save_pretrained(self, save_directory: Path) -> None:
+        save_file(self._stored_weights(), save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+
+    def _stored_weights(self, half: bool = False) -> dict[str, Tensor]:
         # Copies: the format knows neither shared memory nor strides such as channels_last.
         weights = {
             name: value.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
             for name, value in _module(self).state_dict().items()
         }
-        save_file(weights, save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        buffers = {name for name, _ in _module(self).named_buffers()}
+        for name, value in weights.items() if half else ():
+            if value.ndim >= 2 and value.is_floating_point() and name not in buffers:
+                weights[name] = value.half()
+                if bool((weights[name].isinf() & value.isfinite()).any()):
+                    raise InputError(
+                        f"{name} has weights of {float(value.abs().max()):g}, too large for half precision"
+                    )
+        return weights
 
     @classmethod
     def _from_config(cls, config: Mapping[str, Any]) -> Self:

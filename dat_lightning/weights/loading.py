@@ -11,6 +11,7 @@ from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.errors import InputError
 from dat_lightning.weights.layouts import FoundWeights, find_weights
 from dat_lightning.weights.reading import read_checkpoint
+from dat_lightning.weights.shipped import located
 
 # How far a normaliser in someone else's file may be from the network's: files round to three or four digits.
 _TOLERANCE = 1e-3
@@ -49,7 +50,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
 
     Args:
         model: The network.
-        path: A file, or the folder that huggingface_hub's mixin writes.
+        path: A file, the folder that huggingface_hub's mixin writes, or the name of a model that ships.
         new_head: Whether the last linear layer keeps its initial values if it has other classes than in the file.
 
     Returns:
@@ -60,7 +61,7 @@ def load_weights(model: EnergyModel, path: str | Path, new_head: bool = False) -
         InputError: If the file is no checkpoint, or does not fit the network: names, shapes and types that differ,
             numbers that are not finite, or another input normalisation (the first faults are listed).
     """
-    contents = read_checkpoint(path)
+    contents = read_checkpoint(located(path))
     own = model.state_dict()
     try:
         found = find_weights(contents, own)

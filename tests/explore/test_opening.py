@@ -13,8 +13,10 @@ from dat_lightning import (
     RandomLength,
     SmallResNet,
     Steepest,
+    pretrained,
 )
-from dat_lightning.explore import open_checkpoint
+from dat_lightning.explore import open_checkpoint, opening
+from dat_lightning.features import DigitsJudge
 from dat_lightning.weights import load_weights
 from tests.explore.conftest import network
 from tests.recipes import write_folders
@@ -78,6 +80,39 @@ def test_an_exported_folder_gives_the_same_answers_and_says_what_it_lacks(checkp
     with_data = open_checkpoint(tmp_path / "model", [STAGE2])
     assert with_data.examples is not None
     assert with_data.notes == ()
+
+
+def test_a_model_that_ships_has_images_seeds_and_first_steps_of_its_own(tmp_path: Path) -> None:
+    opened = open_checkpoint("digits")
+    with torch.no_grad():
+        torch.testing.assert_close(answers(opened), pretrained("digits")(NOISE), atol=1e-6, rtol=1e-5)
+    assert (opened.name, opened.notes, opened.at_once) == ("digits", (), True)
+    assert (opened.eps, opened.step_size, opened.num_steps, opened.rule) == (4.0, 1.6, 6, RandomLength(0.5))
+    assert opened.examples is not None
+    assert len(opened.examples) == 360
+    samples = opened.explorer.generate(3, 20, opened.num_steps, opened.step_size, rule=opened.rule).images
+    assert int((DigitsJudge()(samples).argmax(1) == 3).sum()) >= 16
+    # A configuration that is given stands in the place of the model's.
+    config = written(tmp_path / "own.yaml", model={"init_args": {"threat_model": {"norm": "L2", "eps": 0.5}}})
+    own = open_checkpoint("digits", [config])
+    assert (own.eps, own.examples, len(own.notes)) == (2.0, None, 2)
+
+
+def test_a_model_may_ship_with_its_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "models" / "tiles"
+    monkeypatch.setattr(opening, "MODELS", folder.parent)
+    EnergyModel(SmallResNet(num_classes=3, in_channels=3, widths=(4, 8))).save_pretrained(folder)
+    for k, name in enumerate(("examples", "seeds")):
+        write_folders(folder / name, 3, 2, (24, 24), k)
+    examples = {"class_path": "dat_lightning.LabelledFolder", "init_args": {"root": "${folder}/examples"}}
+    seeds = {"class_path": "dat_lightning.ImageFolder", "init_args": {"root": "${folder}/seeds"}}
+    arguments = {"train": examples, "test": examples, "ood": seeds, "held_out": seeds, "image_size": 24}
+    written(folder / "explore.yaml", data={"class_path": "dat_lightning.ImageDataModule", "init_args": arguments})
+    opened = open_checkpoint(folder)
+    assert (opened.name, opened.notes) == ("tiles", ())
+    assert opened.explorer.image_shape == (3, 24, 24)
+    assert opened.explorer.class_names == ("class0", "class1", "class2")
+    assert opened.explorer.starting_images(0, 2).shape == (2, 3, 24, 24)
 
 
 def test_a_configuration_says_which_network_bare_weights_belong_to(bare_checkpoint: Path) -> None:

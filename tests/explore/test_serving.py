@@ -10,6 +10,7 @@ import pytest
 from dat_lightning.cli import explore_parser, main
 from dat_lightning.explore import serving
 from dat_lightning.explore.serving import address, explore, free_port, is_loopback, served
+from dat_lightning.weights import shipped_models
 from tests.test_cli import STAGE2, TINY, refusal
 
 
@@ -35,7 +36,27 @@ def test_the_command_serves_on_this_machine_alone_and_tells_nobody(
     port = options["server_port"]
     assert port > 0
     assert f"{checkpoint} is open at http://127.0.0.1:{port} (Ctrl-C stops)" in capsys.readouterr().out
-    assert served().name == str(checkpoint)
+    assert [opened.name for opened in served()] == [str(checkpoint)]
+
+
+def test_without_arguments_the_models_that_ship_are_served(
+    started: list[tuple[str, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # Nothing here can stand in a model's way.
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    main(["explore", "--port", "0"])
+    assert len(started) == 1
+    assert tuple(opened.name for opened in served()) == shipped_models()
+    for opened in served():
+        assert opened.examples is not None
+        assert opened.explorer.seeds is not None
+        assert opened.notes == ()
+    said = capsys.readouterr().out
+    assert f"{', '.join(shipped_models())} {'is' if len(shipped_models()) == 1 else 'are'} open at http://127" in said
 
 
 def test_another_address_is_warned_of(checkpoint: Path, started: list[tuple[str, dict[str, Any]]]) -> None:
@@ -48,7 +69,7 @@ def test_configurations_may_be_given_several_times(
     bare_checkpoint: Path, started: list[tuple[str, dict[str, Any]]]
 ) -> None:
     main(["explore", "--ckpt_path", str(bare_checkpoint), "--config", STAGE2, "--config", TINY, "--port", "0"])
-    assert served().examples is not None
+    assert served()[0].examples is not None
 
 
 def test_without_the_extra_a_sentence_names_it(
@@ -71,7 +92,8 @@ def test_mistakes_cost_one_sentence(checkpoint: Path, tmp_path: Path, capsys: py
     (tmp_path / "text.ckpt").write_text("no weights")
     path = ["--ckpt_path", str(checkpoint)]
     for args, said in (
-        ([], "ckpt_path"),
+        (["--config", "run.yaml", "--port", "0"], "config and image_size say what a checkpoint is about: name one"),
+        (["--image_size", "8", "--port", "0"], "name one with --ckpt_path"),
         (["--ckpt_path", "nowhere.ckpt", "--port", "0"], "no checkpoint at nowhere.ckpt"),
         (["--ckpt_path", str(tmp_path / "text.ckpt"), "--port", "0"], "not a readable checkpoint"),
         ([*path, "--port", "70000"], "port must lie in 0 … 65535, got 70000"),

@@ -1,5 +1,6 @@
 """``dat-lightning export``: a checkpoint's averaged weights become a model that stands alone."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,14 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
+from safetensors.torch import load_file
 from torch import nn
 
 from dat_lightning import DigitsDataModule, EnergyModel, ExponentialMovingAverage
 from dat_lightning.cli import main
+from dat_lightning.core.errors import InputError
+from dat_lightning.results.digests import network_digest
+from dat_lightning.results.evaluation_file import read_evaluation
 from dat_lightning.weights.export import export_model
 from tests import tiny
 from tests.test_cli import STAGE2, TINY, refusal
@@ -51,6 +56,48 @@ def test_the_exported_model_is_the_averaged_one(checkpoint: Path, capsys: pytest
     x = torch.rand(5, 1, 16, 16)
     assert torch.equal(model(x), averaged(x))
     assert not torch.equal(model(x), raw(x))
+
+
+def test_half_precision_is_stored_where_it_was_asked_for(checkpoint: Path) -> None:
+    main(["export", *CONFIG, "--ckpt_path", str(checkpoint), "--output", "full"])
+    main(["export", *CONFIG, "--ckpt_path", str(checkpoint), "--output", "half", "--half", "true"])
+    full, half = (load_file(f"{name}/model.safetensors") for name in ("full", "half"))
+    for name, value in full.items():
+        is_matrix = name.endswith("weight") and value.ndim > 1
+        assert half[name].dtype == (torch.float16 if is_matrix else value.dtype), name
+        # Eleven binary digits.
+        torch.testing.assert_close(half[name].to(value.dtype), value, rtol=2.0**-11, atol=1e-7 if is_matrix else 0)
+    model = EnergyModel.from_pretrained("half")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    x = torch.rand(5, 1, 16, 16)
+    torch.testing.assert_close(model(x), EnergyModel.from_pretrained("full")(x), atol=0.01, rtol=0.01)
+
+
+def test_weights_beyond_half_precision_are_refused(tmp_path: Path) -> None:
+    model = tiny.energy_model()
+    with torch.no_grad():
+        model.backbone.get_submodule("fc").weight[1, 2] = -7e4  # type: ignore[operator]
+    with pytest.raises(InputError, match=r"backbone\.fc\.weight has weights of 70000, too large for half precision"):
+        model.save_pretrained(tmp_path / "half", half=True)
+    assert not (tmp_path / "half").exists()
+
+
+def test_an_exported_folder_can_be_tested_but_not_trained_on(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    export_model(tiny.energy_model(), checkpoint, "exported")
+    main(["test", *CONFIG, "--ckpt_path", "exported", "--trainer.default_root_dir", "run"])
+    provenance = read_evaluation(tmp_path / "run" / "evaluation.json").provenance
+    assert provenance["checkpoint"] == {"path": "exported", "sha256": None}
+    assert provenance["weights_sha256"] == network_digest(EnergyModel.from_pretrained("exported"))
+    said = refusal(capsys, "fit", *CONFIG, "--ckpt_path", "exported")
+    assert said.startswith("--ckpt_path exported has weights alone, and training goes on from an optimiser's state; ")
+    assert said.endswith("use --model.init_from")
+    # Among checkpoints, a folder is one of checkpoints.
+    shutil.copy(checkpoint, "exported")
+    assert "none of the 1 checkpoints in exported is a whole one" in refusal(
+        capsys, "fit", *CONFIG, "--ckpt_path", "exported"
+    )
 
 
 def test_exporting_needs_no_data_no_devices_and_no_callbacks(
