@@ -1,13 +1,14 @@
 """The DataModule of the CIFAR and ImageNet recipes: any labelled images, any seeds, the method's augmentations."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+from torchvision.transforms import v2
 
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
-from dat_lightning.data import transforms
+from dat_lightning.data import transforms as augmentations
 from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.images import ImageView
@@ -75,6 +76,8 @@ class ImageDataModule(PairedDataModule):
         augmentation: The recipe, see above.
         ood_augmentation: ``crop`` or ``resized_crop``, where it differs from the recipe's: crops of photographs as
             seeds of 32×32 pixels need the latter.
+        transforms: Transforms of torchvision's v2 for streams whose recipe is not to be followed, by ``gen``, ``clf``
+            or ``ood``, from uint8 tensors (C, H, W) of the data set's own size to such of ``image_size``.
         image_size: Height and width that the network sees.
         eval_resize: Short side to which evaluation resizes before its centre crop; by default ``image_size``.
         shared: The arguments of :class:`PairedDataModule`.
@@ -100,6 +103,7 @@ class ImageDataModule(PairedDataModule):
         generated_fraction: float = 0.0,
         augmentation: Literal["cifar", "imagenet"] = "cifar",
         ood_augmentation: Literal["crop", "resized_crop"] | None = None,
+        transforms: dict[Stream, v2.Transform] | None = None,
         image_size: int = 32,
         eval_resize: int | None = None,
         **shared: Any,
@@ -130,6 +134,13 @@ class ImageDataModule(PairedDataModule):
         self.generated_fraction = generated_fraction
         self.validation_size = validation_size
         self.augmentation = augmentation
+        self.transforms = dict(transforms or {})
+        for name, transform in self.transforms.items():
+            if name not in get_args(Stream) or not isinstance(transform, v2.Transform):
+                raise InputError(
+                    f"transforms must be transforms of torchvision.transforms.v2 by 'gen', 'clf' or 'ood', got"
+                    f" {transform!r} by {name!r}"
+                )
         self.ood_augmentation = ood_augmentation or ("crop" if augmentation == "cifar" else "resized_crop")
         self.image_size = image_size
         self.eval_resize = eval_resize
@@ -156,22 +167,24 @@ class ImageDataModule(PairedDataModule):
         return self.seeds if split == "train" else self.held_out_images
 
     def transform(self, stream: Stream) -> Transform:
-        """Returns the recipe's augmentation of a stream."""
+        """Returns the augmentation of a stream: the one that is given, or the recipe's."""
+        if stream in self.transforms:
+            return augmentations.eight_bit(self.transforms[stream])
         if stream == "ood":
             resized = self.ood_augmentation == "resized_crop"
-            return transforms.imagenet_strong(self.image_size) if resized else transforms.cifar_weak(self.image_size)
+            return augmentations.imagenet_strong(self.image_size) if resized else augmentations.cifar_weak(self.image_size)
         if self.augmentation == "cifar":
             strong = stream == "clf"
-            return transforms.cifar_strong(self.image_size) if strong else transforms.cifar_weak(self.image_size)
-        return (transforms.imagenet_strong if stream == "clf" else transforms.imagenet_weak)(self.image_size)
+            return augmentations.cifar_strong(self.image_size) if strong else augmentations.cifar_weak(self.image_size)
+        return (augmentations.imagenet_strong if stream == "clf" else augmentations.imagenet_weak)(self.image_size)
 
     def evaluation_transform(self) -> Transform:
         """Returns a resize to ``eval_resize`` and a centre crop."""
-        return transforms.evaluation_resize(self.image_size, self.eval_resize)
+        return augmentations.evaluation_resize(self.image_size, self.eval_resize)
 
     def reference_data(self) -> EvaluationBatches:
         """Returns all training images, validation images among them, as ``x_gen`` without flips."""
-        return EvaluationBatches(self.train_images, transforms.evaluation_resize(self.image_size))
+        return EvaluationBatches(self.train_images, augmentations.evaluation_resize(self.image_size))
 
     def _stream(self, name: Stream) -> DrawSource:
         real = super()._stream(name)

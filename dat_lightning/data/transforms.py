@@ -164,6 +164,11 @@ def evaluation_resize(
     return _composed(*_resize_and_crop(image_size, resize, interpolation), v2.PILToTensor())
 
 
+def eight_bit(transform: v2.Transform) -> Transform:
+    """Returns a transform of eight-bit image tensors (C, H, W) as one of any images to tensors in [0, 1]."""
+    return _composed(v2.PILToTensor(), transform)
+
+
 def _resize_and_crop(image_size: int, resize_size: int, interpolation: Interpolation) -> list[v2.Transform]:
     size, mode = _checked_size(image_size), _mode(interpolation)
     return [v2.Resize(resize_size, interpolation=mode, antialias=True), v2.CenterCrop(size)]

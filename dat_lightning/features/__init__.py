@@ -1,6 +1,6 @@
 """Feature extractors, a reader of digits, and statistics of features: moments, Fréchet distance, KID, IS, precision."""
 
-from dat_lightning.features.classifier_features import ClassifierFeatures
+from dat_lightning.features.classifier_features import ClassifierFeatures, ClassifierJudge
 from dat_lightning.features.digits_judge import DigitsJudge
 from dat_lightning.features.extractors import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.features.fidelity import FidelitySettings, Metric, Reference, fidelity_scores
@@ -10,6 +10,7 @@ from dat_lightning.features.neighbours import nearest_neighbours
 
 __all__ = [
     "ClassifierFeatures",
+    "ClassifierJudge",
     "DigitsFeatures",
     "DigitsJudge",
     "DigitsLayers",

@@ -69,6 +69,17 @@ def test_blocks_after_the_first_halve_the_resolution() -> None:
     assert shapes == [(4, 16, 16), (4, 16, 16), (8, 8, 8), (8, 4, 4)]
 
 
+def test_the_stem_averages_over_squares() -> None:
+    network, x = SmallResNet(widths=(3,), stem_pool=2), torch.rand(2, 1, 6, 6)
+    h = network.stem(x)
+    squares = torch.stack([h[..., i::2, j::2] for i in (0, 1) for j in (0, 1)]).mean(0)
+    torch.testing.assert_close(network.stem_pool(h), squares)
+    seen: list[Tensor] = []
+    network.blocks.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network(x)
+    torch.testing.assert_close(seen[0], squares)
+
+
 def test_the_head_averages_over_all_places() -> None:
     network = randomized(SmallResNet(widths=(4,)))
     assert isinstance(network, SmallResNet)
@@ -92,6 +103,7 @@ def test_all_nonlinearities_are_the_one_asked_for(activation: Activation, layer:
         ({"in_channels": 0}, "in_channels=0"),
         ({"widths": (8, 0)}, r"widths=\[8, 0\]"),
         ({"widths": ()}, r"widths=\[\]"),
+        ({"stem_pool": 0}, "stem_pool=0"),
         ({"activation": "tanh"}, "activation .* 'tanh'"),
     ],
 )

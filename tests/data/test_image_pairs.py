@@ -175,6 +175,16 @@ def test_a_batch_has_all_parts_at_the_size_of_the_network(augmentation: Any) -> 
     assert [value % 5 for value in level(batch["x_gen"])] == batch["y_gen"].tolist()
 
 
+def test_a_stream_has_the_transform_that_is_given_and_the_others_have_the_recipes() -> None:
+    """Here of eight-bit images: the negative of a corner."""
+    data = pairs(transforms={"gen": v2.Lambda(lambda image: 255 - image[:, :16, :16])}, image_size=16)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert batch["x_gen"].shape == batch["x_clf"].shape == batch["x_ood"].shape == (10, 3, 16, 16)
+    assert [(255 - found) % 5 for found in level(batch["x_gen"])] == batch["y_gen"].tolist()
+    assert repr(data.transform("clf")) == repr(pairs(image_size=16).transform("clf"))
+
+
 def test_streams_have_the_recipes_augmentations() -> None:
     cifar, imagenet = pairs(), pairs(augmentation="imagenet")
     assert "AutoAugment" in repr(cifar.transform("clf"))
@@ -269,6 +279,8 @@ def test_training_images_as_seeds_are_refused() -> None:
         ({"max_ood_samples": 0}, r"max_ood_samples must be at least 1, got 0"),
         ({"max_ood_samples": 71}, r"max_ood_samples is 71, but there are only 70 OOD images"),
         ({"augmentation": "mnist"}, r"augmentation must be .*'mnist'"),
+        ({"transforms": {"x_gen": v2.Identity()}}, r"transforms must be .*Identity\(\) by 'x_gen'"),
+        ({"transforms": {"gen": "flip"}}, r"transforms must be .*'flip' by 'gen'"),
         ({"ood_augmentation": "flip"}, r"ood_augmentation must be .*'flip'"),
         ({"image_size": 0}, r"image_size must be positive"),
         ({"image_size": 32, "eval_resize": 16}, r"eval_resize at least that, got 32, 16"),

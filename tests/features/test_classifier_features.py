@@ -9,7 +9,7 @@ from jsonargparse import ArgumentParser
 from torch import Tensor, nn
 
 from dat_lightning import EnergyModel, FrechetDistance
-from dat_lightning.features import ClassifierFeatures
+from dat_lightning.features import ClassifierFeatures, ClassifierJudge
 from dat_lightning.features.gaussian_stats import FeatureMoments, frechet_distance
 from dat_lightning.features.layers import LayerReader, extract_features
 from dat_lightning.results.digests import network_digest
@@ -121,6 +121,16 @@ def test_weights_come_from_the_file_when_they_are_needed(kind: str, tmp_path: Pa
     torch.testing.assert_close(features.double(), by_hand(state, pixels()), rtol=1e-5, atol=1e-6)
     path.unlink()  # it was read once
     assert torch.equal(extractor(pixels()), features)
+
+
+def test_a_judge_reads_images_with_the_weights_of_its_file(tmp_path: Path) -> None:
+    path, trained, images = tmp_path / "weights.pt", colours(seed=1), torch.rand(5, 3, 8, 8)
+    judge = ClassifierJudge(colours(), init_from=str(path)).train()
+    torch.save(trained.state_dict(), path)
+    assert torch.equal(judge(images), trained.eval()(images))
+    assert not judge(images).requires_grad
+    path.unlink()
+    assert judge.state_dict().keys() == {f"energy_model.{name}" for name in trained.state_dict()}
 
 
 def test_the_fingerprint_sees_the_loaded_weights(tmp_path: Path) -> None:
