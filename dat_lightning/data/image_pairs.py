@@ -172,7 +172,9 @@ class ImageDataModule(PairedDataModule):
             return augmentations.eight_bit(self.transforms[stream])
         if stream == "ood":
             resized = self.ood_augmentation == "resized_crop"
-            return augmentations.imagenet_strong(self.image_size) if resized else augmentations.cifar_weak(self.image_size)
+            return (
+                augmentations.imagenet_strong(self.image_size) if resized else augmentations.cifar_weak(self.image_size)
+            )
         if self.augmentation == "cifar":
             strong = stream == "clf"
             return augmentations.cifar_strong(self.image_size) if strong else augmentations.cifar_weak(self.image_size)
