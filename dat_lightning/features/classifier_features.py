@@ -21,8 +21,8 @@ class TrainedClassifier(nn.Module):
 
     Args:
         energy_model: The network, with its input normalisation.
-        init_from: Checkpoint, state dict or name of a model that ships, averaged weights preferred; ``None`` for those it
-            has.
+        init_from: Checkpoint, state dict or name of a model that ships, averaged weights preferred; ``None`` for those
+            it has.
 
     Raises:
         InputError: If the network is no :class:`~dat_lightning.weights.EnergyModel`; on first use, if the file does not
