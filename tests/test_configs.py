@@ -263,6 +263,11 @@ def test_an_evaluation_measures_what_the_method_says(
     assert (sampler.num_samples, sampler.num_steps, sampler.chain.step_size) == (50_000, (steps,), step_size)
     assert set(metrics.metrics) == {"fid", "kid", "isc", "prc"}
     assert (metrics.settings.isc_splits, metrics.settings.prc_neighborhood) == (10, 3)
+    # The published code's seeds, bytes and images of the Inception score.
+    assert (sampler.rounding, metrics.settings.isc_size) == ("truncate", 299)
+    assert cli.datamodule.seed_settings == {"seed_transform": "squash"}
+    size = cli.datamodule.image_size
+    assert cli.datamodule.held_out_seeds()(0)[0].shape == (3, size, size)
     assert parts["Calibration"].num_bins == 15
     assert len(parts["Counterfactuals"].eps) >= 3
     assert parts["EvaluationReport"].path is None

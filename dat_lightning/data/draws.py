@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
+from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
@@ -106,6 +107,15 @@ class DrawStream:
             f"the images of the {self.name!r} stream cannot be read: {_MAX_REPLACEMENTS} in a row failed, the last one"
             f" because {self.images.last}"
         )
+
+
+class OrderedStream(DrawStream):
+    """An endless view of a data set in its own order: draw n is entry n mod N; see :class:`DrawStream` for the rest."""
+
+    @override
+    def index(self, draw: int) -> int:
+        """Returns which entry of the data set draw ``draw`` is."""
+        return draw % len(self.dataset)
 
 
 class PairedDraws(Dataset[dict[str, Any]]):

@@ -11,7 +11,7 @@ from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms as augmentations
 from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
 from dat_lightning.data.entries import SizedDataset
-from dat_lightning.data.images import ImageView
+from dat_lightning.data.images import ImageSubset, ImageView
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.paired import OODSplit, PairedDataModule, Split, Stream
 
@@ -46,6 +46,10 @@ class RandomSlice(ImageView):
     def place(self, index: int) -> int:
         """Returns where in the whole data set an entry is."""
         return self._order[self.start + super().place(index)]
+
+    def in_order(self) -> ImageSubset:
+        """Returns the same entries in the order of the whole data set; keeps a number for each."""
+        return ImageSubset(self.dataset, np.sort([self.place(index) for index in range(len(self))]))
 
 
 class ImageDataModule(PairedDataModule):
@@ -165,6 +169,11 @@ class ImageDataModule(PairedDataModule):
     def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
         """Returns the seeds of training or of generation."""
         return self.seeds if split == "train" else self.held_out_images
+
+    def stored_seeds(self) -> SizedDataset:
+        """Returns the held-out images in the order of their source."""
+        images = self._require_ood("held_out")
+        return images.in_order() if isinstance(images, RandomSlice) else images
 
     def transform(self, stream: Stream) -> Transform:
         """Returns the augmentation of a stream: the one that is given, or the recipe's."""

@@ -15,6 +15,7 @@ from dat_lightning.data.draws import (
     DrawSource,
     DrawStream,
     EvaluationBatches,
+    OrderedStream,
     PairedDraws,
     ResumableLoader,
     ShardedBatches,
@@ -22,10 +23,12 @@ from dat_lightning.data.draws import (
 )
 from dat_lightning.data.entries import SizedDataset, check_share
 from dat_lightning.data.fingerprint import shared_images
+from dat_lightning.data.transforms import squash
 
 Stream = Literal["gen", "clf", "ood"]
 Split = Literal["train", "val", "test"]
 OODSplit = Literal["train", "held_out"]
+SeedTransform = Literal["augment", "squash"]
 
 
 class PairedDataModule(LightningDataModule):
@@ -45,10 +48,15 @@ class PairedDataModule(LightningDataModule):
         seed: Seed of data order and augmentation.
         max_skipped_share: Share of a stream's images that may be corrupt; those are skipped and logged with their
             paths. More of them stop the run.
+        seed_transform: How held-out images become seeds of samples: ``augment``, in a random order and by
+            :meth:`seed_transform`, which crops and flips as in training unless it is overridden; or ``squash``, in the
+            order in which they are stored, both sides resized to those of evaluation's images by PIL, without crop or
+            flip, as the paper's published code does.
 
     Raises:
-        InputError: If a size is not positive or a stream is unknown; on set-up, if the OOD images are training images,
-            or there are none although ``ood`` is among the streams; during a run, if too many images are corrupt.
+        InputError: If a size is not positive, or a stream or ``seed_transform`` is unknown; on set-up, if the OOD
+            images are training images, or there are none although ``ood`` is among the streams; during a run, if too
+            many images are corrupt.
     """
 
     def __init__(
@@ -59,6 +67,7 @@ class PairedDataModule(LightningDataModule):
         streams: Sequence[Stream] = ("gen", "clf", "ood"),
         seed: int = 0,
         max_skipped_share: float = 0.01,
+        seed_transform: SeedTransform = "augment",
     ) -> None:
         super().__init__()
         require_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
@@ -73,6 +82,10 @@ class PairedDataModule(LightningDataModule):
         self.seed = seed
         check_share(max_skipped_share)
         self.max_skipped_share = max_skipped_share
+        if seed_transform not in get_args(SeedTransform):
+            raise InputError(f"seed_transform must be one of {get_args(SeedTransform)}, got {seed_transform!r}")
+        # Of that name is the method.
+        self._squash_seeds = seed_transform == "squash"
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
         self._start_draw = 0
         self._start_batch = 0
@@ -97,8 +110,12 @@ class PairedDataModule(LightningDataModule):
         """Returns the deterministic transform of evaluation and of reference statistics."""
 
     def seed_transform(self) -> Transform:
-        """Returns the transform of held-out OOD seeds; by default that of OOD images in training."""
+        """Returns the transform of held-out OOD seeds under ``augment``; by default that of OOD images in training."""
         return self.transform("ood")
+
+    def stored_seeds(self) -> SizedDataset:
+        """Returns the held-out OOD images as they are taken under ``squash``: in the order in which they are stored."""
+        return self._require_ood("held_out")
 
     # What everybody else uses.
 
@@ -123,12 +140,23 @@ class PairedDataModule(LightningDataModule):
         # A checkpoint's loop counters are restored later than the DataModule, hence the max.
         return self._start_draw + max(0, self._batches_processed() - self._start_batch) * self.batch_size
 
+    @property
+    def seed_settings(self) -> dict[str, str]:
+        """How held-out images become seeds, as figures of samples have it among their settings."""
+        return {"seed_transform": "squash" if self._squash_seeds else "augment"}
+
     def held_out_seeds(self) -> DrawStream:
         """Returns the endless stream of OOD seeds for generation: seed i is a pure function of i.
 
         Raises:
             InputError: If the data have no OOD images.
         """
+        if self._squash_seeds:
+            seeds, few = self.stored_seeds(), self.in_distribution("test")
+            # Evaluation's images say what the network takes; one of the first can be read.
+            height, width = EvaluationBatches(few, self.evaluation_transform())[range(min(8, len(few)))]["x"].shape[-2:]
+            transform = squash((height, width))
+            return OrderedStream(seeds, transform, self.seed, "held-out seeds", self.max_skipped_share)
         return self._draws(self._require_ood("held_out"), self.seed_transform(), "held-out seeds")
 
     def reference_data(self) -> EvaluationBatches:

@@ -6,6 +6,7 @@ differ by two levels of 255 at most, in about one pixel of a hundred. Evaluation
 published results do.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -14,6 +15,7 @@ from torchvision.transforms import v2
 
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.draws import Transform
+from dat_lightning.data.pixels import resized_by_pil
 
 Interpolation = Literal["bilinear", "bicubic"]
 
@@ -111,6 +113,33 @@ class ToUnitRange(v2.Transform):  # type: ignore[misc]
         return inpt.float().div_(255)
 
 
+class Squash(v2.Transform):  # type: ignore[misc]
+    """Brings an image tensor (C, H, W) to one height and width, without a crop: what is not of this shape is squashed.
+
+    Eight-bit images are resized by PIL, float images by torch; bilinear, and smoothed where they become smaller.
+
+    Args:
+        size: Height and width.
+
+    Raises:
+        InputError: If one of them is not positive.
+    """
+
+    _transformed_types = (Tensor,)
+
+    def __init__(self, size: Sequence[int]) -> None:
+        super().__init__()
+        height, width = size
+        require_at_least(1, height=height, width=width)
+        self.size = (height, width)
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        """Returns the image in its new size."""
+        if inpt.dtype == torch.uint8:
+            return resized_by_pil(inpt, self.size)
+        return v2.functional.resize(inpt, list(self.size), v2.InterpolationMode.BILINEAR, antialias=True)
+
+
 def cifar_weak(image_size: int = 32) -> Transform:
     """Returns a shift by up to four pixels over a black border, and a flip."""
     return _composed(v2.PILToTensor(), *_shift_and_flip(image_size))
@@ -167,6 +196,11 @@ def evaluation_resize(
 def eight_bit(transform: v2.Transform) -> Transform:
     """Returns a transform of eight-bit image tensors (C, H, W) as one of any images to tensors in [0, 1]."""
     return _composed(v2.PILToTensor(), transform)
+
+
+def squash(size: Sequence[int]) -> Transform:
+    """Returns a resize of both sides to ``size``, height and width: no crop, no flip, nothing random."""
+    return _composed(v2.PILToTensor(), Squash(size))
 
 
 def _resize_and_crop(image_size: int, resize_size: int, interpolation: Interpolation) -> list[v2.Transform]:

@@ -23,7 +23,8 @@ from dat_lightning.data.entries import SizedDataset
 from dat_lightning.evaluation.ood_images import OODEvaluator, Transform
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
-from dat_lightning.sampling.pgd_sampler import PGDSampler, SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.sampling.pgd_sampler import PGDSampler, SampleConsumer
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 
 _LEVELS = (0.0, 0.01, 0.05, 0.25, 0.5, 0.75, 0.95, 0.99, 1.0)
 

@@ -11,7 +11,8 @@ from dat_lightning.data.batches import logits_of
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
-from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 from dat_lightning.sampling.sample_metrics import SampleMetrics
 from dat_lightning.sampling.sweep import over_sweep
 

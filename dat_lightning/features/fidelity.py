@@ -36,6 +36,8 @@ class FidelitySettings:
 
     Attributes:
         isc_splits: Parts of the shuffled samples, over whose scores the Inception score is the mean.
+        isc_size: Side to which PIL resizes images, bilinear and in eight bits, before the network reads the score's
+            logits, as the paper's published code does with 299; ``None`` leaves that to the extractor.
         kid_subsets: Random pairs of subsets, over whose distances KID is the mean.
         kid_subset_size: Images in each of them.
         prc_neighborhood: Number of the neighbour whose distance is the radius of an image's ball.
@@ -46,6 +48,7 @@ class FidelitySettings:
     """
 
     isc_splits: int = 10
+    isc_size: int | None = None
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     prc_neighborhood: int = 3
@@ -57,6 +60,8 @@ class FidelitySettings:
             1, isc_splits=self.isc_splits, kid_subsets=self.kid_subsets, prc_neighborhood=self.prc_neighborhood
         )
         require_at_least(2, kid_subset_size=self.kid_subset_size)
+        if self.isc_size is not None:
+            require_at_least(1, isc_size=self.isc_size)
 
 
 _DEFINITIONS: Mapping[str, tuple[str, Literal["higher", "lower"]]] = {

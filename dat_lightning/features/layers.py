@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.pixels import to_uint8_rgb
+from dat_lightning.data.pixels import Rounding, resized_by_pil, to_uint8_rgb
 from dat_lightning.features.extractors import DigitsFeatures, torch_fidelity_extractor
 from dat_lightning.results.digests import network_identity
 
@@ -67,6 +67,8 @@ class LayerReader:
         classifier: Maps images (N, C, H, W) in [0, 1] to logits (N, K); ``None`` for a layer of the extractor.
         features: Name of the layer with the features, its position in a tuple; by default the first.
         logits: Name of the layer with the logits; by default ``logits_unbiased`` or ``logits``.
+        logit_size: Height and width to which PIL resizes images, bilinear, before logits are read, in a pass of their
+            own; ``None`` leaves images as they are.
     """
 
     def __init__(
@@ -75,11 +77,13 @@ class LayerReader:
         classifier: nn.Module | None = None,
         features: str | None = None,
         logits: str | None = None,
+        logit_size: int | None = None,
     ) -> None:
         self.extractor = extractor
         self.classifier = classifier
         self.feature_layer = features
         self.logit_layer = logits
+        self.logit_size = logit_size
 
     def read(self, pixels: Tensor, with_logits: bool = False) -> dict[str, Tensor]:
         """Returns ``features`` (N, D), and ``logits`` (N, K) if asked for, in float32.
@@ -92,21 +96,29 @@ class LayerReader:
             InputError: If a layer is missing.
         """
         with torch.no_grad():
-            layers = named_layers(self.extractor, self.extractor(pixels.expand(-1, 3, -1, -1)))
+            layers = self._layers(pixels)
             found = {"features": self._layer(layers, self.feature_layer or next(iter(layers)), "features")}
-            if with_logits and self.classifier is not None:
-                found["logits"] = self.classifier(pixels.float() / 255)
-            elif with_logits:
-                found["logits"] = self._layer(layers, self.logit_layer, "logits")
+            if with_logits:
+                size = self.logit_size
+                resized = pixels if size is None else resized_by_pil(pixels, (size, size))
+                if self.classifier is not None:
+                    found["logits"] = self.classifier(resized.float() / 255)
+                else:
+                    scored = layers if resized is pixels else self._layers(resized)
+                    found["logits"] = self._layer(scored, self.logit_layer, "logits")
         return {name: value.detach().flatten(1).float() for name, value in found.items()}
 
-    def settings(self) -> tuple[dict[str, str | None], dict[str, str | None]]:
+    def settings(self) -> tuple[dict[str, str | None], dict[str, str | int | None]]:
         """Returns what features and what logits depend on."""
         extractor = network_identity(self.extractor)
         of_features = {"extractor": extractor, "feature_layer": self.feature_layer}
+        resized = {"isc_size": self.logit_size}
         if self.classifier is not None:
-            return of_features, {"classifier": network_identity(self.classifier)}
-        return of_features, {"extractor": extractor, "logit_layer": self.logit_layer}
+            return of_features, {"classifier": network_identity(self.classifier), **resized}
+        return of_features, {"extractor": extractor, "logit_layer": self.logit_layer, **resized}
+
+    def _layers(self, pixels: Tensor) -> dict[str, Tensor]:
+        return named_layers(self.extractor, self.extractor(pixels.expand(-1, 3, -1, -1)))
 
     def _layer(self, layers: Mapping[str, Tensor], name: str | None, part: str) -> Tensor:
         if name is None:
@@ -123,9 +135,9 @@ class LayerReader:
         return layers[name]
 
 
-def extract_features(extractor: nn.Module, images: Tensor) -> Tensor:
-    """Returns an extractor's features (N, D) of images (N, C, H, W) in [0, 1], rounded to eight bits first."""
-    return LayerReader(extractor).read(to_uint8_rgb(images))["features"]
+def extract_features(extractor: nn.Module, images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Returns an extractor's features (N, D) of images (N, C, H, W) in [0, 1], which become eight bits first."""
+    return LayerReader(extractor).read(to_uint8_rgb(images, rounding))["features"]
 
 
 def named_layers(extractor: nn.Module, output: object) -> dict[str, Tensor]:

@@ -81,7 +81,7 @@ def measure_sample_set(
     for network in (extractor, classifier):
         if network is not None:
             network.to(where).eval()
-    reader = LayerReader(extractor, classifier, feature_layer, logit_layer)
+    reader = LayerReader(extractor, classifier, feature_layer, logit_layer, settings.isc_size)
 
     def read(chosen: ImageSet, is_reference: bool) -> Features:
         collector = FeatureCollector(metrics, where, is_reference)

@@ -21,8 +21,9 @@ from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent
-from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
 from dat_lightning.sampling.reference import reference_data, training_features, training_settings
 from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
@@ -141,13 +142,13 @@ class Memorisation(SampleConsumer):
         """Finds the neighbours of this batch's samples, and keeps the images of the nearest."""
         labels, indices = batch.labels.cpu(), batch.indices.cpu()
         for steps, images in batch.images.items():
-            features = extract_features(self.extractor, images)
+            features = extract_features(self.extractor, images, self.plan.rounding)
             distances, places = nearest_neighbours(
                 features, self._training["features"], self.num_neighbours, self.metric
             )
             values = {"distances": distances, "neighbours": self._training["index"][places], "y": labels}
             self._found[steps].append({"index": indices, **values})
-            shown = {**values, "image": to_uint8_rgb(images)}
+            shown = {**values, "image": to_uint8_rgb(images, self.plan.rounding)}
             self._closest[steps].add(distances[:, 0].tolist(), indices.tolist(), shown)
 
     @override
@@ -230,6 +231,7 @@ class Memorisation(SampleConsumer):
             **self._settings,
             "num_sampling_steps": after,
             **{f"sampling_{k}": v for k, v in self.plan.settings.items()},
+            "rounding": self.plan.rounding,
         }
         value, size = float((nearest < threshold).double().mean()), len(nearest)
         share = "share of samples nearer to a training image than a quantile of real test images"

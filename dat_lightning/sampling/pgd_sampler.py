@@ -3,9 +3,8 @@
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,70 +18,18 @@ from dat_lightning.core.errors import InputError, require_at_least, require_kind
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.data.pixels import Rounding
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
-from dat_lightning.results.measurement import canonical, primitives
+from dat_lightning.results.measurement import canonical
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.monitors import check_monitors
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
 from dat_lightning.sampling.seed_batches import SeedBatches
 from dat_lightning.speed.network_forms import CompiledNetwork, NetworkForms
 
-Stage = Literal["val", "test", "predict"]
-
 # Loader processes for seeds, of which a chain takes seconds to use up a batch; those of training stay beside them.
 _MAX_WORKERS = 4
-
-
-@dataclass(frozen=True)
-class SamplingPlan:
-    """What a sampler is about to generate.
-
-    Attributes:
-        stage: The evaluation that asked for it; the prefix of logged scalars.
-        num_samples: Samples over all ranks.
-        num_classes: Number of classes K; sample i belongs to class i mod K.
-        num_steps: Step counts of the snapshots, ascending.
-        step_size: Length of a step.
-        rule: How steps are made.
-        network_evaluations: Step count → evaluations of the network for one sample.
-    """
-
-    stage: Stage
-    num_samples: int
-    num_classes: int
-    num_steps: tuple[int, ...]
-    step_size: float
-    rule: UpdateRule
-    network_evaluations: Mapping[int, int]
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What decides about samples besides the number of steps, as primitives."""
-        return primitives({"step_size": self.step_size, "rule": self.rule})
-
-    def check_snapshot(self, consumer: str, num_steps: int | None) -> None:
-        """Raises an InputError if a consumer wants a snapshot that is not taken; ``None`` wants none in particular."""
-        if num_steps is not None and num_steps not in self.num_steps:
-            raise InputError(
-                f"{consumer}.num_steps={num_steps} is not among the sampler's snapshots {list(self.num_steps)}"
-            )
-
-
-@dataclass(frozen=True)
-class SampleBatch:
-    """Finished samples of one batch.
-
-    Attributes:
-        indices: Global indices, (N,).
-        labels: Intended classes, (N,).
-        seeds: The OOD images that the chain began with, (N, C, H, W).
-        images: Step count → images, (N, C, H, W) in [0, 1].
-    """
-
-    indices: Tensor
-    labels: Tensor
-    seeds: Tensor
-    images: dict[int, Tensor]
 
 
 class SampleConsumer(Callback):
@@ -159,10 +106,13 @@ class PGDSampler(Callback):
             share the folder. Other weights, seeds or settings, number of samples and batch size among them, start anew;
             what was kept then stays until the test that was interrupted is whole.
         rule: How steps are made; a frozen dataclass of primitives.
+        rounding: How samples become eight-bit pixels, in files and for features alike: ``nearest``, the nearest of 256
+            levels, or ``truncate``, 255·x cut, as the paper's published code does. Reference images keep their levels.
 
     Raises:
-        InputError: If a number is outside its range, or the rule is no such dataclass; when training begins, if a
-            callback or a schedule monitors what samples give and there are none after some validations.
+        InputError: If a number is outside its range, the rule is no such dataclass, or ``rounding`` is unknown; when
+            training begins, if a callback or a schedule monitors what samples give and there are none after some
+            validations.
         InputError: On set-up, if the DataModule has no held-out seeds; when sampling starts, if a setting is no
             primitive; with a batch, if the network gives no finite logits (N, K), or a sample is NaN.
         OSError: With a batch, if it cannot be kept.
@@ -181,11 +131,14 @@ class PGDSampler(Callback):
         precision: Precision | None = None,
         dirpath: str | None = None,
         rule: UpdateRule = Steepest(),
+        rounding: Rounding = "nearest",
     ) -> None:
         require_at_least(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
         require_kind(UpdateRule, rule=rule)
         if not num_steps or min(num_steps) < 0:
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
+        if rounding not in get_args(Rounding):
+            raise InputError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
         self.chain = unbounded_ascent(step_size, max(num_steps))
@@ -195,6 +148,7 @@ class PGDSampler(Callback):
         self.stages = tuple(stages)
         self.precision = precision
         self.dirpath = dirpath
+        self.rounding = rounding
 
     def settings(self) -> dict[str, Any]:
         """Returns the primitives on which samples depend, beside the network, its precision and the seeds."""
@@ -258,7 +212,15 @@ class PGDSampler(Callback):
         num_classes = logits.shape[1]
         evaluations = {steps: self.ascent.network_evaluations(steps) for steps in self.num_steps}
         plan = SamplingPlan(
-            stage, self.num_samples, num_classes, self.num_steps, self.chain.step_size, self.rule, evaluations
+            stage,
+            self.num_samples,
+            num_classes,
+            self.num_steps,
+            self.chain.step_size,
+            self.rule,
+            evaluations,
+            self.rounding,
+            getattr(data, "seed_settings", {}),
         )
         if stage == "val":
             for steps, count in evaluations.items():

@@ -12,7 +12,8 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import require_at_least
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 
 
 class SampleGrid(SampleConsumer):

@@ -28,7 +28,8 @@ from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.gathering import all_ranks
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.progress import is_silent, warn_if_spawned
-from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 from dat_lightning.sampling.reference import ReferenceFeatures
 from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
@@ -48,7 +49,7 @@ class SampleMetrics(SampleConsumer):
     the number of samples. For the other metrics features of all ranks are put in the order class, then index, in which
     the files of :class:`~dat_lightning.SampleWriter` sort: figures equal those of one process, and those of
     torch-fidelity's own program on these files. They stay in memory, 400 MB for 50 000 samples of 2 048 features and
-    each step count. Images are rounded to eight bits first.
+    each step count. Images become eight bits first, samples by the sampler's ``rounding``.
 
     Precision and recall of the ADM evaluator (Dhariwal & Nichol 2021) are those here with Inception's layer 2048 and
     its reference ``.npz`` of 10 000 images; torch-fidelity's own default are features of VGG16. FD-DINOv2 is
@@ -108,7 +109,7 @@ class SampleMetrics(SampleConsumer):
         self.settings = settings
         self.extractor = extractor.requires_grad_(False).eval()
         self.classifier = None if classifier is None else copy.deepcopy(classifier).requires_grad_(False).eval()
-        self.reader = LayerReader(self.extractor, self.classifier, feature_layer, logit_layer)
+        self.reader = LayerReader(self.extractor, self.classifier, feature_layer, logit_layer, settings.isc_size)
         self.prefix = prefix
         files, cache = (None if path is None else Path(path) for path in (reference, cache_dir))
         self.reference_features = ReferenceFeatures(
@@ -155,7 +156,7 @@ class SampleMetrics(SampleConsumer):
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Reads the features of this batch."""
         for steps, images in batch.images.items():
-            pixels = to_uint8_rgb(images)[:, : images.shape[1]]
+            pixels = to_uint8_rgb(images, self.plan.rounding)[:, : images.shape[1]]
             layers = self.reader.read(pixels, with_logits="isc" in self.metrics)
             self._samples[steps].add({"index": batch.indices, "label": batch.labels, **layers})
 
@@ -190,7 +191,8 @@ class SampleMetrics(SampleConsumer):
         """The figures of one number of steps, which is a result of the sweep and stands in the details."""
         layers, plan = self.reader.settings(), self.plan
         cost = {"num_steps": steps, "network_evaluations": plan.network_evaluations[steps]}
-        found = measurements(scores, self.settings, layers, reference, plan.num_samples, plan.settings)
+        samples = {**plan.settings, "rounding": plan.rounding}
+        found = measurements(scores, self.settings, layers, reference, plan.num_samples, samples)
         return [replace(each, name=f"{self.prefix}{each.name}", details={**each.details, **cost}) for each in found]
 
 

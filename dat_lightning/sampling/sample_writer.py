@@ -17,14 +17,15 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
-from dat_lightning.sampling.pgd_sampler import SampleBatch, SampleConsumer, SamplingPlan, Stage
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
 
 # Batches whose files may still be written while the next ones are generated.
 _MAX_WAITING = 4
 
 
 class SampleWriter(SampleConsumer):
-    """Writes every generated sample.
+    """Writes every generated sample, as bytes by the sampler's ``rounding``.
 
     ``png`` writes ``{dirpath}/png/{class:04d}/{index:06d}.png``, which ImageFolder reads, and torch-fidelity's program
     with ``--samples-find-deep``.
@@ -87,7 +88,7 @@ class SampleWriter(SampleConsumer):
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Writes this batch's images."""
         steps = self.plan.num_steps[-1] if self.num_steps is None else self.num_steps
-        pixels = to_uint8_rgb(batch.images[steps]).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        pixels = to_uint8_rgb(batch.images[steps], self.plan.rounding).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         labels, indices = batch.labels.cpu().numpy(), batch.indices.cpu().numpy()
         if self._threads is None:
             self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "SampleWriter")

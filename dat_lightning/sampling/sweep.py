@@ -7,7 +7,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_info
 from lightning.pytorch import LightningModule
 
 from dat_lightning.results.measurement import Measurement
-from dat_lightning.sampling.pgd_sampler import Stage
+from dat_lightning.sampling.plan import Stage
 
 
 def over_sweep(made: Mapping[int, Sequence[Measurement]], chosen: Sequence[Measurement]) -> list[Measurement]:

@@ -15,6 +15,7 @@ from torchvision.transforms import v2
 from dat_lightning.core.errors import InputError
 from dat_lightning.data import (
     ImageDataModule,
+    ImageFolder,
     LabelledFolder,
     MixedStream,
     RandomSlice,
@@ -249,6 +250,56 @@ def test_held_out_images_of_their_own_leave_all_others_to_training() -> None:
     assert names(data.out_of_distribution("held_out")) == names(Flat(7, offset=220))
     assert sorted(names(data.out_of_distribution("train"))) == sorted(names(Flat(100, offset=100)))
     assert level(data.held_out_seeds()(0)[0][None])[0] >= 220
+
+
+def test_squashed_seeds_come_in_the_order_of_their_source_without_crop_or_flip(tmp_path: Path) -> None:
+    """Half of 24 files, of any shape; each as PIL resizes it, again and again."""
+    rng = np.random.default_rng(0)
+    for k in rng.permutation(24):
+        shape = (int(rng.integers(9, 40)), int(rng.integers(9, 40)), 3)
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(tmp_path / f"{k:02d}.png")
+    chosen = {"ood": ImageFolder(tmp_path), "num_held_out": 12}
+    data = pairs(**chosen, seed_transform="squash", seed=3)
+    held_out = sorted(names(pairs(**chosen).out_of_distribution("held_out")))
+    stream = data.held_out_seeds()
+    for k in range(30):
+        with Image.open(held_out[k % 12]) as image:
+            expected = np.asarray(image.resize((8, 8), Image.Resampling.BILINEAR))
+        found, label = stream(k)
+        assert label is None
+        assert np.array_equal((found * 255).permute(1, 2, 0).numpy(), expected.astype(np.float32))
+    # Training is as before, and so is what OOD detection measures.
+    for split in ("train", "held_out"):
+        assert names(data.out_of_distribution(cast(Any, split))) == names(
+            pairs(**chosen).out_of_distribution(cast(Any, split))
+        )
+    assert repr(data.transform("ood")) == repr(pairs().transform("ood"))
+    assert data.seed_settings != pairs().seed_settings
+
+
+def test_squashed_seeds_of_a_set_of_their_own_or_of_noise_have_the_size_of_evaluation() -> None:
+    own = pairs(held_out=Flat(7, offset=220, labelled=False), seed_transform="squash").held_out_seeds()
+    assert level(torch.stack([own(k)[0] for k in range(9)])) == [220, 221, 222, 223, 224, 225, 226, 220, 221]
+    assert own(0)[0].shape == (3, 8, 8)
+    noise = UniformNoise(20, (3, 16, 12))
+    made = pairs(ood=noise, num_held_out=5, seed_transform="squash")
+    place = sorted(cast(Any, made.out_of_distribution("held_out")).place(k) for k in range(5))[0]
+    expected = v2.functional.resize(noise[place], [8, 8], v2.InterpolationMode.BILINEAR, antialias=True)
+    assert torch.equal(made.held_out_seeds()(0)[0], expected)
+
+
+def test_a_corrupt_image_is_replaced_among_squashed_seeds_too() -> None:
+    own = Flat(7, offset=220, labelled=False, corrupt=(2,))
+    seeds = pairs(held_out=own, seed_transform="squash", max_skipped_share=1.0).held_out_seeds()
+    found = level(torch.stack([seeds(k)[0] for k in range(7)]))
+    assert found[:2] + found[3:] == [220, 221, 223, 224, 225, 226]
+    assert found[2] in range(220, 227)
+    assert found[2] != 222
+
+
+def test_an_unknown_seed_transform_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"seed_transform must be one of \('augment', 'squash'\), got 'crop'"):
+        pairs(seed_transform="crop")
 
 
 def test_noise_can_be_a_seed() -> None:

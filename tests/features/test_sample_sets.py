@@ -239,7 +239,7 @@ def test_settings_and_details_say_how(sets: dict[str, Path]) -> None:
     assert settings["fid"] == against
     assert settings["precision"] == settings["recall"] == {"prc_neighborhood": 3, **against}
     assert settings["kid"] == {"kid_subsets": 4, "kid_subset_size": 20, "seed": 2020, **against}
-    assert set(settings["inception_score"]) == {"isc_splits", "seed", "extractor", "logit_layer"}
+    assert set(settings["inception_score"]) == {"isc_splits", "seed", "extractor", "logit_layer", "isc_size"}
     assert against["extractor"].startswith("DigitsLayers sha256:")
     assert against["reference"].startswith("sha256:")
     details = {figure.name: dict(figure.details) for figure in figures}
@@ -414,6 +414,7 @@ def test_wrong_statistics_are_refused(tmp_path: Path, sets: dict[str, Path]) -> 
         ([], {}, "metrics must be some of"),
         (["fid"], {"kid_subset_size": 1}, "kid_subset_size must be at least 2, got 1"),
         (["fid"], {"isc_splits": 0}, "isc_splits must be at least 1, got 0"),
+        (["isc"], {"isc_size": 0}, "isc_size must be at least 1, got 0"),
     ],
 )
 def test_sets_that_are_too_small_are_refused_before_features_are_read(
@@ -471,6 +472,20 @@ def test_a_classifier_gets_images_in_units_of_one_with_the_channels_that_there_a
     assert torch.equal(read["features"], DigitsFeatures()(grey.expand(-1, 3, -1, -1)))
 
 
+def test_logits_alone_are_of_images_that_pil_has_resized() -> None:
+    pixels = torch.from_numpy(real_and_blurred(4)[1]).permute(0, 3, 1, 2)
+    images = [
+        Image.fromarray(image.permute(1, 2, 0).numpy()).resize((23, 23), Image.Resampling.BILINEAR) for image in pixels
+    ]
+    resized = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+    read = LayerReader(DigitsLayers(), logit_size=23).read(pixels, with_logits=True)
+    assert torch.equal(read["features"], DigitsLayers()(pixels)["features"])
+    torch.testing.assert_close(read["logits"], DigitsLayers()(resized)["logits"])
+    assert (read["logits"] - DigitsLayers()(pixels)["logits"]).abs().max() > 0.1
+    judged = LayerReader(DigitsLayers(), nn.Flatten(), logit_size=23).read(pixels[:, :1], with_logits=True)
+    assert torch.equal(judged["logits"], (resized[:, :1].float() / 255).flatten(1))
+
+
 @pytest.mark.parametrize("part", ["features", "logits"])
 def test_features_and_logits_that_are_no_numbers_are_refused(part: str) -> None:
     read = {"features": torch.rand(4, 2), "logits": torch.rand(4, 3)}
@@ -505,10 +520,13 @@ def test_the_program_writes_the_figures_as_json(
     tmp_path: Path, sets: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     args = ["--samples", str(sets["samples"]), "--reference", str(sets["real"]), "--extractor", "digits"]
-    args += ["--metrics", "prc", "kid", "--kid-subset-size", "20", "--kid-subsets", "4"]
+    args += ["--metrics", "prc", "kid", "isc", "--kid-subset-size", "20", "--kid-subsets", "4", "--isc-splits", "3"]
+    args += ["--isc-size", "23"]
     main(args)
     printed = json.loads(capsys.readouterr().out)
-    expected = measure_sample_set(sets["npz"], sets["real"], DigitsLayers(), ["kid", "prc"], SETTINGS, silent=True)
+    settings = replace(SETTINGS, isc_size=23)
+    metrics: list[Metric] = ["kid", "isc", "prc"]
+    expected = measure_sample_set(sets["npz"], sets["real"], DigitsLayers(), metrics, settings, silent=True)
     found = {figure["name"]: figure["value"] for figure in printed["figures"]}
     assert found == pytest.approx(values(expected), rel=1e-6)
     assert {"name", "value", "protocol", "num_samples", "details", "better", "settings"} <= printed["figures"][0].keys()

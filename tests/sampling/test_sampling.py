@@ -92,7 +92,10 @@ def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
     collector, module = Collector(), tiny.stage1().eval()
     run(tmp_path, collector, sampler(), module=module)
     assert collector.calls == ["start", "batch", "batch", "batch", "end"]
-    assert collector.plans == [SamplingPlan("test", 25, 10, (1, 3), 0.5, Steepest(), {1: 2, 3: 6})]
+    seed_settings = {"seed_transform": "augment"}
+    assert collector.plans == [
+        SamplingPlan("test", 25, 10, (1, 3), 0.5, Steepest(), {1: 2, 3: 6}, "nearest", seed_settings)
+    ]
     seeds = tiny.digits().held_out_seeds()
     x = torch.stack([seeds(i)[0] for i in range(25)])
     y = torch.arange(25) % 10
@@ -266,6 +269,7 @@ def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
         ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
         ({"num_steps": []}, r"num_steps must be step counts of at least 0, got \[\]"),
         ({"num_steps": [3, -1]}, r"num_steps must be step counts of at least 0, got \[3, -1\]"),
+        ({"rounding": "down"}, r"rounding must be one of \('nearest', 'truncate'\), got 'down'"),
         ({"step_size": -0.1}, "step_size must be a finite length of at least 0, got -0.1"),
     ],
 )
