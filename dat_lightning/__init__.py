@@ -10,6 +10,7 @@ from dat_lightning.version import __version__
 
 __all__ = [
     "AUCCurriculum",
+    "ArrayImages",
     "Ascent",
     "AtomicCheckpointIO",
     "AutoAttack",
@@ -32,6 +33,7 @@ __all__ = [
     "Figure",
     "FrechetDistance",
     "GeneratedImages",
+    "HuggingFaceImages",
     "ImageDataModule",
     "ImageFolder",
     "JEMModule",
@@ -103,10 +105,12 @@ _ROOMS = {
     "UpdateRule": "core",
     "ascend": "core",
     "unbounded_ascent": "core",
+    "ArrayImages": "data",
     "CIFARImages": "data",
     "CorruptImageError": "data",
     "DigitsDataModule": "data",
     "GeneratedImages": "data",
+    "HuggingFaceImages": "data",
     "ImageDataModule": "data",
     "ImageFolder": "data",
     "LabelledFolder": "data",
@@ -179,10 +183,12 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         unbounded_ascent,
     )
     from dat_lightning.data import (
+        ArrayImages,
         CIFARImages,
         CorruptImageError,
         DigitsDataModule,
         GeneratedImages,
+        HuggingFaceImages,
         ImageDataModule,
         ImageFolder,
         LabelledFolder,

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor, nn
 from torchvision.datasets import CIFAR10, CIFAR100
 
+from tests.data.parquet import write_parquet
+
 CIFAR: dict[str, tuple[Any, str, dict[str, int], str]] = {
     "cifar10": (
         CIFAR10,
@@ -20,6 +22,19 @@ CIFAR: dict[str, tuple[Any, str, dict[str, int], str]] = {
     ),
     "cifar100": (CIFAR100, "cifar-100-python", {"train": 60, "test": 20}, "fine_labels"),
 }
+
+# As the published files name and order them.
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck"
+CIFAR100_CLASSES = """
+apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
+caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish
+forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man maple_tree motorcycle
+mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate poppy porcupine
+possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar
+sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree
+wolf woman worm
+"""
+CLASSES = {"cifar10": CIFAR10_CLASSES.split(), "cifar100": CIFAR100_CLASSES.split()}
 
 
 class Means(nn.Module):
@@ -32,12 +47,16 @@ class Means(nn.Module):
 def write_cifar(name: str, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Writes pickled batches, and makes torchvision expect their checksums."""
     source, folder, sizes, key = CIFAR[name]
-    rng = np.random.default_rng(0)
+    classes = CLASSES[name]
+    rng, stride = np.random.default_rng(len(classes) - 10), 1 if name == "cifar10" else 7
     files: dict[str, Any] = {
-        file: {key: (np.arange(size) % 10).tolist(), "data": rng.integers(0, 256, (size, 3072), dtype=np.uint8)}
+        file: {
+            key: (np.arange(size) * stride % len(classes)).tolist(),
+            "data": rng.integers(0, 256, (size, 3072), dtype=np.uint8),
+        }
         for file, size in sizes.items()
     }
-    files[source.meta["filename"]] = {source.meta["key"]: [f"class {k}" for k in range(int(name[5:]))]}
+    files[source.meta["filename"]] = {source.meta["key"]: classes}
     (root / folder).mkdir(parents=True)
     checksums = {}
     for file, content in files.items():
@@ -80,3 +99,17 @@ def write_all(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_folders(root / "cifar10" / "train", 10, 6, (32, 32), 6)
     write_folders(root / "cifar10" / "test", 10, 2, (32, 32), 7)
     write_folders(root / "photographs", 3, 30, (60, 48), 8)
+    np.save(root / "300K_random_images.npy", random_images(60, 9))
+
+
+def random_images(count: int, seed: int, size: int = 32) -> np.ndarray:
+    """Returns uint8 images (count, size, size, 3) of random pixels."""
+    return np.random.default_rng(seed).integers(0, 256, (count, size, size, 3), dtype=np.uint8)
+
+
+def write_parquet_files(root: Path) -> None:
+    """Writes CIFAR-10 and photographs as the Hub has such data; needs the package ``datasets``."""
+    for part, count in (("train", 60), ("test", 20)):
+        images, labels = random_images(count, count), [k % 10 for k in range(count)]
+        write_parquet(root / "cifar10" / f"{part}-0.parquet", [*images], CLASSES["cifar10"], column="img", label=labels)
+    write_parquet(root / "photographs" / "a.parquet", [*random_images(40, 3, size=48)])

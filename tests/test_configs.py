@@ -15,6 +15,7 @@ from lightning.pytorch import LightningDataModule
 
 import dat_lightning
 from dat_lightning import (
+    CIFARImages,
     DualAdversarialModule,
     EnergyModule,
     ExponentialMovingAverage,
@@ -24,8 +25,9 @@ from dat_lightning import (
 )
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
 from dat_lightning.data.entries import image_name
+from tests.data.parquet import needs_datasets
 from tests.frozen.record import printed
-from tests.recipes import Means, write_all
+from tests.recipes import CLASSES, Means, write_all, write_parquet_files
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"
@@ -95,6 +97,13 @@ def test_a_run_writes_nowhere_but_into_its_own_folder(path: Path) -> None:
     assert literal <= {"default_root_dir", "init_from"}
     folders = [value for key, value in values if key in ("dirpath", "picture_dirpath", "save_dir")]
     assert all(str(folder).startswith("${trainer.default_root_dir}") for folder in folders if folder is not None)
+
+
+def lists_of(part: Any, key: str = "") -> list[tuple[str, list[Any]]]:
+    """All lists of a file, each with the name above it."""
+    if isinstance(part, dict):
+        return [found for name, value in part.items() for found in lists_of(value, str(name))]
+    return [(key, part)] if isinstance(part, list) else []
 
 
 def instantiate(recipe: Path, *args: str) -> Any:
@@ -226,13 +235,45 @@ def test_fragments_compose_with_a_recipe(fragment: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("fragment", [f for f in FRAGMENTS if f.parent.name == "data"], ids=name_of)
-def test_a_data_fragment_leaves_nothing_of_the_recipes_seeds(fragment: Path, tmp_path: Path) -> None:
+def test_a_data_fragment_leaves_nothing_of_the_recipes_seeds(
+    fragment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "parquet" in fragment.stem:
+        datasets: Any = pytest.importorskip("datasets", reason=needs_datasets)
+        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
+        write_parquet_files(tmp_path / "data")
     for file in (tmp_path / "data").glob("tiny_images*"):
         file.unlink()
     recipe = CONFIGS / "cifar10" / "stage2_T40.yaml"
     cli = instantiate(recipe, "--config", str(fragment), "--data.init_args.num_held_out=20")
-    x_ood = cli.datamodule.held_out_seeds()(0)[0]
+    data = cli.datamodule
+    x_ood = data.held_out_seeds()(0)[0]
     assert x_ood.shape == (3, 32, 32)
+    data.num_workers = 0
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert {name: tuple(batch[name].shape) for name in ("x_gen", "x_clf", "x_ood")} == dict.fromkeys(
+        ("x_gen", "x_clf", "x_ood"), (128, 3, 32, 32)
+    )
+    seeds = {image_name(data.seeds, i) for i in range(len(data.seeds))}
+    held_out = {image_name(data.held_out_images, i) for i in range(len(data.held_out_images))}
+    assert len(held_out) > 0
+    assert not seeds & held_out
+
+
+def test_seeds_of_cifar100_show_no_classes_near_those_of_cifar10() -> None:
+    fragment = CONFIGS / "data" / "cifar10_cifar100.yaml"
+    data = instantiate(CONFIGS / "cifar10" / "stage2_T40.yaml", "--config", str(fragment)).datamodule
+    (near,) = {tuple(skipped) for key, skipped in lists_of(yaml.safe_load(fragment.read_text())) if "skip" in key}
+    page = (ROOT / "docs" / "pages" / "data.md").read_text(encoding="utf-8")
+    for images, part in ((data.seeds, "train"), (data.held_out_images, "test")):
+        shown = {image_name(images, i) for i in range(len(images))}
+        whole = CIFARImages("cifar100", "data", train=part == "train")
+        expected = {whole.name(i) for i in range(len(whole)) if whole.classes[whole[i][1]] not in near}
+        assert shown == expected
+        assert 0 < len(shown) < len(whole)
+    assert set(near) <= set(CLASSES["cifar100"])
+    assert all(f"`{name}`" in page for name in near)
 
 
 # The method's protocols: ε of AutoAttack and how many images, attack on OOD images, sampling steps and their length.

@@ -1,6 +1,7 @@
 """CIFAR-10 and CIFAR-100."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,8 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
         root: The folder that holds ``cifar-10-batches-py`` or ``cifar-100-python``.
         train: Training images, or else test images.
         download: Whether to fetch the files if they are not there.
+        skip_classes: Names of classes whose images are left out, such as those of CIFAR-100 that show what CIFAR-10's
+            do. The others are numbered anew, in the same order.
 
     Attributes:
         classes: Names of the classes by index.
@@ -36,11 +39,16 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
     Raises:
         FileNotFoundError: If a file is missing and not to be downloaded.
         ConnectionError: If the download fails.
-        InputError: If a file is damaged, or ``name`` is unknown.
+        InputError: If a file is damaged, ``name`` is unknown, or ``skip_classes`` has another name or all of them.
     """
 
     def __init__(
-        self, name: Literal["cifar10", "cifar100"], root: str | Path, train: bool, download: bool = False
+        self,
+        name: Literal["cifar10", "cifar100"],
+        root: str | Path,
+        train: bool,
+        download: bool = False,
+        skip_classes: Sequence[str] = (),
     ) -> None:
         if name not in _SOURCES:
             raise InputError(f"name must be one of {list(_SOURCES)}, got {name!r}")
@@ -55,9 +63,14 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
         except OSError as error:
             raise ConnectionError(f"could not download {source.url} to {root}: {error}") from error
         self.part = f"{name} {'train' if train else 'test'}"
-        self.classes = tuple(data.classes)
-        self.labels = np.asarray(data.targets, dtype=np.int64)
-        self._pixels = np.ascontiguousarray(data.data)
+        _check_names(skip_classes, data.classes, name)
+        self.classes = tuple(c for c in data.classes if c not in skip_classes)
+        numbers = np.array([c not in skip_classes for c in data.classes]).cumsum() - 1
+        labels = np.asarray(data.targets, dtype=np.int64)
+        # Numbers in the published files, by which images are named.
+        self._numbers = np.flatnonzero(~np.isin(labels, [data.classes.index(c) for c in skip_classes]))
+        self.labels = numbers[labels[self._numbers]]
+        self._pixels = np.ascontiguousarray(data.data[self._numbers] if skip_classes else data.data)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,9 +81,21 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
         return Image.fromarray(self._pixels[index]), int(self.labels[index])
 
     def name(self, index: int) -> str:
-        """Returns data set, part and number of image ``index``."""
+        """Returns data set, part and number of image ``index`` in the published files."""
         check_index(index, len(self))
-        return f"{self.part} image {index}"
+        return f"{self.part} image {self._numbers[index]}"
+
+
+def _check_names(skip_classes: Sequence[str], classes: Sequence[str], name: str) -> None:
+    """Raises an InputError unless some classes are left over from those of the data set."""
+    if isinstance(skip_classes, str):
+        raise InputError(f"skip_classes must be a list of names, got {skip_classes!r}")
+    for unknown in (c for c in skip_classes if c not in classes):
+        near = difflib.get_close_matches(str(unknown), classes, 1)
+        hint = f"near it is {near[0]!r}" if near else f"its classes are {', '.join(classes[:3])}, …"
+        raise InputError(f"skip_classes has {unknown!r}, which is no class of {name}; {hint}")
+    if len({*skip_classes}) == len(classes):
+        raise InputError(f"skip_classes leaves none of the {len(classes)} classes of {name}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.data.arrays import checked_labels, read_header
 from dat_lightning.data.images import RecordFile, check_index
 from dat_lightning.data.pixels import CorruptImageError
 
@@ -98,19 +99,14 @@ def _labels(path: Path, archive: zipfile.ZipFile) -> np.ndarray:
             labels = np.lib.format.read_array(member, allow_pickle=False)
     except Exception as error:  # as above
         raise InputError(f"{path}: 'label' cannot be read: {error}") from error
-    if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
-        raise InputError(f"{path}: 'label' must be integers of shape (N,), got {labels.dtype} of shape {labels.shape}")
-    if len(labels) and labels.min() < 0:
-        raise InputError(f"{path}: 'label' must not be negative, got {labels.min()}")
-    return labels.astype(np.int64)
+    return checked_labels(labels, f"{path}: 'label'")
 
 
 def _image_header(path: Path, archive: zipfile.ZipFile) -> tuple[tuple[int, ...], int]:
     """Shape of the images, and the length of what precedes them."""
-    read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:
         with archive.open("image.npy") as member:
-            shape, fortran_order, dtype = read_header[np.lib.format.read_magic(member)](member)
+            shape, fortran_order, dtype = read_header(member)
             header_size = member.tell()
     except Exception as error:  # as above
         raise InputError(f"{path}: 'image' cannot be read: {error}") from error

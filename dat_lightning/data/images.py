@@ -1,12 +1,14 @@
 """Reading images, and views of data sets of images: what all image sources have in common."""
 
 import errno
+import io
 import os
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -39,7 +41,7 @@ def read_image(path: str | Path) -> Image.Image:
         CorruptImageError: If the file is missing, is no image, or is damaged; or a file server fails several times.
         OSError: If the process has too many open files or too little memory.
     """
-    try:
+    with _unreadable_is_corrupt(str(path)):
         for pause in _PAUSES:
             try:
                 return _decoded(path)
@@ -48,18 +50,36 @@ def read_image(path: str | Path) -> Image.Image:
                     raise
             time.sleep(pause)
         return _decoded(path)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """Returns the image that the bytes of a file hold, as :func:`read_image` does.
+
+    Raises:
+        CorruptImageError: With ``name``, if they are no image, or a damaged one.
+        OSError: If the process has too little memory.
+    """
+    with _unreadable_is_corrupt(name):
+        return _decoded(io.BytesIO(content))
+
+
+@contextmanager
+def _unreadable_is_corrupt(name: str) -> Iterator[None]:
+    """Makes a CorruptImageError of whatever says that an image cannot be read."""
+    try:
+        yield
     except UnidentifiedImageError as error:
-        raise CorruptImageError(str(path), f"it is none of {', '.join(FORMATS)}") from error
+        raise CorruptImageError(name, f"it is none of {', '.join(FORMATS)}") from error
     except OSError as error:
         if error.errno in _NOT_THE_IMAGE_S_FAULT:
             raise
-        raise CorruptImageError(str(path), error.strerror or str(error)) from error
+        raise CorruptImageError(name, error.strerror or str(error)) from error
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
-        raise CorruptImageError(str(path), f"{type(error).__name__}: {error}") from error
+        raise CorruptImageError(name, f"{type(error).__name__}: {error}") from error
 
 
-def _decoded(path: str | Path) -> Image.Image:
-    with Image.open(path, formats=FORMATS) as image:
+def _decoded(file: str | Path | IO[bytes]) -> Image.Image:
+    with Image.open(file, formats=FORMATS) as image:
         return _rgb(image)
 
 

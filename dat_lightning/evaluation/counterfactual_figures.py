@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.class_distances import ClassDistances, Target
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
-from dat_lightning.sampling.picture_grids import Tile, signed_difference, write_captioned_grid
+from dat_lightning.sampling.picture_grids import Tile, captioned_grid, signed_difference
 
 _TARGETS: Mapping[Target, str] = {
     "next": "the most likely class other than the label",
@@ -141,8 +142,7 @@ class Search:
         return [self.measurement("fid", value, words, count, {"classes": rows, "left_out": left_out}, settings)]
 
 
-def draw_counterfactuals(
-    path: Path,
+def drawn_counterfactuals(
     search: Search,
     x: Tensor,
     y: Tensor,
@@ -150,11 +150,10 @@ def draw_counterfactuals(
     targets: Tensor,
     confidence: Tensor,
     read: Tensor | None,
-) -> None:
-    """Writes a picture: originals, counterfactuals, and their signed difference around grey.
+) -> Image.Image:
+    """Returns a picture: originals, counterfactuals, and their signed difference around grey.
 
     Args:
-        path: The PNG file.
         search: How they were found.
         x: Originals, (N, C, H, W).
         y: Their labels, (N,).
@@ -184,4 +183,4 @@ def draw_counterfactuals(
     if read is not None:
         title += " Red frame: the judge reads another class than the target."
     names = ["original", "counterfactual", "difference"] * (len(rows) // 3)
-    write_captioned_grid(path, rows, title, names)
+    return captioned_grid(rows, title, names)

@@ -7,6 +7,7 @@ from typing import Any, get_args
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -20,13 +21,14 @@ from dat_lightning.core.random_streams import stream_generator, stream_seed
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.batches import check_classes, logits_of, require_finite
 from dat_lightning.evaluation.class_distances import Target, class_distances
-from dat_lightning.evaluation.counterfactual_figures import Judge, Search, draw_counterfactuals
+from dat_lightning.evaluation.counterfactual_figures import Judge, Search, drawn_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import check_independent
 from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import network_digest, network_identity
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
+from dat_lightning.results.pictures import pictures_wanted, show_picture
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.picture_grids import Shortlist
 from dat_lightning.sampling.reference import training_features, training_settings
@@ -60,7 +62,8 @@ class Counterfactuals(Evaluator):
         min_class_images: Images that a class needs for its Fréchet distance.
         changed_level: From which change on a pixel counts as changed, in levels of 255.
         num_pictures: Images shown, chosen by the seed.
-        picture_dirpath: Folder for ``counterfactuals_{targets}_eps{ε}.png``; ``None`` draws nothing.
+        picture_dirpath: Folder for ``counterfactuals_{targets}_eps{ε}.png``; ``None`` writes no files. Loggers that
+            take images get the pictures as ``test/counterfactuals_{targets}_eps{ε}``.
         seed: Seed of targets and pictures.
         dirpath: See :class:`Evaluator`.
         batch_size: Training images per pass of the extractor.
@@ -266,8 +269,8 @@ class Counterfactuals(Evaluator):
         found: list[Measurement] = []
         for (kind, place), search in searches.items():
             picture = None if self.picture_dirpath is None else Path(self.picture_dirpath) / f"{search.name}.png"
-            if picture is not None and trainer.is_global_zero:
-                self._draw(picture, pl_module, search, shown)
+            if pictures_wanted(trainer, picture):
+                show_picture(trainer, f"test/{search.name}", self._drawn(pl_module, search, shown), picture)
             judge = None
             if self.judge is not None:
                 share = float(values["original_read"].double().mean())
@@ -282,7 +285,7 @@ class Counterfactuals(Evaluator):
                 found += search.fid(*distances[kind, place], self.min_class_images, used)
         return found
 
-    def _draw(self, path: Path, pl_module: LightningModule, search: Search, shown: Values) -> None:
+    def _drawn(self, pl_module: LightningModule, search: Search, shown: Values) -> Image.Image:
         """Walks from the images shown once more: values are kept of all images, counterfactuals of none."""
         like = first_weight(pl_module, shown["x"])
         x, y = shown["x"].to(like), shown["y"].to(pl_module.device)
@@ -293,7 +296,7 @@ class Counterfactuals(Evaluator):
         changed = self.change(pl_module, x, targets, search.eps)
         confidence = _logits(pl_module, changed).double().softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
         read = None if self.judge is None else self.read(changed)
-        draw_counterfactuals(path, search, x, y, changed, targets, confidence, read)
+        return drawn_counterfactuals(search, x, y, changed, targets, confidence, read)
 
 
 def _logits(pl_module: LightningModule, x: Tensor) -> Tensor:

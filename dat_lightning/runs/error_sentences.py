@@ -23,6 +23,8 @@ _KILLED_LOADER = re.compile(
 _LOST_PROCESS = re.compile(r"^process \d+ of \d+ has lost contact with another one.*", re.MULTILINE)
 # How torch and Triton say that they find no compiler for C++ or C.
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler|find C compiler")
+# How torchvision's data sets say that their files are not where they look.
+_NO_DATA_SET = re.compile(r"^Dataset not found( or corrupted)?\. You can use download=True")
 # What jsonargparse says of nested types besides the point.
 _PARSER_NOISE = re.compile(
     r"^(Subtypes:.*|Errors:|Expected a <class 'NoneType'>|Given value type:.*|Given value: (NestedArg|Namespace).*)$"
@@ -50,6 +52,11 @@ def error_sentence(error: BaseException) -> str | None:
     lost = _LOST_PROCESS.search(str(error))
     if lost:
         return lost[0]
+    if isinstance(error, RuntimeError) and _NO_DATA_SET.match(str(error)):
+        return (
+            "a data set of torchvision is not below the folder that is its root, or is damaged there: name another"
+            " root, or let it be fetched (download: true among its init_args)"
+        )
     killed = _KILLED_LOADER.search(str(error)) if isinstance(error, RuntimeError) else None
     return _of_killed_loader(killed) if killed else None
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningModule, Trainer
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
@@ -20,9 +21,10 @@ from dat_lightning.features.neighbours import NeighbourMetric, nearest_neighbour
 from dat_lightning.results.digests import image_digests, set_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
+from dat_lightning.results.pictures import pictures_wanted, show_picture
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.pgd_sampler import SampleConsumer
-from dat_lightning.sampling.picture_grids import Shortlist, Tile, write_captioned_grid
+from dat_lightning.sampling.picture_grids import Shortlist, Tile, captioned_grid
 from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
 from dat_lightning.sampling.reference import reference_data, training_features, training_settings
 from dat_lightning.sampling.sweep import log_sweep, over_sweep
@@ -52,7 +54,8 @@ class Memorisation(SampleConsumer):
         extractor: Maps uint8 images (N, 3, H, W) to features, as in :class:`~dat_lightning.sampling.FrechetDistance`.
         num_neighbours: Training images shown and listed beside each sample.
         num_pictures: Samples shown, those nearest to a training image.
-        dirpath: Folder for ``{stage}_memorisation_{steps}_steps.png``; ``None`` draws nothing.
+        dirpath: Folder for ``{stage}_memorisation_{steps}_steps.png``; ``None`` writes no file. Loggers that take
+            images get the picture as ``{stage}/memorisation/{steps}_steps``.
         metric: Euclidean distance, or one minus the cosine.
         quantile: Of the distances of real test images; nearer samples are flagged.
         num_steps: Step count of the snapshot that is pictured and has the figures without ending; by default the one
@@ -166,8 +169,9 @@ class Memorisation(SampleConsumer):
         picture = None
         if self.dirpath is not None:
             picture = Path(self.dirpath) / f"{self.plan.stage}_memorisation_{best}_steps.png"
-            if trainer.is_global_zero:
-                self._draw(trainer, picture, closest, threshold, best)
+        if pictures_wanted(trainer, picture):
+            drawn = self._drawn(trainer, closest, threshold, best)
+            show_picture(trainer, f"{self.plan.stage}/memorisation/{best}_steps", drawn, picture)
         among = list(found) if self.num_steps is None else [best]
         share, distance = self._pair(found[best], threshold, best, among)
         listed = {"flagged": _listed(found[best], threshold), "pictures": [] if picture is None else [str(picture)]}
@@ -242,7 +246,7 @@ class Memorisation(SampleConsumer):
             Measurement("nearest_training_distance", float(nearest.median()), median, size, details, None, settings),
         )
 
-    def _draw(self, trainer: Trainer, path: Path, closest: Values, threshold: float, steps: int) -> None:
+    def _drawn(self, trainer: Trainer, closest: Values, threshold: float, steps: int) -> Image.Image:
         data = reference_data(trainer, "Memorisation compares with training images:")
         batch = data[sorted(set(closest["neighbours"].flatten().tolist()))]
         images = dict(zip(batch["index"].tolist(), to_uint8_rgb(batch["x"]), strict=True))
@@ -267,7 +271,7 @@ class Memorisation(SampleConsumer):
             f" with its {self.num_neighbours} nearest, their classes and distances ({where}).\n"
             f"Red frame: nearer than {threshold:.3g}, the {self.quantile:g} quantile of real test images."
         )
-        write_captioned_grid(path, rows, title)
+        return captioned_grid(rows, title)
 
 
 def _listed(found: Values, threshold: float) -> list[dict[str, Any]]:

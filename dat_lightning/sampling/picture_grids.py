@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -88,13 +87,10 @@ def signed_difference(changed: Tensor, original: Tensor, scale: float) -> Tensor
     return to_uint8_rgb(0.5 + (changed - original).float() / (2 * scale))
 
 
-def write_captioned_grid(
-    path: Path, rows: Sequence[Sequence[Tile | None]], title: str, row_names: Sequence[str] = ()
-) -> None:
-    """Writes a grid of captioned tiles as PNG, small images enlarged by a whole number.
+def captioned_grid(rows: Sequence[Sequence[Tile | None]], title: str, row_names: Sequence[str] = ()) -> Image.Image:
+    """Returns a picture of captioned tiles, small images enlarged by a whole number.
 
     Args:
-        path: The file; its folder is made.
         rows: Tiles of equal size; ``None`` leaves a place empty.
         title: Above the grid, broken into lines where it does not fit.
         row_names: Left of the rows.
@@ -126,8 +122,7 @@ def write_captioned_grid(
         for c, tile in enumerate(row):
             if tile is not None:
                 _paste(canvas, draw, tile, (left + c * cell_width, y), (width, height), font)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    canvas.save(path)
+    return canvas
 
 
 def _num_lines(row: Sequence[Tile | None]) -> int:

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import require_at_least
 from dat_lightning.data.pixels import to_uint8_rgb
+from dat_lightning.results.pictures import show_picture
 from dat_lightning.sampling.pgd_sampler import SampleConsumer
 from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 
@@ -19,7 +19,7 @@ from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
 class SampleGrid(SampleConsumer):
     """Shows the first samples as a grid, a column per class, for each step count of the sweep.
 
-    TensorBoard loggers get the pictures as ``{stage}/samples/{steps}_steps``; ``dirpath`` gets PNG files.
+    Loggers that take images get the pictures as ``{stage}/samples/{steps}_steps``; ``dirpath`` gets PNG files.
 
     Args:
         num_rows: Samples per class.
@@ -72,15 +72,11 @@ class SampleGrid(SampleConsumer):
         self._tiles = {}
 
     def _show(self, trainer: Trainer, tiles: Tensor, steps: int) -> None:
-        picture = make_grid(tiles.flatten(0, 1).float().cpu(), nrow=tiles.shape[1], padding=1, pad_value=0.5)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_image(f"{self.plan.stage}/samples/{steps}_steps", picture, trainer.global_step)
-        if self.dirpath is not None:
-            folder = Path(self.dirpath)
-            folder.mkdir(parents=True, exist_ok=True)
-            path = folder / f"{self.plan.stage}_step{trainer.global_step:07d}_{steps}_steps.png"
-            Image.fromarray(to_uint8_rgb(picture.unsqueeze(0))[0].permute(1, 2, 0).numpy()).save(path)
+        grid = make_grid(tiles.flatten(0, 1).float().cpu(), nrow=tiles.shape[1], padding=1, pad_value=0.5)
+        picture = Image.fromarray(to_uint8_rgb(grid.unsqueeze(0))[0].permute(1, 2, 0).contiguous().numpy())
+        file = f"{self.plan.stage}_step{trainer.global_step:07d}_{steps}_steps.png"
+        path = None if self.dirpath is None else Path(self.dirpath, file)
+        show_picture(trainer, f"{self.plan.stage}/samples/{steps}_steps", picture, path)
 
     def _tile(self, steps: int, images: Tensor) -> Tensor:
         if steps not in self._tiles:

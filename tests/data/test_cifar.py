@@ -117,6 +117,39 @@ def test_changed_files_are_named_and_never_unpickled(
     assert not (tmp_path / "executed").exists()
 
 
+def test_classes_that_are_left_out_leave_the_others_numbered_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, "cifar10", monkeypatch)
+    whole = CIFARImages("cifar10", tmp_path, train=True)
+    some = CIFARImages("cifar10", tmp_path, train=True, skip_classes=["cat", "truck", "airplane"])
+    assert some.classes == ("automobile", "bird", "deer", "dog", "frog", "horse", "ship")
+    kept = [i for i in range(len(whole)) if whole.classes[whole[i][1]] not in ("cat", "truck", "airplane")]
+    assert 0 < len(kept) == len(some) < len(whole)
+    for place, i in enumerate(kept):
+        assert some.name(place) == whole.name(i) == f"cifar10 train image {i}"
+        assert some.classes[some[place][1]] == whole.classes[whole[i][1]]
+        assert np.array_equal(np.asarray(some[place][0]), np.asarray(whole[i][0]))
+    assert some.labels.tolist() == [some[place][1] for place in range(len(some))]
+
+
+@pytest.mark.parametrize(
+    ("skip_classes", "message"),
+    [
+        (["cat", "trucks"], r"skip_classes has 'trucks', which is no class of cifar10; near it is 'truck'"),
+        (["sofa"], r"has 'sofa', which is no class of cifar10; its classes are airplane, automobile, bird, …"),
+        ("cat", r"skip_classes must be a list of names, got 'cat'"),
+        (CLASSES["cifar10"], r"skip_classes leaves none of the 10 classes of cifar10"),
+    ],
+)
+def test_classes_that_there_are_not_cannot_be_left_out(
+    skip_classes: Any, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_files(tmp_path, "cifar10", monkeypatch)
+    with pytest.raises(ValueError, match=message):
+        CIFARImages("cifar10", tmp_path, train=True, skip_classes=skip_classes)
+
+
 def test_download_fetches_only_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fetched = list[tuple[str, Path]]()
 

@@ -387,12 +387,11 @@ def shown_by(path: Path, monkeypatch: pytest.MonkeyPatch, seed: int, batch_size:
     """Originals, labels, counterfactuals and targets that are drawn."""
     drawn: list[Tensor] = []
 
-    def draw(
-        path: Path, search: Any, x: Tensor, y: Tensor, changed: Tensor, targets: Tensor, *rest: Tensor | None
-    ) -> None:
+    def draw(search: Any, x: Tensor, y: Tensor, changed: Tensor, targets: Tensor, *rest: Tensor | None) -> Image.Image:
         drawn.extend([x, y, changed, targets])
+        return Image.new("RGB", (1, 1))
 
-    monkeypatch.setattr("dat_lightning.evaluation.counterfactuals.draw_counterfactuals", draw)
+    monkeypatch.setattr("dat_lightning.evaluation.counterfactuals.drawn_counterfactuals", draw)
     evaluator = Counterfactuals([0.2], targets=["next"], num_pictures=5, picture_dirpath=str(path), seed=seed)
     run(path, evaluator, batch_size=batch_size)
     return drawn

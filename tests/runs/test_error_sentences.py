@@ -13,6 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import SVHN, FashionMNIST
 
 from dat_lightning import DigitsDataModule, EnergyModel, EnergyModule
 from dat_lightning.core.errors import InputError
@@ -34,6 +35,13 @@ from dat_lightning.runs.error_sentences import argument_sentence, constructor_er
 )
 def test_what_a_user_can_mend_is_a_sentence(error: Exception, sentence: str) -> None:
     assert (error_sentence(error) or "").startswith(sentence)
+
+
+@pytest.mark.parametrize("source", [FashionMNIST, SVHN])
+def test_a_data_set_of_torchvision_that_is_not_there_is_a_sentence(source: Any, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError) as found:
+        source(tmp_path)
+    assert "not below the folder that is its root" in (error_sentence(found.value) or "")
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,13 @@
 """Grids of tiles with captions, and which images they show."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dat_lightning.sampling.picture_grids import Shortlist, Tile, signed_difference, write_captioned_grid
+from dat_lightning.sampling.picture_grids import Shortlist, Tile, captioned_grid, signed_difference
 
 GREEN, BLUE, RED = (10, 200, 30), (10, 20, 250), (200, 30, 30)
 
@@ -22,32 +20,28 @@ def count(pixels: np.ndarray, color: tuple[int, int, int]) -> int:
     return int((pixels == color).all(2).sum())
 
 
-def drawn(
-    path: Path, rows: Sequence[Sequence[Tile | None]], title: str = "title", names: tuple[str, ...] = ()
-) -> np.ndarray:
-    write_captioned_grid(path / "deep" / "picture.png", rows, title, names)
-    with Image.open(path / "deep" / "picture.png") as picture:
-        return np.array(picture)
+def drawn(rows: Sequence[Sequence[Tile | None]], title: str = "title", names: tuple[str, ...] = ()) -> np.ndarray:
+    return np.array(captioned_grid(rows, title, names))
 
 
-def test_every_tile_is_shown_whole_and_enlarged(tmp_path: Path) -> None:
+def test_every_tile_is_shown_whole_and_enlarged() -> None:
     rows: list[list[Tile | None]] = [
         [tile(GREEN, "one"), None, tile(GREEN)],
         [tile(BLUE, "a caption wider than its tile is"), tile(GREEN)],
     ]
-    pixels = drawn(tmp_path, rows, names=("first", "second"))
+    pixels = drawn(rows, names=("first", "second"))
     # 8 pixels become 96: nothing is covered by captions, names or neighbours.
     assert count(pixels, GREEN) == 3 * 96 * 96
     assert count(pixels, BLUE) == 96 * 96
     assert count(pixels, RED) == 0
 
 
-def test_large_images_keep_their_size(tmp_path: Path) -> None:
-    assert count(drawn(tmp_path, [[tile(GREEN, side=120)]]), GREEN) == 120 * 120
+def test_large_images_keep_their_size() -> None:
+    assert count(drawn([[tile(GREEN, side=120)]]), GREEN) == 120 * 120
 
 
-def test_a_marked_tile_has_a_frame(tmp_path: Path) -> None:
-    pixels = drawn(tmp_path, [[tile(GREEN), tile(BLUE, marked=True)]])
+def test_a_marked_tile_has_a_frame() -> None:
+    pixels = drawn([[tile(GREEN), tile(BLUE, marked=True)]])
     assert count(pixels, RED) == 102 * 102 - 96 * 96
     ys, xs = np.nonzero((pixels == RED).all(2))
     inner = np.nonzero((pixels == BLUE).all(2))
@@ -55,16 +49,16 @@ def test_a_marked_tile_has_a_frame(tmp_path: Path) -> None:
     assert xs.max() == inner[1].max() + 3
 
 
-def test_a_long_title_is_broken(tmp_path: Path) -> None:
-    short, long = (drawn(tmp_path, [[tile(GREEN)]], title) for title in ("word", "word " * 60))
+def test_a_long_title_is_broken() -> None:
+    short, long = (drawn([[tile(GREEN)]], title) for title in ("word", "word " * 60))
     assert short.shape[1] < long.shape[1] <= 5 * 96
     assert long.shape[0] > short.shape[0] + 60
     assert count(long, GREEN) == 96 * 96
 
 
-def test_a_grid_needs_tiles(tmp_path: Path) -> None:
+def test_a_grid_needs_tiles() -> None:
     with pytest.raises(ValueError, match="rows must have at least one tile, got none"):
-        write_captioned_grid(tmp_path / "a.png", [[None]], "title")
+        captioned_grid([[None]], "title")
 
 
 def test_differences_lie_around_grey() -> None:
