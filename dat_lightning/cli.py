@@ -30,6 +30,7 @@ from dat_lightning.runs.configurations import with_bases, with_changed_callbacks
 from dat_lightning.runs.error_sentences import argument_sentence, constructor_error, error_sentence
 from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.lightning_internals import replaces_files
+from dat_lightning.runs.nulls import check_nulls
 from dat_lightning.runs.resume import begin_with_exported, find_checkpoint, protect
 from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
@@ -191,6 +192,7 @@ class DATCLI(LightningCLI):
         arguments = self.config if self.subcommand is None else self.config[self.subcommand]
         if not isinstance(arguments["trainer"], Namespace):
             raise InputError(f"trainer must be settings with names, got {arguments['trainer']!r}")
+        check_nulls(arguments)
         torch.set_float32_matmul_precision(arguments["float32_matmul_precision"])
         if "weights_only" in arguments and arguments["weights_only"] is None:
             arguments["weights_only"] = True

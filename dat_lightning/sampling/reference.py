@@ -155,7 +155,7 @@ def _read_cache(path: Path, wanted: FeatureCollector) -> Features | None:
                 return None
             arrays = {name: torch.from_numpy(file[name]) for name in names}
             count = int(file["count"])
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         rank_zero_warn(f"{path} is not a readable .npz: {error}; computing it anew")
