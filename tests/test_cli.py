@@ -201,7 +201,7 @@ def test_mistakes_cost_one_sentence(args: list[str], said: str, capsys: pytest.C
         ({"trainer": -1}, "trainer must be settings with names, got -1"),
         (
             {"trainer": {"callbacks": [{"class_path": "dat_lightning.PGDSampler", "init_args": {"batch_size": None}}]}},
-            "batch_size must be at least 1, got None",
+            "trainer.callbacks.0.init_args.batch_size must not be null",
         ),
         ({"trainer": {"precision": "64-true", "accelerator": "abacus"}}, "the Trainer cannot be made as configured"),
     ],
