@@ -135,7 +135,7 @@ def instantiates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExportingTrainer, "fit", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize(("names", "count"), [(DIGITS, 24), (IMAGES, 8)])
+@pytest.mark.parametrize(("names", "count"), [(DIGITS, 12), (IMAGES, 6)])
 def test_wrong_values_are_refused_or_accepted(names: list[str], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     instantiates(monkeypatch)
     with torch.device("meta"):

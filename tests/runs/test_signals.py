@@ -142,6 +142,7 @@ def test_a_job_that_cannot_be_requeued_trains_on(
     assert differences(state(last(whole)), state(last(tmp_path / "job"))) == []
 
 
+@pytest.mark.slow
 def test_a_killed_slurm_job_does_not_go_back_to_an_older_signal(
     lives: Lives, slurm: tuple[dict[str, str], Path], tmp_path: Path
 ) -> None:

@@ -132,7 +132,13 @@ CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Shapes, bool]] 
 
 
 @pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
-@pytest.mark.parametrize("name", CASES)
+# The largest ones take seconds to be made.
+LARGE = ("WRN-70-16", "WRN-50-4")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in CASES]
+)
 def test_a_published_network_loads_with_every_name_and_shape(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     build, arguments, shapes, normalised = CASES[name]
     with torch.device("meta"):
