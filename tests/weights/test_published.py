@@ -131,11 +131,11 @@ CASES: dict[str, tuple[Callable[..., nn.Module], dict[str, Any], Shapes, bool]] 
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
 # The largest ones take seconds to be made.
 LARGE = ("WRN-70-16", "WRN-50-4")
 
 
+@pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter:UserWarning")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in CASES]
 )
