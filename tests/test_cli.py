@@ -129,7 +129,11 @@ class StopsInTheSecondEpoch(Callback):
             raise KeyError("a crash")
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize(
+    "config",
+    [c if c.stem == "stage2" else pytest.param(c, marks=pytest.mark.slow) for c in CONFIGS],
+    ids=lambda p: f"{p.parent.name}-{p.stem}",
+)
 def test_a_run_that_dies_has_the_checkpoint_of_its_last_whole_epoch(config: Path, tmp_path: Path) -> None:
     crash = f"--trainer.callbacks+={__name__}.StopsInTheSecondEpoch"
     short = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=2", "--trainer.enable_progress_bar=false"]
@@ -299,6 +303,7 @@ def test_torchs_precision_of_products_is_part_of_the_configuration(
     assert "float32_matmul_precision" in refusal(capsys, *tiny, "--float32_matmul_precision", "double")
 
 
+@pytest.mark.slow
 def test_python_m_is_the_same_program() -> None:
     run = subprocess.run(
         [sys.executable, "-m", "dat_lightning", "fti"], capture_output=True, text=True, check=False, cwd=ROOT

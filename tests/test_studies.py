@@ -63,7 +63,11 @@ def callbacks_of(config: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    "name", [n if n.startswith("digits/") else pytest.param(n, marks=pytest.mark.slow) for n in NAMES]
+    "name",
+    [
+        n if n in ("digits/trade_off", "digits/counterfactuals") else pytest.param(n, marks=pytest.mark.slow)
+        for n in NAMES
+    ],
 )
 def test_the_command_line_takes_all_of_a_study_and_measures_what_it_shows(name: str) -> None:
     study = read_study(STUDIES / f"{name}.yaml")

@@ -167,7 +167,7 @@ def array_of(image: Any) -> np.ndarray:
     return np.asarray(image)
 
 
-@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.parametrize("method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
 def test_workers_read_the_same_images(file: Path, tmp_path: Path, method: str) -> None:
     images = TinyImages(file, [write(tmp_path / "list.txt", 0)])
     images[0]  # opened here before the workers start

@@ -17,6 +17,7 @@ def figures(folder: Path, time: int, rank: int, kind: str = "figures") -> dict[s
     return found
 
 
+@pytest.mark.slow
 def test_the_figures_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
     run("run_evaluators", tmp_path)
     expected = figures(tmp_path / "1", 0, 0)

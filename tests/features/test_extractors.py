@@ -40,6 +40,7 @@ def test_the_accuracy_in_the_file_is_the_one_on_the_360_test_digits() -> None:
     assert train_digits_features.accuracy(DigitsFeatures().network) == pytest.approx(correct / 360)
 
 
+@pytest.mark.slow
 def test_the_shipped_weights_come_from_the_training_digits_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     # Training anew with the test digits destroyed gives the shipped weights, up to rounding on other machines.
     images, labels = digits.load_images()

@@ -160,7 +160,8 @@ def test_a_run_compiles_a_graph_for_each_size_and_stays_the_same(
     ]
 
 
-@pytest.mark.parametrize("kind", ["stage1", pytest.param("trades", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["stage1", "trades"])
 def test_stage_1_can_replay_graphs_too(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also an attack in train mode, where batch norm sees the batch."""
     options: dict[str, Any] = {"attack_mode": "train"}

@@ -67,7 +67,7 @@ def assert_survives(lives: Lives, whole: Path, folder: Path, stage: int, workers
         pytest.param(1, 0, "half written", 4, marks=pytest.mark.slow),
         pytest.param(2, 0, "attack", 19, marks=pytest.mark.slow),
         pytest.param(2, 2, "unnamed", 3, marks=pytest.mark.slow),
-        (2, 0, "sampling", 4),
+        pytest.param(2, 0, "sampling", 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_killed_run_goes_on_bit_for_bit(

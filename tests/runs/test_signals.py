@@ -54,7 +54,7 @@ def assert_shown(shown: Scalars, expected: Scalars, stopped: int) -> None:
     [
         pytest.param(TERM, "attack", 20, 143, "SIGTERM", marks=pytest.mark.slow),
         (TERM, "validation", 3, 143, "SIGTERM"),
-        (INT, "half written", 3, 130, "SIGINT"),
+        pytest.param(INT, "half written", 3, 130, "SIGINT", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_that_is_stopped_goes_on_bit_for_bit(
