@@ -12,7 +12,7 @@ from tests.ddp.ranks import run
 from tests.ddp.run import BATCH_SIZE, NUM_SAMPLES
 from tests.ddp.uneven import NUM_TEST
 
-pytestmark = pytest.mark.ddp
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,8 @@
 """Runs that are killed with SIGKILL go on from their newest checkpoint as if nothing had happened, bit for bit."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tests.runs.small_runs import STEPS, best_fid, command, differences, last, l
 
 pytestmark = pytest.mark.timeout(1200)
 KILLED = 137
-Whole = dict[int, tuple[Path, float]]
+Whole = Callable[[int], tuple[Path, float]]
 
 
 @pytest.fixture(scope="module")
@@ -24,15 +25,17 @@ def lives() -> Iterator[Lives]:
 
 @pytest.fixture(scope="module")
 def whole(lives: Lives, tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """Uninterrupted runs of both stages: folder and seconds."""
-    runs = {}
-    for stage in (1, 2):
+    """The uninterrupted run of a stage, made when it is asked for: folder and seconds."""
+
+    @cache
+    def run(stage: int) -> tuple[Path, float]:
         folder = tmp_path_factory.mktemp(f"stage{stage}")
         life = lives.run(folder, command(stage))
         assert life.status == 0, life.said
         assert last(folder)["global_step"] == STEPS
-        runs[stage] = folder, life.seconds
-    return runs
+        return folder, life.seconds
+
+    return run
 
 
 def assert_survives(lives: Lives, whole: Path, folder: Path, stage: int, workers: int, **kill: Any) -> tuple[int, bool]:
@@ -79,7 +82,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     whole: Whole,
     tmp_path: Path,
 ) -> None:
-    went_on, killed = assert_survives(lives, whole[stage][0], tmp_path, stage, workers, moment=(moment, count, 9))
+    went_on, killed = assert_survives(lives, whole(stage)[0], tmp_path, stage, workers, moment=(moment, count, 9))
     assert killed
     assert went_on < STEPS
 
@@ -90,7 +93,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
 def test_a_run_killed_at_twenty_moments_goes_on_bit_for_bit(
     stage: int, lives: Lives, whole: Whole, tmp_path: Path
 ) -> None:
-    folder, seconds = whole[stage]
+    folder, seconds = whole(stage)
     chance = random.Random(stage)
     steps = set()
     for k in range(20):

@@ -127,7 +127,8 @@ def test_another_network_gets_forms_of_its_own(mode: CompileMode, monkeypatch: p
                 torch.testing.assert_close(form(images(3)), model(images(3)), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize("fold", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("fold", [False, True])
 def test_parts_that_are_replaced_are_noticed(fold: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     with Compiler().installed(monkeypatch):
         for compile in (False, True):
