@@ -342,7 +342,7 @@ def test_a_run_into_the_folder_of_an_earlier_one_is_warned_of(tmp_path: Path) ->
     main(["fit", "--config", STAGE1, "--config", TINY, "--ckpt_path", str(last), "--trainer.max_epochs=2"])
 
 
-@pytest.mark.parametrize("command", ["fit", "test"])
+@pytest.mark.parametrize("command", ["fit", pytest.param("test", marks=pytest.mark.slow)])
 def test_a_checkpoint_of_another_kind_is_a_sentence(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -511,6 +511,7 @@ def test_what_was_trained_since_is_not_the_checkpoint_that_it_began_with(tmp_pat
 
 # LightningCLI notes that it was called with arguments, which is the point here.
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+@pytest.mark.slow
 def test_the_command_line_writes_both_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = [str(ROOT / "configs" / "digits" / "stage1.yaml"), "--config", str(ROOT / "tests" / "conf" / "tiny.yaml")]

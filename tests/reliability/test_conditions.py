@@ -92,7 +92,11 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(
 
 @pytest.mark.parametrize(
     ("size", "named"),
-    [(2_000, ""), pytest.param(30_000, r"reference-\w+\.npz: ", marks=pytest.mark.slow), (40_000, r"last\.ckpt: ")],
+    [
+        (2_000, ""),
+        pytest.param(30_000, r"reference-\w+\.npz: ", marks=pytest.mark.slow),
+        pytest.param(40_000, r"last\.ckpt: ", marks=pytest.mark.slow),
+    ],
 )
 def test_a_disk_that_is_full_is_a_sentence_and_leaves_no_halves(
     size: int, named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -135,13 +135,14 @@ def instantiates(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ExportingTrainer, "fit", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize(("names", "count"), [(DIGITS, 12), (IMAGES, 6)])
+@pytest.mark.parametrize(("names", "count"), [(DIGITS, 12), pytest.param(IMAGES, 6, marks=pytest.mark.slow)])
 def test_wrong_values_are_refused_or_accepted(names: list[str], count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     instantiates(monkeypatch)
     with torch.device("meta"):
         fuzz(names, count, 0, WRONG + HUGE, [])
 
 
+@pytest.mark.slow
 def test_wrong_values_are_refused_or_train_a_step() -> None:
     fuzz(DIGITS, 8, 1, WRONG, TRAINS)
 
