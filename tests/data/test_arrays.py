@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
 
 from dat_lightning import ArrayImages, CorruptImageError
+from tests.data.copies import assert_a_copy_reads
 
 NUM_IMAGES = 30
 IMAGES = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 6, 5, 3), dtype=np.uint8)
@@ -65,17 +65,7 @@ def test_a_header_of_the_second_version_is_read(tmp_path: Path) -> None:
 
 def test_a_copy_in_a_loader_process_opens_the_file_anew(file: Path) -> None:
     """Images are 90 bytes; a million of them would not enter the copy either."""
-    images = ArrayImages(file)
-    images[0]
-    copy = pickle.dumps(images)
-    assert len(copy) < 1000
-    assert np.array_equal(np.asarray(pickle.loads(copy)[3]), IMAGES[3])
-    loader: Any = DataLoader(images, batch_size=10, num_workers=1, collate_fn=_as_arrays)
-    assert np.array_equal(np.concatenate([*loader]), IMAGES)
-
-
-def _as_arrays(images: list[Any]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
+    assert_a_copy_reads(ArrayImages(file), IMAGES, 3, 1000)
 
 
 def test_a_file_that_shrinks_or_goes_makes_corrupt_images(file: Path) -> None:

@@ -1,16 +1,15 @@
 """Images in Parquet files that are written here; nothing is fetched."""
 
 import builtins
-import pickle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from torch.utils.data import DataLoader
 
 from dat_lightning import CorruptImageError, HuggingFaceImages
 from dat_lightning.core.errors import InputError
+from tests.data.copies import assert_a_copy_reads
 from tests.data.parquet import needs_datasets, png, write_parquet
 
 IMAGES = np.random.default_rng(0).integers(0, 256, (20, 6, 5, 3), dtype=np.uint8)
@@ -88,16 +87,7 @@ def test_bytes_of_images_and_paths_to_them_will_do(tmp_path: Path) -> None:
 def test_a_copy_in_a_loader_process_maps_the_file_anew(tmp_path: Path) -> None:
     big = np.random.default_rng(1).integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)  # 120 kB
     images = HuggingFaceImages(str(write_parquet(tmp_path / "big.parquet", big)))
-    images[0]
-    copy = pickle.dumps(images)
-    assert len(copy) < 5000
-    assert np.array_equal(np.asarray(pickle.loads(copy)[33]), big[33])
-    loader: Any = DataLoader(images, batch_size=20, num_workers=1, collate_fn=_as_arrays)
-    assert np.array_equal(np.concatenate([*loader]), big)
-
-
-def _as_arrays(images: list[Any]) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in images])
+    assert_a_copy_reads(images, big, 33, 5000)
 
 
 def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import re
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 from urllib.error import URLError
 
 import pytest
@@ -14,6 +14,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, Featu
 from dat_lightning import DigitsFeatures, TorchFidelityFeatures
 from dat_lightning.data import digits
 from dat_lightning.features import DigitsLayers, train_digits_features
+from tests.features.random_inception import random_inception
 
 INCEPTION_MODULE: ModuleType = sys.modules[FeatureExtractorInceptionV3.__module__]
 
@@ -158,13 +159,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
 def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """torch-fidelity's own Inception with random weights, and a file of them."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(INCEPTION_MODULE, "load_state_dict_from_url", lambda url, **_: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        original = cast(Any, FeatureExtractorInceptionV3)("inception-v3-compat", ["64", "2048"])
-    torch.save(original.state_dict(), path)
-    return original, str(path)
+    return random_inception(path, "64", "2048"), str(path)
 
 
 def test_inception_from_a_file_gives_torch_fidelity_s_features(inception: tuple[Any, str]) -> None:

@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -25,8 +24,8 @@ from dat_lightning.features.gaussian_stats import Gaussian
 from dat_lightning.features.image_sets import ArrayImages, FolderImages, read_set
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.features.sample_sets import main, measure_sample_set
+from tests.features.random_inception import random_inception
 
-INCEPTION_MODULE = sys.modules[FeatureExtractorInceptionV3.__module__]
 SETTINGS = FidelitySettings(isc_splits=3, kid_subsets=4, kid_subset_size=20)
 
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
@@ -58,12 +57,7 @@ def values(found: list[Any]) -> dict[str, float]:
 def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A file of random weights of Inception."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(INCEPTION_MODULE, "load_state_dict_from_url", lambda url, **_: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        network = cast(Any, FeatureExtractorInceptionV3)("inception-v3-compat", ["64"])
-    torch.save(network.state_dict(), path)
+    random_inception(path, "64")
     return str(path)
 
 

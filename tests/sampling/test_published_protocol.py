@@ -1,8 +1,7 @@
 """Samples, FID and Inception score of the paper's published code, derived from files by PIL, NumPy and SciPy."""
 
-import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,8 +17,8 @@ from dat_lightning.data import ImageDataModule, ImageFolder
 from dat_lightning.features import FidelitySettings, TorchFidelityLayers
 from dat_lightning.results.measurement import Measurement, differing
 from tests import tiny
+from tests.features.random_inception import random_inception
 
-INCEPTION_MODULE = sys.modules[FeatureExtractorInceptionV3.__module__]
 Pixels = np.ndarray[Any, np.dtype[np.uint8]]
 Values = np.ndarray[Any, np.dtype[np.float64]]
 NUM_CLASSES, SIZE, STEPS, STEP_SIZE = 5, 16, 2, 1.5
@@ -52,13 +51,7 @@ def _blocks(rng: np.random.Generator, size: tuple[int, int]) -> Image.Image:
 def inception(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
     """torch-fidelity's own Inception with random weights, and a file of them."""
     path = tmp_path_factory.mktemp("inception") / "weights.pth"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(INCEPTION_MODULE, "load_state_dict_from_url", lambda url, **_: {})
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
-        torch.manual_seed(0)
-        original = cast(Any, FeatureExtractorInceptionV3)("inception-v3-compat", ["64"])
-    torch.save(original.state_dict(), path)
-    return original, str(path)
+    return random_inception(path, "64"), str(path)
 
 
 @pytest.fixture(scope="module")
