@@ -85,7 +85,7 @@ class PairedDataModule(LightningDataModule):
         if seed_transform not in get_args(SeedTransform):
             raise InputError(f"seed_transform must be one of {get_args(SeedTransform)}, got {seed_transform!r}")
         # Of that name is the method.
-        self._squash_seeds = seed_transform == "squash"
+        self._seed_transform = seed_transform
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.
         self._start_draw = 0
         self._start_batch = 0
@@ -143,7 +143,7 @@ class PairedDataModule(LightningDataModule):
     @property
     def seed_settings(self) -> dict[str, str]:
         """How held-out images become seeds, as figures of samples have it among their settings."""
-        return {"seed_transform": "squash" if self._squash_seeds else "augment"}
+        return {"seed_transform": self._seed_transform}
 
     def held_out_seeds(self) -> DrawStream:
         """Returns the endless stream of OOD seeds for generation: seed i is a pure function of i.
@@ -151,7 +151,7 @@ class PairedDataModule(LightningDataModule):
         Raises:
             InputError: If the data have no OOD images.
         """
-        if self._squash_seeds:
+        if self._seed_transform == "squash":
             seeds, few = self.stored_seeds(), self.in_distribution("test")
             # Evaluation's images say what the network takes; one of the first can be read.
             height, width = EvaluationBatches(few, self.evaluation_transform())[range(min(8, len(few)))]["x"].shape[-2:]

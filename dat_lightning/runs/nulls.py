@@ -32,8 +32,9 @@ def check_nulls(config: Any, where: str = "", kind: Any = None) -> None:
     if isinstance(settings.get("class_path"), str):
         check_nulls(settings.get("init_args"), f"{where}.init_args", _imported(settings["class_path"]))
         return
+    hints = _hints(kind)
     for name, value in settings.items():
-        path, hint = f"{where}.{name}".lstrip("."), _hint(kind, str(name))
+        path, hint = f"{where}.{name}".lstrip("."), hints.get(str(name), Any)
         if value is None and not _takes_none(hint):
             raise InputError(f"{path} must not be null: leave it out for its default")
         check_nulls(value, path, hint if isinstance(hint, type) else None)
@@ -47,19 +48,19 @@ def _imported(class_path: str) -> Any:
         return None  # of which the parser has words of its own
 
 
-def _hint(kind: Any, name: str) -> Any:
-    """The type of an argument of a class, of one of its bases, or of a function; ``Any`` if it cannot be found."""
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of the arguments of a function, or of a class and its bases; a default of ``None`` allows it as well."""
     makers: list[Callable[..., Any]] = [kind] if callable(kind) else []
     if isinstance(kind, type):
-        makers = [vars(each)["__init__"] for each in kind.__mro__ if "__init__" in vars(each)]
+        makers = [vars(each)["__init__"] for each in reversed(kind.__mro__) if "__init__" in vars(each)]
+    found: dict[str, Any] = {}
     for maker in makers:
         try:
             parameters, hints = inspect.signature(maker).parameters, get_type_hints(maker)
         except (NameError, TypeError, ValueError):
             continue
-        if name in parameters:
-            return Any if parameters[name].default is None else hints.get(name, Any)
-    return Any
+        found |= {n: Any if p.default is None else hints.get(n, Any) for n, p in parameters.items()}
+    return found
 
 
 def _takes_none(hint: Any) -> bool:

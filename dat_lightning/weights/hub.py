@@ -138,11 +138,11 @@ class HubModel(
                 network is not registered, or half precision does not reach as far as a weight; nothing is written then.
         """
         config = self._checked_config(config)
-        weights = self._stored_weights(half)
+        halved = self._stored_weights(half=True) if half else None
         card = {"title": Path(save_directory).resolve().name, "model_id": ".", "network": _network_names(config)}
         super().save_pretrained(save_directory, config=config, model_card_kwargs=card | (model_card_kwargs or {}))
-        if half:  # the base hands nothing on to what it has written the weights with
-            save_file(weights, Path(save_directory) / WEIGHTS_FILE, metadata={"format": "pt"})
+        if halved is not None:  # the base hands nothing on to what it has written the weights with
+            save_file(halved, Path(save_directory) / WEIGHTS_FILE, metadata={"format": "pt"})
 
     @override
     def push_to_hub(  # type: ignore[override]

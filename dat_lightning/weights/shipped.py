@@ -29,13 +29,9 @@ def pretrained(name: str) -> EnergyModel:
         InputError: If no model of that name ships; the message lists those that do.
     """
     if name not in shipped_models():
-        raise InputError(f"no model {name!r} ships with dat_lightning; {names_in_words()}")
+        known = ", ".join(map(repr, shipped_models()))
+        raise InputError(f"no model {name!r} ships with dat_lightning; those that do are {known}")
     return EnergyModel.from_pretrained(MODELS / name)
-
-
-def names_in_words() -> str:
-    """Returns which models ship, for a sentence about one that does not."""
-    return f"those that do are {', '.join(map(repr, shipped_models()))}"
 
 
 def located(path: str | Path) -> Path:
