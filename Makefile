@@ -4,6 +4,9 @@ VENV ?= .venv
 OUT ?= runs/digits
 STUDY ?= trade_off
 CORES ?= 2
+SECONDS_IN_ALL ?= 480
+GPU_OUT ?= runs/gpu
+GPU_DATA ?=
 BIN := $(VENV)/bin
 # Decides about threads from the machine and its load, before torch is loaded.
 RUN := $(BIN)/python -m dat_lightning.threads
@@ -11,7 +14,7 @@ RUN := $(BIN)/python -m dat_lightning.threads
 WORKERS ?= auto
 TESTS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n $(WORKERS) --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo study test test-all lint types bench docs format clean
+.PHONY: demo study test test-all lint types bench gpu docs format clean
 
 demo: $(VENV)/.installed-demo  ## train both stages on digits, and write $(OUT)/report.html
 	$(RUN) -m dat_lightning.demo --out $(OUT)
@@ -38,6 +41,9 @@ format: $(VENV)/.installed-test
 
 bench: $(VENV)/.installed-test  ## speed against a plain implementation, also as bench.json
 	$(RUN) -m tests.benchmarks.bench --json bench.json
+
+gpu: $(VENV)/.installed-test  ## what only a GPU shows, in $(SECONDS_IN_ALL) s: tests, speed, training; tests/benchmarks/gpu.sh
+	tests/benchmarks/gpu.sh $(BIN)/python $(SECONDS_IN_ALL) $(GPU_OUT) $(GPU_DATA)
 
 docs: $(VENV)/.installed-docs  ## the pages, into site/
 	$(BIN)/mkdocs build --strict --config-file docs/mkdocs.yml

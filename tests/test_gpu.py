@@ -81,3 +81,22 @@ def test_the_attack_agrees_with_the_cpu() -> None:
     on_cpu = ascend(model, x, y, cross_entropy, threat_model)
     on_gpu = ascend(model.cuda(), x.cuda(), y.cuda(), cross_entropy, threat_model).cpu()
     torch.testing.assert_close(on_gpu, on_cpu, rtol=0, atol=1e-3)
+
+
+def weights_after_six_steps(path: Path, accelerator: str) -> tuple[dict[str, torch.Tensor], int]:
+    """Of Stage 2 in float64, with averaged weights; and T."""
+    module = tiny.stage2(execution=Execution(fold_batch_norm=True))
+    trainer = tiny.trainer(
+        path, [ExponentialMovingAverage()], accelerator=accelerator, devices=1, precision="64-true", deterministic=False
+    )
+    trainer.fit(module, datamodule=tiny.digits())
+    assert trainer.global_step == 6
+    return {name: value.cpu() for name, value in module.state_dict().items()}, int(module.curriculum.num_steps)
+
+
+def test_first_steps_are_those_of_the_cpu(tmp_path: Path) -> None:
+    """In float64, where rounding has no room to grow along six steps and their attacks."""
+    expected, expected_steps = weights_after_six_steps(tmp_path, "cpu")
+    found, steps = weights_after_six_steps(tmp_path, "gpu")
+    assert steps == expected_steps > 0
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
