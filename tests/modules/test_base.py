@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 
 from dat_lightning import EnergyModel, EnergyModule, SmallResNet, ThreatModel, ascend
@@ -156,6 +157,20 @@ def test_a_second_fit_goes_on_in_the_data(tmp_path: Path) -> None:
     trainer.fit_loop.max_epochs = 2
     trainer.fit(module, datamodule=data)
     assert seen == [0, 32, 64, 96, 128, 160]
+
+
+def test_a_run_that_max_steps_ended_within_an_epoch_goes_on_as_if_it_had_not(tmp_path: Path) -> None:
+    def train(folder: str, max_steps: int, resume: bool = False) -> dict[str, torch.Tensor]:
+        path = tmp_path / folder
+        module, last = tiny.stage2(), ModelCheckpoint(path, "last", save_on_train_epoch_end=True)
+        trainer = tiny.trainer(path, [last], max_steps=max_steps, max_epochs=4, enable_checkpointing=True)
+        trainer.fit(module, datamodule=tiny.digits(), ckpt_path=str(path / "last.ckpt") if resume else None)
+        assert trainer.global_step == max_steps
+        return module.state_dict()
+
+    expected = train("whole", 15)
+    train("parts", 9)  # an epoch has 6 steps; Lightning counts the second one as over
+    torch.testing.assert_close(train("parts", 15, resume=True), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("run", ["fit", "validate", "test"])
