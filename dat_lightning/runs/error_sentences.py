@@ -8,6 +8,7 @@ import errno
 import pickle
 import re
 import sys
+from urllib.error import URLError
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -25,6 +26,8 @@ _LOST_PROCESS = re.compile(r"^process \d+ of \d+ has lost contact with another o
 _NO_COMPILER = re.compile(r"No working C\+\+ compiler|find C compiler")
 # How torchvision's data sets say that their files are not where they look.
 _NO_DATA_SET = re.compile(r"^Dataset not found( or corrupted)?\. You can use download=True")
+# How those of the MNIST family say that no mirror could be reached.
+_NO_DOWNLOAD = re.compile(r"^Error downloading ")
 # What jsonargparse says of nested types besides the point.
 _PARSER_NOISE = re.compile(
     r"^(Subtypes:.*|Errors:|Expected a <class 'NoneType'>|Given value type:.*|Given value: (NestedArg|Namespace).*)$"
@@ -57,6 +60,8 @@ def error_sentence(error: BaseException) -> str | None:
             "a data set of torchvision is not below the folder that is its root, or is damaged there: name another"
             " root, or let it be fetched (download: true among its init_args)"
         )
+    if isinstance(error, RuntimeError) and _NO_DOWNLOAD.match(str(error)):
+        return f"{_one_line(str(error))}; put the files below the folder that is the data set's root"
     killed = _KILLED_LOADER.search(str(error)) if isinstance(error, RuntimeError) else None
     return _of_killed_loader(killed) if killed else None
 
@@ -99,8 +104,11 @@ def _of_system(error: OSError) -> str | None:
     if from_loader is not None:
         return _one_line(from_loader)
     if error.errno is None:
-        # Without a number it is a library's or our own sentence about a file.
-        return _one_line(str(error)) if isinstance(error, FileNotFoundError | FileExistsError) else None
+        if isinstance(error, URLError):
+            return f"a download failed: {error.reason}"
+        # Without a number it is a library's or our own sentence about a file or a download.
+        own = isinstance(error, FileNotFoundError | FileExistsError) or type(error) is ConnectionError
+        return _one_line(str(error)) if own else None
     name = f"{error.filename}: " if error.filename is not None else ""
     if error.errno in _DISK_FULL:
         return f"{name}a file could not be written: {error.strerror}; what was written whole before is still there"

@@ -213,14 +213,14 @@ class PGDSampler(Callback):
         evaluations = {steps: self.ascent.network_evaluations(steps) for steps in self.num_steps}
         plan = SamplingPlan(
             stage,
-            self.num_samples,
-            num_classes,
-            self.num_steps,
-            self.chain.step_size,
-            self.rule,
-            evaluations,
-            self.rounding,
-            getattr(data, "seed_settings", {}),
+            num_samples=self.num_samples,
+            num_classes=num_classes,
+            num_steps=self.num_steps,
+            step_size=self.chain.step_size,
+            rule=self.rule,
+            network_evaluations=evaluations,
+            rounding=self.rounding,
+            seeds=getattr(data, "seed_settings", {}),
         )
         if stage == "val":
             for steps, count in evaluations.items():

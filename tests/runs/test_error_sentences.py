@@ -6,6 +6,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -28,6 +29,8 @@ from dat_lightning.runs.error_sentences import argument_sentence, constructor_er
         (CorruptImageError("a.jpg is no image"), "a.jpg is no image"),
         (MisconfigurationException("no such metric"), "no such metric"),
         (FileNotFoundError("no folder at x"), "no folder at x"),
+        (ConnectionError("could not download it"), "could not download it"),
+        (URLError(OSError(-2, "Name or service not known")), "a download failed: [Errno -2] Name or service"),
         (OSError(errno.EACCES, "Permission denied", "a.txt"), "a.txt: Permission denied"),
         (OSError(errno.ENOSPC, "No space left on device"), "a file could not be written: No space left on device; "),
         (OSError(errno.ENOSPC, "No space left on device", "a"), "a: a file could not be written: No space left on"),
@@ -42,6 +45,18 @@ def test_a_data_set_of_torchvision_that_is_not_there_is_a_sentence(source: Any, 
     with pytest.raises(RuntimeError) as found:
         source(tmp_path)
     assert "not below the folder that is its root" in (error_sentence(found.value) or "")
+
+
+def test_a_data_set_of_torchvision_that_cannot_be_fetched_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FashionMNIST, "mirrors", ["http://localhost:9/"])  # nobody listens there
+    with pytest.raises(RuntimeError) as found:
+        FashionMNIST(tmp_path, download=True)
+    sentence = error_sentence(found.value) or ""
+    assert sentence.startswith("Error downloading train-images-idx3-ubyte.gz: Tried http://localhost:9/, got: ")
+    assert "\n" not in sentence
+    assert "root" in sentence
 
 
 @pytest.mark.parametrize(
@@ -105,6 +120,8 @@ def be_killed() -> None:
         (be_killed, "a loader process (pid "),
     ],
 )
+# torch raises for the killed process wherever the program is when it hears of it; that may be in the iterator's end.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*DataLoaderIter:pytest.PytestUnraisableExceptionWarning")
 def test_errors_of_loader_processes(fail: Callable[[], None], start: str | None) -> None:
     with pytest.raises((ValueError, OSError, RuntimeError)) as caught:
         list(DataLoader(Failing(fail), num_workers=1))
