@@ -25,8 +25,8 @@ _SETTINGS = {
     "fid": (),
     "kid": ("kid_subsets", "kid_subset_size", "seed"),
     "inception_score": ("isc_splits", "seed"),
-    "precision": ("prc_neighborhood",),
-    "recall": ("prc_neighborhood",),
+    "precision": ("prc_neighborhood", "prc_num_reference", "seed"),
+    "recall": ("prc_neighborhood", "prc_num_reference", "seed"),
 }
 
 
@@ -41,7 +41,9 @@ class FidelitySettings:
         kid_subsets: Random pairs of subsets, over whose distances KID is the mean.
         kid_subset_size: Images in each of them.
         prc_neighborhood: Number of the neighbour whose distance is the radius of an image's ball.
-        seed: Of the shuffling and of the subsets.
+        prc_num_reference: How many images of the reference precision and recall look at, a random choice; ``None`` all.
+            Sets of equal size are the definition's, and time grows with the square of the number.
+        seed: Of the shuffling, of the subsets and of that choice.
 
     Raises:
         InputError: If a number is outside its range.
@@ -52,6 +54,7 @@ class FidelitySettings:
     kid_subsets: int = 100
     kid_subset_size: int = 1000
     prc_neighborhood: int = 3
+    prc_num_reference: int | None = None
     seed: int = 2020
 
     def __post_init__(self) -> None:
@@ -62,6 +65,8 @@ class FidelitySettings:
         require_at_least(2, kid_subset_size=self.kid_subset_size)
         if self.isc_size is not None:
             require_at_least(1, isc_size=self.isc_size)
+        if self.prc_num_reference is not None:
+            require_at_least(self.prc_neighborhood + 1, prc_num_reference=self.prc_num_reference)
 
 
 _DEFINITIONS: Mapping[str, tuple[str, Literal["higher", "lower"]]] = {
@@ -275,7 +280,7 @@ def fidelity_scores(
         # By parts: 50 000 against 50 000 distances at once would take 10 GB, thrice.
         found = prc_features_to_metric(
             samples.features,
-            reference.features,
+            _some_of(reference.features, settings),
             prc_neighborhood=settings.prc_neighborhood,
             save_cpu_ram=True,
             verbose=False,
@@ -285,6 +290,14 @@ def fidelity_scores(
         if math.isnan(score):
             raise InputError(f"{name} is NaN: features or logits are beyond what a float can hold")
     return scores
+
+
+def _some_of(features: Tensor | None, settings: FidelitySettings) -> Tensor | None:
+    """Returns those of the reference that precision and recall look at."""
+    if features is None or settings.prc_num_reference is None or settings.prc_num_reference >= len(features):
+        return features
+    generator = torch.Generator().manual_seed(settings.seed)
+    return features[torch.randperm(len(features), generator=generator)[: settings.prc_num_reference]]
 
 
 def measurements(

@@ -226,12 +226,29 @@ def test_figures_are_what_their_definitions_say(sets: dict[str, Path]) -> None:
     assert all(figure.num_samples == 70 for figure in figures)
 
 
+def test_precision_and_recall_look_at_some_of_the_reference(sets: dict[str, Path]) -> None:
+    network = DigitsFeatures()
+    real, worse = real_and_blurred(70)
+    x, y = (torch.from_numpy(p).permute(0, 3, 1, 2) for p in (worse, real))
+    features, known = network(x).double(), network(y).double()
+    for seed in (0, 1):
+        settings = FidelitySettings(prc_num_reference=40, seed=seed)
+        args = (sets["samples"], sets["real"], DigitsLayers())
+        found = values(measure_sample_set(*args, metrics=["prc"], settings=settings, silent=True))
+        some = known[torch.randperm(70, generator=torch.Generator().manual_seed(seed))[:40]]
+        assert found["precision"] == pytest.approx(covered(features, some, 3), abs=1e-6)
+        assert found["recall"] == pytest.approx(covered(some, features, 3), abs=1e-6)
+    with pytest.raises(ValueError, match=r"prc_num_reference must be at least 4, got 3"):
+        FidelitySettings(prc_num_reference=3)
+
+
 def test_settings_and_details_say_how(sets: dict[str, Path]) -> None:
     figures = measure_sample_set(sets["samples"], sets["real"], DigitsLayers(), settings=SETTINGS, silent=True)
     settings = {figure.name: dict(figure.settings) for figure in figures}
     against = {name: settings["fid"][name] for name in ("extractor", "feature_layer", "reference")}
     assert settings["fid"] == against
-    assert settings["precision"] == settings["recall"] == {"prc_neighborhood": 3, **against}
+    chosen = {"prc_neighborhood": 3, "prc_num_reference": None, "seed": 2020}
+    assert settings["precision"] == settings["recall"] == {**chosen, **against}
     assert settings["kid"] == {"kid_subsets": 4, "kid_subset_size": 20, "seed": 2020, **against}
     assert set(settings["inception_score"]) == {"isc_splits", "seed", "extractor", "logit_layer", "isc_size"}
     assert against["extractor"].startswith("DigitsLayers sha256:")
