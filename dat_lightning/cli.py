@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 import torch
 import yaml
@@ -89,6 +89,20 @@ class DATArgumentParser(LightningArgumentParser):
         sys.exit(2)
 
 
+def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
+    """Makes ``trainer.limit_*_batches: 1`` one batch again.
+
+    ``typing`` keeps equal unions once, in the order of who wrote it first; where that is float before int, jsonargparse
+    makes of 1 the float 1.0, which stands for all batches.
+    """
+    for action in parser._actions:
+        hint = getattr(action, "_typehint", None)
+        members = get_args(hint) if get_origin(hint) is Union else ()
+        if int in members and float in members:
+            others = tuple(member for member in members if member is not int)
+            action._typehint = Union.__getitem__((int, *others))  # type: ignore[attr-defined]
+
+
 class DATCLI(LightningCLI):
     """Runs ``fit``, ``validate``, ``test``, ``predict`` and ``export`` of a configuration; lists ``explore``."""
 
@@ -115,6 +129,7 @@ class DATCLI(LightningCLI):
             help="torch's setting of that name; high allows TF32 on GPUs, as torch does for convolutions in any case",
         )
         parser.set_defaults({"trainer.inference_mode": False})
+        _read_whole_numbers_first(parser)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DATCLI":
         """Returns itself: optimisers' settings remember who read them, and averaging copies the module with those."""

@@ -356,3 +356,15 @@ def test_a_checkpoint_of_another_kind_is_a_sentence(
     said = refusal(capsys, command, "--config", STAGE1, "--config", TINY, "--ckpt_path", str(plain))
     assert said.startswith(f"--ckpt_path {plain} is no checkpoint of a run of this program; ")
     assert said.endswith("for its weights alone use --model.init_from")
+
+
+@pytest.mark.parametrize("number", ["1", "2", "0.5"])
+def test_a_number_of_batches_is_no_share_of_them(number: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning takes 1 for one batch, and 1.0 for all of them."""
+    names = [f"limit_{part}_batches" for part in ("train", "val", "test", "predict")]
+    with pytest.raises(SystemExit):
+        main(["fit", "--config", STAGE2, *(f"--trainer.{name}={number}" for name in names), "--print_config"])
+    trainer = yaml.safe_load(capsys.readouterr().out)["trainer"]
+    found = [trainer[name] for name in names]
+    assert found == [yaml.safe_load(number)] * 4
+    assert {type(value) for value in found} == {type(yaml.safe_load(number))}
