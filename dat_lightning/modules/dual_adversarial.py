@@ -45,6 +45,8 @@ class DualAdversarialModule(EnergyModule):
         contrastive_step_size: η, the L2 length of one contrastive step.
         contrastive_rule: How contrastive steps are made.
         energy_weight: Weight of the energy loss.
+        energy_level: The energy that BCE tells real from contrastive images by. Stage 1 leaves the energies of images
+            anywhere; with a level among them the first steps need not move all of them, and the classifier with them.
         classification_weight: Weight of the robust cross-entropy.
         r1_weight: Weight of the R1 penalty on ``x_gen``; 0 leaves it out.
         merge_forwards: Whether the three loss terms share one forward pass; exact with frozen batch norm, at the price
@@ -66,6 +68,7 @@ class DualAdversarialModule(EnergyModule):
         contrastive_step_size: float = 0.1,
         contrastive_rule: UpdateRule = Steepest(),
         energy_weight: float = 1.0,
+        energy_level: float = 0.0,
         classification_weight: float = 1.0,
         r1_weight: float = 0.0,
         merge_forwards: bool = True,
@@ -83,6 +86,7 @@ class DualAdversarialModule(EnergyModule):
         self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
         self.contrastive_rule = contrastive_rule
         self.energy_weight = energy_weight
+        self.energy_level = energy_level
         self.classification_weight = classification_weight
         self.r1_weight = r1_weight
         self.merge_forwards = merge_forwards
@@ -115,7 +119,8 @@ class DualAdversarialModule(EnergyModule):
 
     def energy_loss(self, logits: JointLogits) -> Tensor:
         """Returns the BCE that lowers the energy of real images and raises that of contrastive ones, a scalar."""
-        return energy_bce(marginal_energy(logits.gen), marginal_energy(logits.contrast))
+        real, contrast = (marginal_energy(part) - self.energy_level for part in (logits.gen, logits.contrast))
+        return energy_bce(real, contrast)
 
     def regularization(self, x_gen: Tensor) -> Tensor:
         """Returns ½E‖∇ₓE(x_gen)‖², a scalar."""

@@ -62,9 +62,10 @@ def plain_ascent(net: nn.Module, x: Tensor, objective: Callable[[Tensor], Tensor
     return x.detach()
 
 
-def test_stage2_loss_is_the_one_of_the_method() -> None:
+@pytest.mark.parametrize("level", [0.0, -1.5])
+def test_stage2_loss_is_the_one_of_the_method(level: float) -> None:
     """The loss and its gradient in float64, from loops that share nothing with the package."""
-    module = silent(tiny.stage2(threat_model=tiny.ATTACK)).double()
+    module = silent(tiny.stage2(threat_model=tiny.ATTACK, energy_level=level)).double()
     assert isinstance(module, DualAdversarialModule)
     steps_of(module, 2)
     batch = make_batch(dtype=torch.float64)
@@ -81,7 +82,7 @@ def test_stage2_loss_is_the_one_of_the_method() -> None:
         x_adv = (batch["x_clf"] + delta * scale).clamp(0, 1)
     net.zero_grad()
     real, contrast = net(batch["x_gen"]).exp().sum(1).log(), net(x_contrast).exp().sum(1).log()
-    bce = (-torch.sigmoid(real).log().sum() - torch.sigmoid(-contrast).log().sum()) / 16
+    bce = (-torch.sigmoid(real + level).log().sum() - torch.sigmoid(-contrast - level).log().sum()) / 16
     p = net(x_adv).softmax(1)
     ce = -p[torch.arange(8), batch["y_clf"]].log().mean()
     (bce + ce).backward()
