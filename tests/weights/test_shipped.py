@@ -11,8 +11,9 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dat_lightning import DigitsDataModule, EnergyModel, SmallResNet, pretrained
+from dat_lightning import DigitsDataModule, EnergyModel, LabelledFolder, SmallResNet, pretrained
 from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
 from dat_lightning.explore import open_checkpoint
@@ -36,8 +37,18 @@ def accuracy_on_digits(model: EnergyModel) -> tuple[float, int]:
         return float((model(images).argmax(1) == labels).double().mean()), len(test)
 
 
+def accuracy_on_examples(model: EnergyModel) -> tuple[float, int]:
+    """Of the test images that ship with the model for the web page; and how many they are."""
+    examples = LabelledFolder(MODELS / "cifar10_cpu" / "examples")
+    images = torch.stack([pil_to_tensor(examples[i][0]) for i in range(len(examples))]) / 255
+    labels = torch.tensor([examples[i][1] for i in range(len(examples))])
+    with torch.no_grad():
+        return float((model(images).argmax(1) == labels).double().mean()), len(examples)
+
+
 # One figure of each model's card: the metric's type there, and how it is measured.
 FIGURES: dict[str, tuple[str, Callable[[EnergyModel], tuple[float, int]]]] = {
+    "cifar10_cpu": ("accuracy_on_examples", accuracy_on_examples),
     "digits": ("accuracy", accuracy_on_digits),
 }
 
