@@ -119,8 +119,7 @@ class DualAdversarialModule(EnergyModule):
 
     def energy_loss(self, logits: JointLogits) -> Tensor:
         """Returns the BCE that lowers the energy of real images and raises that of contrastive ones, a scalar."""
-        real, contrast = (marginal_energy(part) - self.energy_level for part in (logits.gen, logits.contrast))
-        return energy_bce(real, contrast)
+        return energy_bce(*(marginal_energy(part) - self.energy_level for part in (logits.gen, logits.contrast)))
 
     def regularization(self, x_gen: Tensor) -> Tensor:
         """Returns ½E‖∇ₓE(x_gen)‖², a scalar."""
