@@ -99,8 +99,8 @@ def _read_whole_numbers_first(parser: LightningArgumentParser) -> None:
         hint = getattr(action, "_typehint", None)
         members = get_args(hint) if get_origin(hint) is Union else ()
         if int in members and float in members:
-            others = tuple(member for member in members if member is not int)
-            action._typehint = Union.__getitem__((int, *others))  # type: ignore[attr-defined]
+            ordered = (int, *(member for member in members if member is not int))
+            action._typehint = Union[ordered]  # type: ignore[attr-defined]  # noqa: UP007 - | takes no tuple
 
 
 class DATCLI(LightningCLI):

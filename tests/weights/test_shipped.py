@@ -11,6 +11,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
+from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor
 
 from dat_lightning import DigitsDataModule, EnergyModel, LabelledFolder, SmallResNet, pretrained
@@ -29,21 +30,23 @@ MEGABYTES = 3  # of all models together
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
 
-def accuracy_on_digits(model: EnergyModel) -> tuple[float, int]:
-    """Of the test digits, which come with scikit-learn; and how many they are."""
-    test = DigitsDataModule().in_distribution("test")
-    images, labels = (torch.stack(part) for part in zip(*(test[i] for i in range(len(test))), strict=True))
+def accuracy(model: EnergyModel, examples: list[tuple[Tensor, int]]) -> tuple[float, int]:
+    """Of labelled images; and how many they are."""
+    images, labels = torch.stack([x for x, _ in examples]), torch.tensor([y for _, y in examples])
     with torch.no_grad():
-        return float((model(images).argmax(1) == labels).double().mean()), len(test)
+        return float((model(images).argmax(1) == labels).double().mean()), len(examples)
+
+
+def accuracy_on_digits(model: EnergyModel) -> tuple[float, int]:
+    """Of the test digits, which come with scikit-learn."""
+    test = DigitsDataModule().in_distribution("test")
+    return accuracy(model, [(x, int(y)) for x, y in (test[i] for i in range(len(test)))])
 
 
 def accuracy_on_examples(model: EnergyModel) -> tuple[float, int]:
-    """Of the test images that ship with the model for the web page; and how many they are."""
-    examples = LabelledFolder(MODELS / "cifar10_cpu" / "examples")
-    images = torch.stack([pil_to_tensor(examples[i][0]) for i in range(len(examples))]) / 255
-    labels = torch.tensor([examples[i][1] for i in range(len(examples))])
-    with torch.no_grad():
-        return float((model(images).argmax(1) == labels).double().mean()), len(examples)
+    """Of the test images that ship with the model for the web page."""
+    shown = LabelledFolder(MODELS / "cifar10_cpu" / "examples")
+    return accuracy(model, [(pil_to_tensor(x) / 255, y) for x, y in (shown[i] for i in range(len(shown)))])
 
 
 # One figure of each model's card: the metric's type there, and how it is measured.
