@@ -66,6 +66,11 @@ def architecture_of(module: object) -> dict[str, Any] | None:
     return copy.deepcopy(getattr(module, "__dict__", {}).get(_ATTRIBUTE))
 
 
+def is_registered(factory: object) -> bool:
+    """Returns whether it is a class or function of a registered architecture."""
+    return any(entry.factory is factory for entry in _registry.values())
+
+
 def build_architecture(description: object) -> nn.Module:
     """Returns a new module from a description that :func:`architecture_of` gave; nothing but registered names is used.
 
@@ -73,20 +78,26 @@ def build_architecture(description: object) -> nn.Module:
         InputError: If it is no description, its name is not registered, or the architecture refuses the arguments.
     """
     if not isinstance(description, Mapping) or description.keys() != {"name", "arguments"}:
-        raise InputError(f"an architecture must be {{'name': ..., 'arguments': {{...}}}}, got {description!r}")
+        raise InputError(f"an architecture must be {{'name': ..., 'arguments': {{...}}}}, got {_short(description)}")
     name, arguments = description["name"], description["arguments"]
     entry = _registry.get(name) if isinstance(name, str) else None
     if entry is None:
         raise InputError(
-            f"architecture {name!r} is not registered; known are {', '.join(sorted(_registry))}; one of your own is"
-            " known once the file that has @register_architecture is imported"
+            f"architecture {_short(name)} is not registered; known are {', '.join(sorted(_registry))}; one of your own"
+            " is known once the file that has @register_architecture is imported"
         )
     if not isinstance(arguments, Mapping) or not arguments.keys() <= entry.arguments:
-        raise InputError(f"architecture {name!r} has the arguments {sorted(entry.arguments)}, got {arguments!r}")
+        raise InputError(f"architecture {name!r} has the arguments {sorted(entry.arguments)}, got {_short(arguments)}")
     try:
         return entry.factory(**arguments)
     except (TypeError, ValueError) as error:
-        raise InputError(f"architecture {name!r} refuses {dict(arguments)}: {error}") from error
+        raise InputError(f"architecture {name!r} refuses {_short(dict(arguments))}: {error}") from error
+
+
+def _short(value: object) -> str:
+    """What a file says, as far as a message can hold it."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}…"
 
 
 def _place(factory: Callable[..., nn.Module]) -> tuple[str, str]:

@@ -8,6 +8,18 @@ class InputError(ValueError):
     """
 
 
+_LONGEST = 2000  # characters of a message
+
+
+def printable(text: str) -> str:
+    """Returns text as a terminal may have it: without control characters, which a file can have in any name, and short.
+
+    A sequence of such characters moves the cursor, or sets the terminal's title.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text[: _LONGEST + 1])
+    return shown if len(text) <= _LONGEST else f"{shown}…"
+
+
 def require_at_least(minimum: float, **values: float | None) -> None:
     """Checks arguments that have a least value; ``None``, which ``null`` in a configuration gives, has none.
 
@@ -17,6 +29,17 @@ def require_at_least(minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is None or not value >= minimum:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
+
+
+def require_counts(minimum: int, **values: object) -> None:
+    """Checks numbers that count something, as a file says them: whole, and not less than a least one.
+
+    Raises:
+        InputError: Naming the first that is something else.
+    """
+    for name, value in values.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+            raise InputError(f"{name} must be a whole number of at least {minimum}, got {str(value)[:80]}")
 
 
 def require_kind(kind: type[object], **values: object) -> None:

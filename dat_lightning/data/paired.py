@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_counts
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -238,10 +238,14 @@ class PairedDataModule(LightningDataModule):
         An evaluation continues nothing, and takes a checkpoint of any seed.
 
         Raises:
-            InputError: If the checkpoint was made with another seed, so that images would repeat and others be missed.
+            InputError: If the checkpoint was made with another seed, so that images would repeat and others be missed;
+                or if its position is none.
         """
         if self.trainer is not None and self.trainer.state.fn != TrainerFn.FITTING:
             return
+        position = {name: state.get(name) for name in ("draws_consumed", "batches_processed")}
+        require_counts(0, **position)
+        require_counts(1, batch_size=state.get("batch_size"), num_processes=state.get("num_processes") or 1)
         if state["seed"] != self.seed:
             raise InputError(
                 f"data.seed is {self.seed}, but the checkpoint was trained with {state['seed']}: the data order would"

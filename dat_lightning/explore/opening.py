@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from dat_lightning import core
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
 from dat_lightning.backbones.resnet import NOT_DESCRIBED
+from dat_lightning.backbones.sizes import build_within
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
@@ -24,6 +25,7 @@ from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.runs.configurations import with_bases
 from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
+from dat_lightning.weights.extents import tensors_in
 from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.shipped import MODELS, PAGE_FILE, is_exported, located
 
@@ -31,6 +33,7 @@ from dat_lightning.weights.shipped import MODELS, PAGE_FILE, is_exported, locate
 _USUAL_SIZES = {"SmallResNet": 16, "WideResNet": 32}
 _USUAL_SIZE = 224
 _USUAL_STEPS = 20
+_LARGEST_STEP = 1000.0  # that the page offers
 
 
 class Examples:
@@ -142,7 +145,7 @@ def open_checkpoint(
             model = module.energy_model
             settings = {**settings, **_first_steps(module)}
         else:
-            model = _described_network(path, settings)
+            model = _described_network(path, settings, contents)
         load_weights(model, path)
     # The run's own way to generate comes before that of its training, which the recipes for photographs differ in.
     settings = {**settings, **_sampling(sections)}
@@ -181,19 +184,20 @@ def _put_together(
     elif names is not None:
         explorer.class_names = names
     attack = _mapping(settings.get("threat_model"))
-    eps = 4 * float(attack["eps"]) if attack.get("norm") == "L2" and attack.get("eps") else 4.0
+    radius = _positive(attack.get("eps")) if attack.get("norm") == "L2" else None
+    eps = 4.0 if radius is None else 4 * radius
     # Without a hint, a step of one hundredth of the box's diagonal.
     step_size = (
-        settings.get("sampling_step_size")
-        or settings.get("contrastive_step_size")
+        _positive(settings.get("sampling_step_size"))
+        or _positive(settings.get("contrastive_step_size"))
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
     rule = settings.get("sampling_rule") or _described_rule(settings.get("contrastive_rule"))
     steps = int(settings.get("sampling_steps", _USUAL_STEPS))
-    return Opened(explorer, name, _in_words(model), examples, tuple(notes), eps, float(step_size), rule, steps)
+    return Opened(explorer, name, _in_words(model), examples, tuple(notes), eps, step_size, rule, steps)
 
 
-def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
+def _described_network(path: Path, settings: Mapping[str, Any], contents: Mapping[str, Any]) -> EnergyModel:
     """The network that a checkpoint's hyperparameters describe."""
     instead = "give the run's configuration as --config, or a folder that dat-lightning export wrote"
     section = _mapping(settings.get("energy_model"))
@@ -208,8 +212,10 @@ def _described_network(path: Path, settings: Mapping[str, Any]) -> EnergyModel:
     given = _mapping(backbone.get("init_args"))
     left_out = {"pretrained", *NOT_DESCRIBED}
     plain = {name: value for name, value in given.items() if name not in left_out}
+    description = {"name": places[1][2], "arguments": plain}
+    weights = [tensor for _, tensor in tensors_in(contents)]
     try:
-        return EnergyModel(build_architecture({"name": places[1][2], "arguments": plain}), **arguments)
+        return build_within(lambda: EnergyModel(build_architecture(description), **arguments), weights, plain)
     except (TypeError, ValueError) as error:
         raise InputError(f"{path} describes no network of this version: {error}; {instead}") from error
 
@@ -282,7 +288,10 @@ def _described_rule(section: object) -> UpdateRule:
         return STEEPEST
     arguments = _mapping(_mapping(section).get("init_args"))
     inner = {name: _described_rule(value) for name, value in arguments.items() if "class_path" in _mapping(value)}
-    rule: UpdateRule = known(**{**arguments, **inner})
+    try:
+        rule: UpdateRule = known(**{**arguments, **inner})
+    except (TypeError, ValueError):  # of another version, or of nobody's
+        return STEEPEST
     return rule
 
 
@@ -320,6 +329,12 @@ def _checked_device(device: str) -> torch.device:
 
 def _mapping(value: object) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
+
+
+def _positive(value: object) -> float | None:
+    """A number as a file says it, if it is one that can be a radius or a step."""
+    usable = isinstance(value, int | float) and 0 < value < _LARGEST_STEP
+    return float(value) if usable else None  # type: ignore[arg-type]
 
 
 def _channels(model: EnergyModel) -> int:

@@ -1,16 +1,18 @@
 """What a module checks before it trains or evaluates: network and data fit together, as do schedule and length."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateFinder, StochasticWeightAveraging
 from torch import Tensor, nn
 
 from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import EnergyModel
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.data.batches import check_energy, check_pixels, check_precision, class_labels, logits_of
 
 
@@ -64,6 +66,71 @@ def _first_logits(energy_model: EnergyModel, x: Tensor, who: str) -> Tensor:
         ) from error
     check_energy(logits, f"the network {name}")
     return logits
+
+
+def check_restored(module: LightningModule, contents: Mapping[str, Any], to_train: bool) -> None:
+    """Looks in a checkpoint for what no run of the module has saved, and what nobody would notice once it is restored.
+
+    Names and shapes of weights are not compared.
+
+    Args:
+        module: Of the run that goes on, with its initial weights or any others.
+        contents: The checkpoint's.
+        to_train: Whether training goes on from it.
+
+    Raises:
+        InputError: If weights are not finite or of another type, T lies beyond the curriculum, a count is none, or the
+            optimiser's state is one of other parameters.
+    """
+    own = module.state_dict()
+    for entry in ("state_dict", "current_model_state"):
+        saved = contents.get(entry) or {}
+        for name, target in own.items():
+            value = saved.get(name, target)
+            if value.is_floating_point() != target.is_floating_point():
+                raise InputError(f"{name} holds {value.dtype} instead of {target.dtype}")
+        check_finite((name, saved[name]) for name in own if name in saved and name.startswith("energy_model."))
+        for name, part in module.named_modules():
+            if isinstance(part, AUCCurriculum) and (steps := saved.get(f"{name}.num_steps")) is not None:
+                _check_steps(f"{name}.num_steps", steps, part)
+    if to_train:
+        require_counts(0, network_evaluations=contents.get("network_evaluations", 0))
+        _check_optimizers(contents.get("optimizer_states") or [], [p for p in module.parameters() if p.requires_grad])
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises an InputError, which names it, if a tensor holds NaN or infinite numbers."""
+    for name, tensor in tensors:
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise InputError(f"{name} holds NaN or infinite numbers")
+
+
+def _check_steps(name: str, steps: Tensor, curriculum: AUCCurriculum) -> None:
+    if steps.numel() != 1 or not 0 <= int(steps) <= curriculum.max_steps:
+        found = int(steps) if steps.numel() == 1 else "no number"
+        raise InputError(
+            f"{name}, the number T of contrastive steps, must lie between 0 and max_steps, {curriculum.max_steps}; got"
+            f" {found}"
+        )
+
+
+# What torch's optimisers keep of each parameter, in its shape.
+_OF_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
+
+
+def _check_optimizers(states: list[Mapping[str, Any]], parameters: list[nn.Parameter]) -> None:
+    numbers = [n for each in states for group in each.get("param_groups") or [] for n in group.get("params") or []]
+    if len(states) != 1 or len(numbers) != len(parameters):
+        return  # several optimisers, or one of other parameters, which it refuses itself
+    for number, parameter in zip(numbers, parameters, strict=True):
+        state = (states[0].get("state") or {}).get(number) or {}
+        for name in _OF_PARAMETERS:
+            value = state.get(name)
+            if isinstance(value, Tensor) and value.shape != parameter.shape:
+                raise InputError(
+                    f"the optimiser's {name} of parameter {number} has the shape {tuple(value.shape)}, and the"
+                    f" parameter {tuple(parameter.shape)}"
+                )
 
 
 def check_layout(energy_model: EnergyModel) -> None:

@@ -15,11 +15,19 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import Self, override
 
+from dat_lightning.backbones.sizes import limited, limits_of
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError, require_kind
 from dat_lightning.data.batches import EvaluationEntry, batch_part, only_loader
-from dat_lightning.modules.checks import check_callbacks, check_first_batch, check_layout, check_schedules
+from dat_lightning.modules.checks import (
+    check_callbacks,
+    check_finite,
+    check_first_batch,
+    check_layout,
+    check_restored,
+    check_schedules,
+)
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
 from dat_lightning.speed.execution import EXECUTION_SETTINGS
@@ -28,10 +36,14 @@ from dat_lightning.weights import (
     check_stamp,
     check_states,
     load_weights,
+    read_checkpoint,
     run_of,
     settings_of_module,
     stamp,
 )
+from dat_lightning.weights.classes import check_classes, settings_in, settings_in_yaml, without_downloads
+from dat_lightning.weights.extents import tensors_in
+from dat_lightning.weights.files import as_local_file
 from dat_lightning.weights.hub import EnergyModel
 
 Batch = Mapping[str, Tensor]
@@ -111,12 +123,40 @@ class TrainedModule(LightningModule):
     @classmethod
     @override
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: Any, map_location: Any = None, hparams_file: str | Path | None = None, **kwargs: Any
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: str | Path | None = None,
+        allowed_classes: Sequence[str] = (),
+        **kwargs: Any,
     ) -> Self:
-        """Returns a module as Lightning does; of ``hparams.yaml``, as runs log it, the module's settings are taken."""
+        """Returns a module as Lightning does, with the weights of a checkpoint and the settings that it has, or a file.
+
+        A file decides on little of what is made: classes of this package that compute, registered networks, torch's
+        optimisers, and ``cls`` itself. Networks download nothing, and are no larger than the weights in the file.
+
+        Args:
+            checkpoint_path: A file, an address that fsspec knows, or an open binary file.
+            map_location: Where the weights go, as for ``torch.load``.
+            hparams_file: ``hparams.yaml`` of a run, whose settings of the module are taken.
+            allowed_classes: Further classes that the file may name, or packages of such; they are imported.
+            kwargs: Settings that come before those of the file, and Lightning's ``strict`` and ``weights_only``; with
+                ``weights_only=False`` nothing of this is checked, and the file may run any code.
+
+        Raises:
+            InputError: If the file is damaged, too large a thing for its size, or names another class.
+        """
         if hparams_file is not None and (settings := settings_of_module(hparams_file)):
             hparams_file, kwargs = None, {**settings, **kwargs}
-        return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, **kwargs)
+        if kwargs.get("weights_only") is False:
+            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, **kwargs)
+        with as_local_file(checkpoint_path) as path:
+            contents = read_checkpoint(path)
+            settings = {**settings_in(contents), **settings_in_yaml(hparams_file), **kwargs}
+            check_classes(settings, allowed_classes, cls)
+            network = {name: without_downloads(settings[name]) for name in ("energy_model",) if name in settings}
+            with limited(limits_of((tensor for _, tensor in tensors_in(contents)), network)):
+                return super().load_from_checkpoint(path, map_location, hparams_file, **{**kwargs, **network})
 
     @property
     def freezes_batch_norm(self) -> bool:
@@ -174,8 +214,10 @@ class TrainedModule(LightningModule):
         """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
 
         Raises:
-            InputError: If a newer version of this package wrote it, or, where training is to go on, another module.
+            InputError: If a newer version of this package wrote it, or, where training is to go on, another module; or
+                if it holds what no run can have saved, such as weights that are not finite.
         """
+        check_restored(self, checkpoint, self._is_fitting())
         if self._is_fitting():
             check_stamp(checkpoint, _class_path(self))
             self._run_name = run_of(checkpoint) or self._run_name
@@ -239,16 +281,20 @@ class TrainedModule(LightningModule):
         """Loads the initial weights; there is one loader."""
         only_loader(self.trainer.val_dataloaders, type(self).__name__)
         self._load_initial_weights()
+        if not self._is_fitting():  # where the guard against divergence looks after them
+            self._check_weights()
 
     def on_test_start(self) -> None:
         """Loads the initial weights; there is one loader; warns as in training."""
         only_loader(self.trainer.test_dataloaders, type(self).__name__)
         self._load_initial_weights()
+        self._check_weights()
         self._warn_of_emulation()
 
     def on_predict_start(self) -> None:
         """Loads the initial weights; warns as in training."""
         self._load_initial_weights()
+        self._check_weights()
         self._warn_of_emulation()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -349,6 +395,13 @@ class TrainedModule(LightningModule):
             loaded = load_weights(self.energy_model, self.init_from, new_head=self.new_head)
             rank_zero_info(f"weights from {self.init_from}: {loaded}")
         self._initialized = True
+
+    def _check_weights(self) -> None:
+        """Figures of a network that computes NaN look like those of a bad one."""
+        try:
+            check_finite(self.energy_model.state_dict().items())
+        except InputError as error:
+            raise InputError(f"there is nothing to evaluate: {error}") from error
 
     def _warn_of_emulation(self) -> None:
         attacks = {"execution.attack_precision": self.execution.attack_precision}

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from dat_lightning.runs.checkpoints import name_another, read_run_checkpoint
 from dat_lightning.weights.archives import DamagedCheckpointError, check_whole
-from dat_lightning.weights.files import written_whole
+from dat_lightning.weights.files import require_regular, written_whole
 
 # How a file is called before it is whole. The final name must not be in it: Lightning reads numbers after hpc_ckpt_.
 _UNFINISHED = re.compile(r"tmp[a-z0-9_]{8}\.tmp")
@@ -64,6 +64,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             InputError: If it is damaged, of another kind, or of a newer version.
         """
         local = local_path(path)
+        if local is not None and local.exists() and not local.is_dir():
+            require_regular(local)
         if local is None or not local.is_file():
             return super().load_checkpoint(path, map_location, weights_only)
         try:

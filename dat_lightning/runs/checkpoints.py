@@ -1,7 +1,9 @@
 """Checkpoints of runs: read whole or refused, and the newest whole one found where another is damaged."""
 
 import pickle
-from collections.abc import Iterable, Mapping
+import pickletools
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,8 @@ from typing import Any
 import torch
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.weights.archives import DamagedCheckpointError, check_whole, damaged_part
+from dat_lightning.weights.archives import DamagedCheckpointError, check_whole, damaged_part, read_pickle
+from dat_lightning.weights.extents import check_pickle, check_tensors
 from dat_lightning.weights.stamp import changed_settings, check_stamp, is_of_kind, kind_of, run_of
 
 # What a checkpoint has that training can go on from; one with weights alone lacks the optimiser.
@@ -25,12 +28,14 @@ class Requirements:
         shapes: Shapes in the state dict by name; nothing is compared if it is empty.
         settings: The module's settings; a checkpoint with others will do, but one with the same comes first.
         to_train: Whether training has to be able to go on from it.
+        check: Raises an ``InputError`` about contents that the module cannot have saved.
     """
 
     kind: str | None = None
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     settings: Mapping[str, Any] = field(default_factory=dict)
     to_train: bool = True
+    check: Callable[[Mapping[str, Any]], None] = lambda contents: None
 
     def unmet(self, contents: Mapping[str, Any]) -> str | None:
         """Returns what is wrong with a checkpoint of another kind of module or network, or ``None``."""
@@ -89,7 +94,12 @@ def read_without_tensors(path: Path) -> dict[str, Any]:
 
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
     try:
+        with zipfile.ZipFile(path) as archive:
+            check_pickle(pickletools.genops(read_pickle(archive)[0]))
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        check_tensors(contents)
+    except InputError as error:
+        raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {error}") from error
     except pickle.UnpicklingError as error:
         raise DamagedCheckpointError(
             f"{path} is not a readable checkpoint: it holds Python objects, which are not loaded because that could run"
@@ -101,11 +111,57 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
         ) from error
     if not isinstance(contents, dict):
         raise DamagedCheckpointError(f"{path} holds a {type(contents).__name__}, not a checkpoint")
+    fault = _misshapen(contents)
+    if fault is not None:
+        raise DamagedCheckpointError(f"{path} is no checkpoint of a run: {fault}")
     try:
         check_stamp(contents)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
     return contents
+
+
+# What each entry that Lightning writes is, and so what it is believed to be.
+_FORMS: dict[str, type] = {
+    "state_dict": Mapping,
+    "current_model_state": Mapping,
+    "hyper_parameters": Mapping,
+    "loops": Mapping,
+    "callbacks": Mapping,
+    "optimizer_states": list,
+    "lr_schedulers": list,
+    "epoch": int,
+    "global_step": int,
+}
+
+
+def _misshapen(contents: Mapping[Any, Any]) -> str | None:
+    """Says which entry is not what a run saves, if one is."""
+    for name, form in _FORMS.items():
+        value = contents.get(name)
+        if name in contents and value is not None and not isinstance(value, form):
+            return f"its {name} is a {type(value).__name__}"
+    for name in ("state_dict", "current_model_state"):
+        for key, value in (contents.get(name) or {}).items():
+            extra = isinstance(key, str) and key.endswith("_extra_state")  # of torch.nn.Module, which may be anything
+            if not (isinstance(key, str) and isinstance(value, torch.Tensor) or extra):
+                return f"its {name} has a {type(value).__name__} as {str(key)[:80]!r}"
+    for name in ("optimizer_states", "lr_schedulers"):
+        wrong = next((part for part in contents.get(name) or [] if not isinstance(part, Mapping)), None)
+        if wrong is not None:
+            return f"its {name} hold a {type(wrong).__name__}"
+    counts = {name: contents.get(name) for name in ("epoch", "global_step", "loops")}
+    negative = next(_negative(counts), None)
+    return None if negative is None else f"its {negative[0]} is {negative[1]}"
+
+
+def _negative(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
+    """The numbers below zero in what only counts, such as the progress of loops, and where they are."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _negative(inner, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, int) and value < 0:
+        yield name, value
 
 
 def can_resume(contents: Mapping[str, Any]) -> bool:
@@ -118,7 +174,9 @@ def checkpoints_in(folder: Path, pattern: str = "*.ckpt") -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if path.is_file()) if folder.is_dir() else []
 
 
-def newest_whole(candidates: Iterable[Path], required: Requirements = _ANY) -> Path | None:
+def newest_whole(
+    candidates: Iterable[Path], required: Requirements = _ANY, tell: Callable[[str], None] = lambda sentence: None
+) -> Path | None:
     """Returns the newest checkpoint that is whole, or ``None``.
 
     Those with the settings of the run come first. Then the run of which a file was written last decides: its
@@ -128,13 +186,15 @@ def newest_whole(candidates: Iterable[Path], required: Requirements = _ANY) -> P
     Args:
         candidates: Checkpoints; all are opened, and read whole until a whole one is found.
         required: What it has to be of.
+        tell: Is told, in a sentence each, which are passed over because they cannot be used at all.
     """
     found: list[tuple[Path, int, dict[str, Any]]] = []
     last_written: dict[str | None, int] = {}
     for path in candidates:
         try:
             contents, written = read_without_tensors(path), path.stat().st_mtime_ns
-        except (ValueError, OSError):
+        except (ValueError, OSError) as error:
+            tell(str(error))
             continue
         if required.unmet(contents) is None and (can_resume(contents) or not required.to_train):
             found.append((path, written, contents))
@@ -147,8 +207,9 @@ def newest_whole(candidates: Iterable[Path], required: Requirements = _ANY) -> P
 
     for path, _, _ in sorted(found, key=rank):
         try:
-            check_whole(path)
-        except (ValueError, OSError):
+            required.check(read_run_checkpoint(path))
+        except (ValueError, OSError) as error:
+            tell(str(error) if str(path) in str(error) else f"{path}: {error}")
             continue
         return path
     return None

@@ -13,7 +13,7 @@ from urllib.error import URLError
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, printable
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How torch says that a loader process is gone, with the signal where it knows it.
@@ -40,6 +40,11 @@ _NO_MAPPING = re.compile(r"_instantiate_context.* argument after \*\* must be a 
 
 def error_sentence(error: BaseException) -> str | None:
     """Returns an error about a user's input, files or machine as one sentence; ``None`` for a fault of a program."""
+    sentence = _sentence(error)
+    return None if sentence is None else printable(sentence)
+
+
+def _sentence(error: BaseException) -> str | None:
     if isinstance(error, InputError | MisconfigurationException):
         return _one_line(_text_from_loader(error) or str(error))
     if isinstance(error, OSError):
@@ -72,7 +77,7 @@ def argument_sentence(message: str) -> str:
     text = " ".join(line for line in lines if line and not _PARSER_NOISE.match(line))
     text = text.replace("Does not validate against any of the Union subtypes ", "")
     text = re.sub(r"Parser key \"([^\"]+)\":", r"\1:", text)
-    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", text)
+    text = re.sub(r"Problem with given class_path '([^']+)':", r"\1:", printable(text))
     return re.sub(r"<class '([^']+)'>|typing\.(?=Literal)", lambda match: match[1] or "", text)
 
 

@@ -4,12 +4,68 @@ What is inherited is listed beside these in tests/runs/test_lightning_internals.
 Lightning has moved something, and when another file of the package reaches into a Trainer.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from lightning.fabric.plugins import CheckpointIO, ClusterEnvironment, TorchCheckpointIO
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.trainer.connectors.checkpoint_connector import _CheckpointConnector
+from typing_extensions import override
+
+from dat_lightning.core.errors import InputError
+
+
+class NamedRestore(_CheckpointConnector):
+    """Restores a checkpoint as Lightning does, and says of what cannot be restored whose state it is.
+
+    What each part of a run has saved goes back to that part unseen: the loops, optimisers, schedules, callbacks and
+    data of this program, of Lightning and of users. In a file from elsewhere it may be anything.
+    """
+
+    @override
+    def restore_model(self) -> None:
+        """Restores the weights."""
+        with self._named("weights"):
+            super().restore_model()
+
+    @override
+    def restore_datamodule(self) -> None:
+        """Restores the position in the data."""
+        with self._named("state of the data"):
+            super().restore_datamodule()
+
+    @override
+    def restore_callbacks(self) -> None:
+        """Restores the states of callbacks."""
+        with self._named("state of a callback"):
+            super().restore_callbacks()
+
+    @override
+    def restore_training_state(self) -> None:
+        """Restores loops, optimisers and schedules."""
+        with self._named("state of loops, optimisers or schedules"):
+            super().restore_training_state()
+
+    @contextmanager
+    def _named(self, part: str) -> Iterator[None]:
+        try:
+            yield
+        except (InputError, MisconfigurationException) as error:
+            raise InputError(f"{self.trainer.ckpt_path}: {error}") from error
+        except Exception as error:
+            raise InputError(
+                f"the {part} in {self.trainer.ckpt_path} cannot be restored: {type(error).__name__}: {str(error)[:300]}"
+            ) from error
+
+
+def name_what_is_not_restored(trainer: Trainer) -> None:
+    """Has a Trainer restore checkpoints by :class:`NamedRestore`; before it has restored any."""
+    if type(trainer._checkpoint_connector) is _CheckpointConnector:
+        trainer._checkpoint_connector = NamedRestore(trainer)
 
 
 def collect_checkpoint(trainer: Trainer) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, printable
 from dat_lightning.modules import EnergyModule
+from dat_lightning.modules.checks import check_restored
 from dat_lightning.runs import (
     AtomicCheckpointIO,
     DamagedCheckpointError,
@@ -27,9 +29,10 @@ from dat_lightning.runs import (
     shapes_of,
     step_of,
 )
-from dat_lightning.runs.lightning_internals import use_checkpoint_io
+from dat_lightning.runs.lightning_internals import name_what_is_not_restored, use_checkpoint_io
 from dat_lightning.runs.signal_checkpoint import SignalCheckpoint
 from dat_lightning.weights import changed_settings
+from dat_lightning.weights.files import require_regular
 from dat_lightning.weights.shipped import is_exported, located
 
 _LAST = "last"
@@ -82,10 +85,12 @@ def _described(name: str | None, step: int) -> str:
 def protect(trainer: Trainer) -> None:
     """Gives a Trainer what a run needs to survive, where it has none of the kind.
 
-    That is :class:`AtomicCheckpointIO`, :class:`SignalCheckpoint` and :class:`SameCheckpoint`. A plug-in for
+    That is :class:`AtomicCheckpointIO`, :class:`SignalCheckpoint` and :class:`SameCheckpoint`; and an error in place of
+    a traceback where a checkpoint holds what this run cannot take back. A plug-in for
     checkpoints that the user chose stays; one that wraps another, such as ``AsyncCheckpointIO``, writes through ours.
     """
     use_checkpoint_io(trainer, AtomicCheckpointIO())
+    name_what_is_not_restored(trainer)
     callbacks = trainer.callbacks  # type: ignore[attr-defined]
     for kind in (SignalCheckpoint, SameCheckpoint):
         if not any(isinstance(callback, kind) for callback in callbacks):
@@ -146,11 +151,14 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
             raise InputError(f"--ckpt_path hpc: there is no hpc_ckpt_<n>.ckpt in {trainer.default_root_dir}")
         return given
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    required = Requirements(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
+    check = partial(check_restored, model, to_train=to_train) if isinstance(model, EnergyModule) else _anything
+    required = Requirements(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train, check)
     if given is None:
         if not (to_train and SLURMEnvironment.detect() and _in_root(trainer)):
             return None
         given = _LAST
+    if given != _LAST and Path(given).exists() and not Path(given).is_dir():
+        require_regular(Path(given))
     if given != _LAST and (not Path(given).is_dir() or any((Path(given) / name).exists() for name in _SHARDED)):
         if Path(given).is_file():
             _check(Path(given), type(model).__name__, required)
@@ -176,13 +184,16 @@ def _no_best(trainer: Trainer) -> str:
 def _newest(given: str, trainer: Trainer, required: Requirements, kind: str) -> Path | None:
     """Returns the checkpoint that a folder or ``last`` means."""
     candidates = _of_run(trainer) if given == _LAST else checkpoints_in(Path(given))
-    found = newest_whole(candidates, required)
+    passed_over: list[str] = []
+    found = newest_whole(candidates, required, passed_over.append)
     if found is None and (candidates or given != _LAST):
         folders = ", ".join(sorted({str(path.parent) for path in candidates})) or given
         raise InputError(
             f"--ckpt_path {given}: none of the {len(candidates)} checkpoints in {folders} is a whole one of a"
-            f" {kind} with this network"
+            f" {kind} with this network{''.join(f'; {sentence}' for sentence in passed_over[:3])}"
         )
+    for sentence in passed_over:
+        rank_zero_warn(printable(f"--ckpt_path {given}: passed over: {sentence}"))
     if found is None:
         if not required.to_train:
             folders = ", ".join(map(str, [*_folders(trainer), trainer.default_root_dir]))
@@ -190,18 +201,16 @@ def _newest(given: str, trainer: Trainer, required: Requirements, kind: str) -> 
         rank_zero_info("--ckpt_path last: there is no checkpoint of this run yet; it starts anew")
         return None
     latest = max(candidates, key=lambda path: path.stat().st_mtime_ns)
-    if latest.stat().st_mtime_ns > found.stat().st_mtime_ns:
+    told = any(str(latest) in sentence for sentence in passed_over)
+    if latest.stat().st_mtime_ns > found.stat().st_mtime_ns and not told:
         why = _why_not_taken(latest, required)
         rank_zero_warn(f"--ckpt_path {given}: {latest} is newer, but {why}; the run goes on from {found}")
     return found
 
 
 def _why_not_taken(path: Path, required: Requirements) -> str:
-    """Returns why a checkpoint that was written later is not the one to go on from."""
-    try:
-        contents = read_run_checkpoint(path, mmap=True)
-    except (ValueError, OSError):
-        return "cannot be used"
+    """Returns why a checkpoint that was written later, and could be read, is not the one to go on from."""
+    contents = read_without_tensors(path)
     if required.unmet(contents) is not None or not (can_resume(contents) or not required.to_train):
         return "cannot be used"
     if changed_settings(contents, required.settings):
@@ -218,8 +227,10 @@ def _warn_before_training(given: str, path: Path, trainer: Trainer, required: Re
     if changed:
         more = f" and {len(changed) - 8} more" if len(changed) > 8 else ""
         rank_zero_warn(
-            f"--ckpt_path {given}: {path} was trained with other settings, and the run goes on with the new ones:"
-            f" {'; '.join(changed[:8])}{more}"
+            printable(
+                f"--ckpt_path {given}: {path} was trained with other settings, and the run goes on with the new ones:"
+                f" {'; '.join(changed[:8])}{more}"
+            )
         )
     limit = _limit_reached(contents, trainer)
     if limit is not None:
@@ -233,8 +244,11 @@ def _limit_reached(contents: Mapping[str, Any], trainer: Trainer) -> str | None:
     """Returns which of the Trainer's limits a checkpoint has reached, as Lightning decides it."""
     if 0 <= trainer.max_steps <= step_of(contents):
         return f"step {step_of(contents)} of trainer.max_steps={trainer.max_steps}"
-    progress = contents["loops"].get("fit_loop", {}).get("epoch_progress", {}).get("current", {})
-    epochs = progress.get("processed", 0)
+    epochs: Any = contents["loops"]
+    for name in ("fit_loop", "epoch_progress", "current", "processed"):
+        epochs = epochs.get(name) if isinstance(epochs, Mapping) else None
+    if not isinstance(epochs, int):
+        return None  # of another version of Lightning
     if trainer.max_epochs is not None and 0 <= trainer.max_epochs <= epochs:
         return f"epoch {epochs} of trainer.max_epochs={trainer.max_epochs}"
     return None
@@ -277,3 +291,11 @@ def _check(path: Path, kind: str, required: Requirements) -> None:
         )
     if required.to_train and not can_resume(contents):
         raise InputError(f"--ckpt_path {path} {_WEIGHTS_ALONE}")
+    try:
+        required.check(contents)
+    except InputError as error:
+        raise InputError(f"--ckpt_path {path}: {error}{_HINT}") from error
+
+
+def _anything(contents: Mapping[str, Any]) -> None:
+    """Accepts whatever a module that is none of this package may have saved."""

@@ -14,7 +14,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least
+from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least, require_counts
 from dat_lightning.training.post_mortem import PostMortem, bad_gradients, named_images, named_tensors, save_post_mortem
 from dat_lightning.training.signatures import (
     batch_energies,
@@ -131,7 +131,12 @@ class DivergenceGuard(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores the counts."""
+        """Restores the counts.
+
+        Raises:
+            InputError: If they are none.
+        """
+        require_counts(0, **{name: state_dict.get(name) for name in ("num_skipped", "num_saved")})
         self._has_run = False
         self.num_skipped = state_dict["num_skipped"]
         self._num_saved = state_dict["num_saved"]

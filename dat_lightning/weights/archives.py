@@ -31,23 +31,62 @@ def damaged_part(path: Path, tensors: bool = True) -> str | None:
         return "it is of another kind: it is empty"
     try:
         with zipfile.ZipFile(path) as archive:
+            fault = _oddity(archive.infolist(), size)
+            if fault is not None:
+                return fault
             if not any(entry.CRC for entry in archive.infolist()):
                 return None
-            broken = next((entry.filename for entry in archive.infolist() if _is_odd(entry)), None)
-            if broken is None and tensors:
+            broken = None
+            if tensors:
                 broken = archive.testzip()
-            elif broken is None:
-                for entry in archive.infolist():
-                    if entry.filename.endswith("/data.pkl"):
-                        archive.read(entry)  # an error if its checksum is another
+            else:
+                read_pickle(archive, checked=True)
     except Exception:  # whatever a reader of archives stumbles over
         return f"it is damaged or of another kind ({size} bytes)"
     return None if broken is None else f"it is damaged, in its part {broken}"
 
 
-def _is_odd(entry: zipfile.ZipInfo) -> bool:
-    """Whether a part is marked as a folder, for which torch's reader leaves memory as it was, or has two sizes."""
-    return bool(entry.external_attr & 0x10) or (entry.compress_type == 0 and entry.compress_size != entry.file_size)
+def read_pickle(archive: zipfile.ZipFile, checked: bool = False) -> tuple[bytes, int]:
+    """Returns the bytes of the part that torch reads first, and a place in the file before them.
+
+    Args:
+        archive: That ``torch.save`` wrote.
+        checked: Whether to compare its checksum, which a file may lack.
+
+    Raises:
+        KeyError: If there is none.
+        BadZipFile: If its checksum is another.
+    """
+    root = archive.infolist()[0].filename.partition("/")[0]
+    entry = archive.getinfo(f"{root}/data.pkl")
+    if not checked:
+        entry.CRC = None  # type: ignore[assignment]  # by which zipfile knows that there is nothing to compare
+    return archive.read(entry), entry.header_offset
+
+
+def _oddity(entries: list[zipfile.ZipInfo], size: int) -> str | None:
+    """Says what ``torch.save`` does not write: what two readers would read differently, or what grows when it is read.
+
+    Args:
+        entries: All parts.
+        size: Of the file.
+    """
+    end = 0
+    for entry in sorted(entries, key=lambda each: each.header_offset):
+        name = entry.filename[:80]
+        if entry.compress_type != zipfile.ZIP_STORED:
+            return f"its part {name} is compressed, which torch.save never does"
+        # Marked as a folder, for which torch's reader leaves memory as it was; or beyond its place.
+        overlaps = entry.header_offset < end
+        end = entry.header_offset + entry.compress_size
+        if entry.external_attr & 0x10 or entry.compress_size != entry.file_size or overlaps or end > size:
+            return f"it is damaged, in its part {name}"
+    # torch's reader takes the first part of a name, in capitals or not.
+    names = {entry.filename.lower() for entry in entries}
+    roots = {entry.filename.partition("/")[0] for entry in entries}
+    if len(names) != len(entries) or len(roots) != 1:
+        return "it is of another kind: torch.save writes one folder, and each part once"
+    return None
 
 
 def check_whole(path: Path) -> None:

@@ -5,7 +5,7 @@ import pickle
 import pickletools
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,7 +14,8 @@ import torch
 from torch import _weights_only_unpickler as torch_reader
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from dat_lightning.weights.archives import is_archive
+from dat_lightning.weights.archives import is_archive, read_pickle
+from dat_lightning.weights.extents import Opcode, check_pickle
 
 # Before archives torch wrote its magic number, the format, the machine and the contents, as one pickle each.
 _LEGACY_PICKLES = 4
@@ -66,20 +67,26 @@ def _readable(file: Path) -> Iterator[IO[bytes]]:
         start, pickles = 0, _LEGACY_PICKLES
         if is_archive(file):
             with zipfile.ZipFile(opened) as archive:
-                entry = next(entry for entry in archive.infolist() if entry.filename.endswith("data.pkl"))
-                start, pickles = contents.find(archive.read(entry), entry.header_offset), 1
+                pickled, before = read_pickle(archive)
+                start, pickles = contents.find(pickled, before), 1
         opened.seek(start)
         for _ in range(pickles):
-            for opcode, _, place in pickletools.genops(opened):
-                if opcode.name == "POP" and place is not None:
-                    contents[place : place + 1] = pickle.BUILD
+            check_pickle(_with_results_kept(pickletools.genops(opened), contents))
         yield cast(IO[bytes], contents)
+
+
+def _with_results_kept(opcodes: Iterable[Opcode], contents: mmap.mmap) -> Iterator[Opcode]:
+    for opcode, argument, place in opcodes:
+        if opcode.name == "POP" and place is not None:
+            contents[place : place + 1] = pickle.BUILD
+        yield opcode, argument, place
 
 
 def load_with_stand_ins(file: Path) -> Any:
     """Returns what ``torch.save`` wrote, on the CPU; nothing that the file names is imported or called.
 
     Raises:
+        InputError: If it stands for more values than any checkpoint has.
         Exception: Whatever torch's restricted reader raises for what it does not read.
     """
     stand_ins: list[Any] = [(StandIn(name), name) for name in foreign_names(file) if name != _DEFAULTDICT]

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from typing_extensions import Self, override
 
 from dat_lightning.backbones.architectures import architecture_of, build_architecture
+from dat_lightning.backbones.sizes import build_within
 from dat_lightning.core import energy
 from dat_lightning.core.errors import InputError
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+_LONGEST_CONFIG = 100_000  # bytes
 
 _CARD = """---
 {{ card_data }}
@@ -103,15 +105,18 @@ class HubModel(
             token=token,
             local_files_only=local_files_only,
         )
-        config, weights = (_file_of(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
-        arguments = _read_config(config)
+        config, file = (_file_of(source, name, download) for name in (CONFIG_FILE, WEIGHTS_FILE))
+        arguments, weights = _read_config(config), _read_weights(file)
         with torch.random.fork_rng(devices=[]):
             try:
-                model = cls._from_config(arguments)
+                build = partial(cls._from_config, arguments)
+                model = build_within(build, weights.values(), arguments)  # type: ignore[type-var]  # beside nn.Module
             except (TypeError, ValueError) as error:
                 raise InputError(f"{config} does not describe a {cls.__name__}: {error}") from error
         module = _module(model)
-        module.load_state_dict(_read_weights(weights, module))
+        if faults := _faults(module.state_dict(), weights):
+            raise InputError(f"{file} does not fit the network of {CONFIG_FILE}: {faults}")
+        module.load_state_dict(weights)
         module.to(map_location).eval()
         return model
 
@@ -288,22 +293,22 @@ def _file_of(source: str, name: str, download: Callable[[str], str]) -> Path:
 
 
 def _read_config(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > _LONGEST_CONFIG:
+        raise InputError(f"{path} has {path.stat().st_size} bytes; the arguments of a model are a few hundred")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is not JSON: {error}") from error
     if not isinstance(config, dict):
         raise InputError(f"{path} must hold the arguments of a model, got {config!r}")
     return config
 
 
-def _read_weights(path: Path, module: nn.Module) -> dict[str, Tensor]:
+def _read_weights(path: Path) -> dict[str, Tensor]:
     try:
         weights: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise InputError(f"{path} is no readable safetensors file: {error}") from error
-    if faults := _faults(module.state_dict(), weights):
-        raise InputError(f"{path} does not fit the network of {CONFIG_FILE}: {faults}")
     return weights
 
 

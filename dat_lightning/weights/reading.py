@@ -9,6 +9,8 @@ from typing import Any
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.weights.archives import check_whole, is_archive
+from dat_lightning.weights.extents import check_tensors
+from dat_lightning.weights.files import require_regular
 from dat_lightning.weights.foreign import StandIn, foreign_names, load_with_stand_ins
 from dat_lightning.weights.stamp import check_stamp
 
@@ -22,23 +24,28 @@ def read_checkpoint(path: str | Path) -> Mapping[str, Any]:
 
     Raises:
         FileNotFoundError: If there is no such file.
-        InputError: If it is no checkpoint, is damaged, or holds what ``torch.load`` does not read.
+        InputError: If it is no checkpoint, is damaged, holds what ``torch.load`` does not read, or stands for more than
+            any checkpoint has.
     """
     path = Path(path)
     file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    require_regular(file)
     # Before anything in it is believed. The formats without an archive have no checksums.
     if is_archive(file):
         check_whole(file)
     try:
         contents = _read_safetensors(file) if file.suffix == ".safetensors" else load_with_stand_ins(file)
+    except InputError as error:
+        raise InputError(f"{path} is not a readable checkpoint: {error}") from error
     except Exception as error:  # whatever a reader of damaged bytes stumbles over
         raise InputError(f"{path} is not a readable checkpoint: {_diagnosis(file)}") from error
     if not isinstance(contents, Mapping):
         kind = contents.name if isinstance(contents, StandIn) else type(contents).__name__
         raise InputError(f"{path} holds a {kind}, not a checkpoint or state dict")
     try:
+        check_tensors(contents)
         check_stamp(contents)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error

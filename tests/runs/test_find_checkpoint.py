@@ -63,7 +63,10 @@ def test_last_is_the_newest_whole_one_of_this_kind_of_run(tmp_path: Path) -> Non
     save(tmp_path / "hpc_ckpt_4.ckpt", 4, whole=False)
     save(tmp_path / "saved" / "other.ckpt", 5, stage=2)
     save(tmp_path / "unrelated.ckpt", 6)
-    with pytest.warns(UserWarning, match=r"other\.ckpt is newer, but cannot be used; .* goes on from .*interrupted"):
+    with (
+        pytest.warns(UserWarning, match=r"last: passed over: .*/hpc_ckpt_4\.ckpt is not a readable checkpoint: "),
+        pytest.warns(UserWarning, match=r"other\.ckpt is newer, but cannot be used; .* goes on from .*interrupted"),
+    ):
         assert find("last", tmp_path) == str(tmp_path / "interrupted.ckpt")
 
 
