@@ -144,7 +144,7 @@ def _misshapen(contents: Mapping[Any, Any]) -> str | None:
     for name in ("state_dict", "current_model_state"):
         for key, value in (contents.get(name) or {}).items():
             extra = isinstance(key, str) and key.endswith("_extra_state")  # of torch.nn.Module, which may be anything
-            if not (isinstance(key, str) and isinstance(value, torch.Tensor) or extra):
+            if not ((isinstance(key, str) and isinstance(value, torch.Tensor)) or extra):
                 return f"its {name} has a {type(value).__name__} as {str(key)[:80]!r}"
     for name in ("optimizer_states", "lr_schedulers"):
         wrong = next((part for part in contents.get(name) or [] if not isinstance(part, Mapping)), None)

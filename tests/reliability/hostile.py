@@ -1,0 +1,85 @@
+"""Files that nobody saved by accident: small, and each a trap for whoever believes it."""
+
+import io
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+MEGABYTE = 1 << 20
+
+
+def rewritten(
+    path: Path, change: Callable[[str, bytes], bytes], names: Callable[[str], list[str]] | None = None
+) -> None:
+    """Writes an archive of ``torch.save`` again, with other bytes in its parts, or other names for them."""
+    with zipfile.ZipFile(path) as archive:
+        parts = [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in parts:
+            for new in [name] if names is None else names(name):
+                archive.writestr(new, change(name, data))
+
+
+def with_part(path: Path, name: str, size: int, kind: int = zipfile.ZIP_DEFLATED) -> None:
+    """Adds a part of zeros; compressed it takes a thousandth of its size."""
+    with zipfile.ZipFile(path, "a") as archive:
+        info = zipfile.ZipInfo(f"{archive.namelist()[0].partition('/')[0]}/{name}")
+        info.compress_type = kind
+        with archive.open(info, "w") as part:
+            for _ in range(size // MEGABYTE):
+                part.write(bytes(MEGABYTE))
+
+
+def nested(make: Callable[[list[Any]], Any], levels: int = 12, references: int = 12) -> Any:
+    """A collection of references to one collection, of references to one collection, and so on: references^levels."""
+    value: Any = 1.0
+    for _ in range(levels):
+        value = make([value] * references)
+    return value
+
+
+def with_pickle(path: Path, body: bytes) -> None:
+    """Writes an archive of ``torch.save`` whose pickle has these opcodes, which leave one value."""
+    torch.save({"w": torch.zeros(1)}, path)
+    rewritten(path, lambda name, data: b"\x80\x02" + body + b"." if name.endswith("data.pkl") else data)
+
+
+def tuple_as_key(path: Path) -> None:
+    """A dictionary whose key is a nested tuple: hashing it, to make the dictionary, takes references^levels steps."""
+    with_pickle(path, b"}" + pickle.dumps(nested(tuple), 2)[2:-1] + b"K\x01s")
+
+
+def list_in_itself(path: Path) -> None:
+    """A dictionary with a list that contains itself."""
+    circle: list[Any] = []
+    circle.append(circle)
+    torch.save({"hyper_parameters": {"circle": circle}}, path)
+
+
+def storage_of(path: Path, numbers: int, shown: int) -> None:
+    """Saves a tensor of eight numbers whose pickle says that its storage has others, and the tensor too."""
+    torch.save({"w": torch.arange(8.0)}, path)
+
+    def lie(name: str, data: bytes) -> bytes:
+        if not name.endswith("data.pkl"):
+            return data
+        data = data.replace(b"cpuq\x06K\x08", b"cpuq\x06J" + struct.pack("<i", numbers))
+        return data.replace(b"QK\x00K\x08", b"QK\x00J" + struct.pack("<i", shown))
+
+    rewritten(path, lie)
+
+
+def overlapping(path: Path) -> None:
+    """Has two entries of the directory stand for the same bytes, as in bombs that no compression is needed for."""
+    data = bytearray(path.read_bytes())
+    with zipfile.ZipFile(io.BytesIO(bytes(data))) as archive:
+        first, second = [entry for entry in archive.infolist() if "/data/" in entry.filename][:2]
+        start = archive.start_dir
+    place = data.index(second.filename.encode(), start) - 46  # of its entry in the directory
+    data[place + 42 : place + 46] = struct.pack("<I", first.header_offset)
+    path.write_bytes(data)
