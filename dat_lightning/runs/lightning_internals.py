@@ -56,6 +56,8 @@ class NamedRestore(_CheckpointConnector):
             yield
         except (InputError, MisconfigurationException) as error:
             raise InputError(f"{self.trainer.ckpt_path}: {error}") from error
+        except Warning:  # of whoever has made errors of them
+            raise
         except Exception as error:
             raise InputError(
                 f"the {part} in {self.trainer.ckpt_path} cannot be restored: {type(error).__name__}: {str(error)[:300]}"

@@ -1,0 +1,178 @@
+"""Checkpoints of a run, changed so that nobody can have saved them: a sentence each, and no run goes on from them."""
+
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dat_lightning.cli import main
+from tests import tiny
+from tests.reliability.conditions import STAGE2, TINY
+from tests.test_cli import refusal
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning"),
+    pytest.mark.filterwarnings("ignore:neither --ckpt_path nor model.init_from:UserWarning"),
+    pytest.mark.filterwarnings("ignore:checkpoints of an earlier run:UserWarning"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed:UserWarning"),
+    pytest.mark.filterwarnings("ignore:--ckpt_path .* was trained with other settings:UserWarning"),
+]
+
+ARGUMENTS = ["--config", STAGE2, "--config", TINY, "--model.init_from", "null"]
+WEIGHT = "energy_model.backbone.stem.weight"
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        main(["fit", *ARGUMENTS])
+    finally:
+        os.chdir(before)
+    return folder / "runs" / "checkpoints" / "last.ckpt"
+
+
+def put(*names: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    """Replaces an entry of a checkpoint, by its names from the outside in."""
+
+    def change(contents: dict[str, Any]) -> None:
+        inner: Any = contents
+        for name in names[:-1]:
+            inner = inner[name]
+        inner[names[-1]] = value
+
+    return change
+
+
+def moments_of_another_shape(contents: dict[str, Any]) -> None:
+    contents["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(1, 1)
+
+
+def one_parameter_less(contents: dict[str, Any]) -> None:
+    contents["optimizer_states"][0]["param_groups"][0]["params"].pop()
+
+
+def integer_weights(contents: dict[str, Any]) -> None:
+    for entry in ("state_dict", "current_model_state"):
+        contents[entry][WEIGHT] = contents[entry][WEIGHT].int()
+
+
+def every_callback(state: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda contents: contents.update(callbacks=dict.fromkeys(contents["callbacks"], state))
+
+
+NAN = torch.full((4, 1, 3, 3), float("nan"))
+# (what is changed, what is said of it)
+STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "loops_empty": (put("loops", value={}), "state of loops, .* cannot be restored: KeyError: 'fit_loop'"),
+    "fit_loop_empty": (put("loops", "fit_loop", value={}), "state of loops, .* cannot be restored"),
+    "epochs_text": (
+        put("loops", "fit_loop", "epoch_progress", "current", "processed", value="x"),
+        "cannot be restored|.*epoch_progress",
+    ),
+    "moments": (moments_of_another_shape, r"optimiser's exp_avg of parameter 0 has the shape \(1, 1\), and the param"),
+    "parameters": (one_parameter_less, "cannot be restored: ValueError: loaded state dict contains a parameter group"),
+    "optimisers": (put("optimizer_states", value=[{}]), "state of loops, optimisers or schedules .* KeyError"),
+    "integers": (integer_weights, rf"{WEIGHT} holds torch.int32 instead of torch.float32"),
+    "nan": (put("state_dict", WEIGHT, value=NAN), rf"{WEIGHT} holds NaN or infinite numbers"),
+    "nan_raw": (put("current_model_state", WEIGHT, value=NAN), rf"{WEIGHT} holds NaN or infinite numbers"),
+    "T_large": (
+        put("state_dict", "curriculum.num_steps", value=torch.tensor(10**6)),
+        "T of .* max_steps, 6; got 10000",
+    ),
+    "T_negative": (put("state_dict", "curriculum.num_steps", value=torch.tensor(-1)), "T of .* max_steps, 6; got -1"),
+    "draws": (
+        put("DigitsDataModule", "draws_consumed", value=-32),
+        "draws_consumed must be a whole number of at least 0",
+    ),
+    "draws_text": (put("DigitsDataModule", "draws_consumed", value="1"), "draws_consumed must be a whole number"),
+    "data": (put("DigitsDataModule", value="x"), "state of the data .* cannot be restored: AttributeError"),
+    "processes": (put("DigitsDataModule", "num_processes", value=-1), "num_processes must be a whole number"),
+    "evaluations": (put("network_evaluations", value=-1), "network_evaluations must be a whole number of at least 0"),
+    "callbacks": (put("callbacks", value="x"), "its callbacks is a str"),
+    "callbacks_others": (every_callback({"x": 1}), "state of a callback .* cannot be restored|must be a whole number"),
+    "callbacks_text": (every_callback("x"), "state of a callback .* cannot be restored"),
+    "averages": (put("averaging_state", value="x"), "state of a callback .* cannot be restored"),
+    "schedules": (put("lr_schedulers", value=["x"]), "its lr_schedulers hold a str"),
+    "format": (
+        put("dat_lightning", value={"format": 10**9, "version": "\x1b]0;title\x07"}),
+        r"\\x1b\]0;title\\x07; this is",
+    ),
+}
+
+
+def changed(whole: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    contents = torch.load(whole, weights_only=True)
+    change(contents)
+    Path("changed.ckpt").unlink(missing_ok=True)
+    torch.save(contents, "changed.ckpt")
+    return "changed.ckpt"
+
+
+def test_the_checkpoint_itself_can_be_restored(whole: Path) -> None:
+    main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", changed(whole, lambda contents: None)])
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_training_does_not_go_on_from_an_impossible_state(
+    name: str, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change, expected = STATES[name]
+    path = changed(whole, change)
+    said = refusal(capsys, "fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", path)
+    assert re.search(expected, said), said
+    assert "changed.ckpt" in said
+
+
+@pytest.mark.parametrize("name", ["integers", "nan", "T_large"])
+@pytest.mark.parametrize("command", ["test", "validate", "predict"])
+def test_nothing_impossible_is_evaluated(
+    command: str, name: str, whole: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = changed(whole, STATES[name][0])
+    assert re.search(STATES[name][1], refusal(capsys, command, *ARGUMENTS, "--ckpt_path", path))
+
+
+def test_weights_that_are_no_numbers_are_not_evaluated_wherever_they_come_from(tmp_path: Path) -> None:
+    module = tiny.stage1()
+    with torch.no_grad():
+        next(module.energy_model.parameters()).fill_(float("nan"))
+    trainer = tiny.trainer(tmp_path, limit_test_batches=1)
+    with pytest.raises(ValueError, match=r"there is nothing to evaluate: .* holds NaN or infinite numbers"):
+        trainer.test(module, datamodule=tiny.digits(), verbose=False)
+
+
+def test_last_passes_over_what_cannot_be_gone_on_from(whole: Path) -> None:
+    """Newer ones are changed; the run goes on from the whole one, and a sentence is said of each."""
+    folder = Path("runs", "checkpoints")
+    folder.mkdir(parents=True)
+    (folder / "last.ckpt").write_bytes(whole.read_bytes())
+    for number, name in enumerate(("nan", "T_large", "callbacks"), start=10):
+        changed(whole, STATES[name][0])
+        path = Path("changed.ckpt").rename(folder / f"{name}.ckpt")
+        os.utime(path, (2e9 + number,) * 2)
+    with (
+        pytest.warns(UserWarning, match=r"passed over: .*nan\.ckpt: .* holds NaN"),
+        pytest.warns(UserWarning, match=r"passed over: .*T_large\.ckpt: .* got 1000000"),
+        pytest.warns(UserWarning, match=r"passed over: .*callbacks\.ckpt .* its callbacks is a str"),
+    ):
+        main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", "last"])
+
+
+@pytest.mark.parametrize("what", ["/dev/null", "/dev/zero", "pipe"])
+@pytest.mark.parametrize("argument", ["--ckpt_path", "--model.init_from"])
+def test_what_is_no_file_is_not_read(what: str, argument: str, capsys: pytest.CaptureFixture[str]) -> None:
+    os.mkfifo("pipe")
+    said = refusal(capsys, "fit", "--config", STAGE2, "--config", TINY, argument, what)
+    assert re.search(rf"{what} is a pipe, device or socket, and must be a file", said)
