@@ -14,6 +14,7 @@ from dat_lightning.core.errors import InputError
 # What is made from these does nothing but hold its arguments, and, for networks, random weights.
 _COMPUTING = tuple(f"dat_lightning.{room}." for room in ("core", "backbones", "speed", "modules", "weights"))
 _OPTIMISERS = ("torch.optim.", "lightning.pytorch.cli.ReduceLROnPlateau")
+_MOST_SETTINGS = 2000  # what takes them apart needs the square of their number
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
 
 
@@ -43,8 +44,10 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
         own: The class that is to be made.
 
     Raises:
-        InputError: If there is one that is not known.
+        InputError: If there is one that is not known, or there are more settings than any module has.
     """
+    if _count(settings) > _MOST_SETTINGS:
+        raise InputError(f"the file has more than {_MOST_SETTINGS} settings of a module, which has some hundred")
     for name in _class_paths(settings):
         if not _is_known(name, own) and not any(name == each or name.startswith(f"{each}.") for each in allowed):
             raise InputError(
@@ -60,6 +63,12 @@ def without_downloads(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: False if key == "pretrained" else without_downloads(inner) for key, inner in value.items()}
     return [without_downloads(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _count(value: Any) -> int:
+    if isinstance(value, Mapping):
+        return 1 + sum(map(_count, value.values()))
+    return 1 + sum(map(_count, value)) if isinstance(value, list | tuple) else 1
 
 
 def _class_paths(value: Any, top: bool = True) -> Iterator[str]:
