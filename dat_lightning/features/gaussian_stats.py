@@ -3,6 +3,7 @@
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from dat_lightning.core.errors import InputError
 
+_LARGEST_PART = 1 << 30  # bytes; a covariance of 11 000 features
 # Features are float32; a distance of larger numbers overflows.
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -109,6 +111,19 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     return max(0.0, distance)
 
 
+def check_parts(path: Path, archive: zipfile.ZipFile, names: Sequence[str] = ("mu", "sigma")) -> None:
+    """Checks arrays of a ``.npz``, which may be compressed, for their size before they are read.
+
+    Raises:
+        InputError: If one is larger than any that is read whole here.
+    """
+    for entry in archive.infolist():
+        if entry.filename in {f"{name}.npy" for name in names} and entry.file_size > _LARGEST_PART:
+            raise InputError(
+                f"{path}: {entry.filename} has {entry.file_size} bytes, and at most {_LARGEST_PART} are read whole"
+            )
+
+
 def read_statistics(path: Path) -> Gaussian:
     """Returns the Gaussian in a ``.npz`` with ``mu`` (D,) and ``sigma`` (D, D), of any real type.
 
@@ -122,9 +137,12 @@ def read_statistics(path: Path) -> Gaussian:
     try:
         # NumPy leaves a damaged file open.
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
+            check_parts(path, file.zip)
             raw_mu, raw_sigma = file["mu"], file["sigma"]
     except KeyError as error:
         raise InputError(f"{path} has no entry {error}; expected mu and sigma, as pytorch-fid writes them") from error
+    except InputError:
+        raise
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise InputError(f"{path} is not a readable .npz: {error}") from error
     for name, array in (("mu", raw_mu), ("sigma", raw_sigma)):

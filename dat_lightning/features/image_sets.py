@@ -1,5 +1,6 @@
 """Sets of images in files: folders, and the ``.npz`` of the ADM evaluator."""
 
+import math
 import os
 import zipfile
 import zlib
@@ -14,10 +15,11 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.features.gaussian_stats import Gaussian, read_statistics
+from dat_lightning.features.gaussian_stats import Gaussian, check_parts, read_statistics
 from dat_lightning.features.layers import LayerReader
 from dat_lightning.results.gathering import Values
 
+_MOST_PIXELS = 1 << 24
 _SUFFIXES = (".png", ".jpg", ".jpeg")
 
 
@@ -86,6 +88,10 @@ class ArrayImages:
             wrong = len(shape) != 4 or shape[-1] != 3 or dtype != np.uint8 or fortran
             if wrong or min(shape) < 1:
                 raise InputError(f"{path}: arr_0 must be uint8 of shape (N, H, W, 3), got {dtype} of shape {shape}")
+            if math.prod(shape[1:3]) > _MOST_PIXELS:
+                raise InputError(
+                    f"{path}: arr_0 has images of {shape[1]}×{shape[2]} pixels; at most 16 million are read"
+                )
             self.shape: tuple[int, ...] = shape
             self.labels = self._labels(archive)
 
@@ -109,6 +115,7 @@ class ArrayImages:
     def _labels(self, archive: zipfile.ZipFile) -> Tensor | None:
         if "arr_1.npy" not in archive.namelist():
             return None
+        check_parts(self.path, archive, ("arr_1",))
         with archive.open("arr_1.npy") as file:
             labels = np.lib.format.read_array(file, allow_pickle=False)
         if labels.shape != self.shape[:1] or labels.dtype.kind not in "iu":

@@ -1,6 +1,8 @@
 """Files from strangers cost a sentence: no memory, no time, and nothing that they ask for happens."""
 
+import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -10,9 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from dat_lightning.runs.checkpoints import newest_whole
 from dat_lightning.weights import read_checkpoint
 from tests import tiny
 from tests.reliability import hostile
@@ -180,8 +184,6 @@ def test_a_good_file_beside_them_is_reached_and_each_of_them_named(said: dict[st
 
 @pytest.mark.parametrize(("numbers", "shown"), [(100, 8), (100, 100), (4, 4), (2**31 - 1, 2**31 - 1)])
 def test_a_storage_of_another_size_than_the_files_is_passed_over(numbers: int, shown: int, tmp_path: Path) -> None:
-    from dat_lightning.runs.checkpoints import newest_whole
-
     hostile.storage_of(tmp_path / "b.ckpt", numbers, shown)
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "b.ckpt")
@@ -189,3 +191,44 @@ def test_a_storage_of_another_size_than_the_files_is_passed_over(numbers: int, s
     torch.save(contents(global_step=9), tmp_path / "c.ckpt")
     hostile.storage_of(tmp_path / "c.ckpt", numbers, shown)
     assert newest_whole(sorted(tmp_path.glob("[ac].ckpt"))) == tmp_path / "a.ckpt"
+
+
+SETS = """
+import json, resource, sys
+from pathlib import Path
+from dat_lightning.features.image_sets import read_set
+
+allowed = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize() + {megabytes} * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+said = {{}}
+for path in sorted(Path(sys.argv[1]).iterdir()):
+    try:
+        read_set(path)
+    except ValueError as error:
+        said[path.stem] = str(error)
+print(json.dumps(said))
+"""
+
+
+def with_zeros(path: Path, name: str, shape: tuple[int, ...], kind: str) -> None:
+    """Adds an array of zeros to a .npz, compressed."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as part:
+        part.write(header.getvalue())
+        for _ in range(size // (16 * hostile.MEGABYTE)):
+            part.write(bytes(16 * hostile.MEGABYTE))
+        part.write(bytes(size % (16 * hostile.MEGABYTE)))
+
+
+def test_statistics_and_images_of_others_are_bounded_before_they_are_read(tmp_path: Path) -> None:
+    with_zeros(tmp_path / "statistics.npz", "mu", (12_000,), "<f8")
+    with_zeros(tmp_path / "statistics.npz", "sigma", (12_000, 12_000), "<f8")
+    with_zeros(tmp_path / "images.npz", "arr_0", (1, 12_000, 12_000, 3), "|u1")
+    with_zeros(tmp_path / "labels.npz", "arr_0", (1, 2, 2, 3), "|u1")
+    with_zeros(tmp_path / "labels.npz", "arr_1", (150_000_000,), "<i8")
+    said = in_a_child(SETS, str(tmp_path))
+    assert re.search(r"sigma\.npy has 11520001\d\d bytes, and at most 1073741824 are read whole", said["statistics"])
+    assert "images of 12000×12000 pixels" in said["images"]
+    assert re.search(r"arr_1\.npy has 12000001\d\d bytes", said["labels"])
