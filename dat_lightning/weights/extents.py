@@ -11,7 +11,7 @@ from torch import Tensor
 from dat_lightning.core.errors import InputError
 
 MAX_VALUES = 2_000_000
-"""Of a checkpoint, each counted as often as it is reached; one of ImageNet's largest networks has some 50 000."""
+"""Of a file, each counted as often as it is reached; a run's with ConvNeXt-L, its average and AdamW has 42 000."""
 MAX_DEPTH = 100
 """Of collections within collections."""
 

@@ -256,6 +256,34 @@ def test_without_a_file_s_hints_steps_grow_with_the_image(tmp_path: Path) -> Non
     assert open_checkpoint(tmp_path / "model", image_size=32).step_size == 0.55
 
 
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("threat_model", {"norm": "L2", "eps": "x"}),
+        ("threat_model", {"norm": "L2", "eps": float("inf")}),
+        ("threat_model", {"norm": "L2", "eps": {"a": 1}}),
+        ("threat_model", "x"),
+        ("contrastive_step_size", float("nan")),
+        ("contrastive_step_size", [1]),
+        ("contrastive_step_size", -1.0),
+        ("contrastive_rule", {"class_path": "dat_lightning.Momentum", "init_args": {"momentum": "x"}}),
+        ("contrastive_rule", {"class_path": "dat_lightning.Momentum", "init_args": {"nothing": 1}}),
+        ("contrastive_rule", {"class_path": ["x"], "init_args": 3}),
+    ],
+)
+def test_first_steps_that_are_none_are_not_believed(setting: str, value: Any, checkpoint: Path, tmp_path: Path) -> None:
+    contents = torch.load(checkpoint, weights_only=True)
+    del contents["DigitsDataModule"]
+    contents["hyper_parameters"][setting] = value
+    torch.save(contents, tmp_path / "a.ckpt")
+    opened = open_checkpoint(tmp_path / "a.ckpt")
+    assert opened.eps == 4.0
+    usual = {"contrastive_step_size": 0.16, "contrastive_rule": STEP_SIZE, "threat_model": STEP_SIZE}
+    assert opened.step_size == usual[setting]
+    if setting == "contrastive_rule":
+        assert opened.rule == Steepest()
+
+
 def test_files_that_are_no_checkpoints_are_a_sentence(checkpoint: Path, bare_checkpoint: Path, tmp_path: Path) -> None:
     (tmp_path / "text.ckpt").write_text("no weights")
     (tmp_path / "empty").mkdir()
