@@ -12,6 +12,7 @@ from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import FEATURE_EXTRACTORS_REGISTRY
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.weights.reading import read_checkpoint
 
 _INCEPTION_URL = (
     "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth"
@@ -66,6 +67,7 @@ def torch_fidelity_extractor(name: str, layers: Sequence[str] | None, weights_pa
     if weights_path is not None and name in ("inception-v3-compat", "vgg16"):
         # torch-fidelity would run code in a pickled file; its other extractors read archives of TorchScript.
         try:
+            read_checkpoint(weights_path)  # no more than its size promises
             torch.load(weights_path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise InputError(f"weights_path={weights_path} is damaged or no file of weights") from error

@@ -41,10 +41,11 @@ from dat_lightning.weights import (
     settings_of_module,
     stamp,
 )
-from dat_lightning.weights.classes import check_classes, settings_in, settings_in_yaml, without_downloads
+from dat_lightning.weights.classes import check_classes, settings_in, without_downloads
 from dat_lightning.weights.extents import tensors_in
 from dat_lightning.weights.files import as_local_file
 from dat_lightning.weights.hub import EnergyModel
+from dat_lightning.weights.stamp import settings_in_yaml
 
 Batch = Mapping[str, Tensor]
 

@@ -3,10 +3,7 @@
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
-
-import yaml
 
 from dat_lightning.backbones.architectures import is_registered
 from dat_lightning.core.errors import InputError
@@ -24,17 +21,6 @@ def settings_in(contents: Mapping[str, Any]) -> dict[str, Any]:
     return dict(found) if isinstance(found, Mapping) else {}
 
 
-def settings_in_yaml(hparams_file: str | Path | None) -> dict[str, Any]:
-    """Returns the hyperparameters in a YAML file, as loggers of Lightning write them; empty if there are none."""
-    if hparams_file is None or Path(hparams_file).suffix not in (".yaml", ".yml"):
-        return {}
-    try:
-        found = yaml.safe_load(Path(hparams_file).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{hparams_file} has no hyperparameters that can be read: {error}") from error
-    return found if isinstance(found, dict) else {}
-
-
 def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type) -> None:
     """Checks the classes that a file's hyperparameters name, before anything is imported or made.
 
@@ -46,7 +32,7 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     Raises:
         InputError: If there is one that is not known, or there are more settings than any module has.
     """
-    if _count(settings) > _MOST_SETTINGS:
+    if _has_more(settings, _MOST_SETTINGS):
         raise InputError(f"the file has more than {_MOST_SETTINGS} settings of a module, which has some hundred")
     for name in _class_paths(settings):
         if not _is_known(name, own) and not any(name == each or name.startswith(f"{each}.") for each in allowed):
@@ -65,10 +51,18 @@ def without_downloads(value: Any) -> Any:
     return [without_downloads(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
-def _count(value: Any) -> int:
-    if isinstance(value, Mapping):
-        return 1 + sum(map(_count, value.values()))
-    return 1 + sum(map(_count, value)) if isinstance(value, list | tuple) else 1
+def _has_more(settings: Mapping[str, Any], most: int) -> bool:
+    """Whether there are more values, each counted as often as it is reached, than so many; no more are looked at."""
+    waiting: list[Any] = [settings]
+    for _ in range(most + 1):
+        if not waiting:
+            return False
+        value = waiting.pop()
+        if isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, list | tuple):
+            waiting += value
+    return True
 
 
 def _class_paths(value: Any, top: bool = True) -> Iterator[str]:

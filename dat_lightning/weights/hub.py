@@ -313,7 +313,7 @@ def _read_weights(path: Path) -> dict[str, Tensor]:
 
 
 def _faults(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
-    """The first differences of names and shapes, as a list in words; empty if there are none."""
+    """The first differences of names, shapes and kinds, as a list in words, and what is no number; empty if none."""
     faults = [f"missing {name}" for name in own if name not in weights]
     faults += [f"unexpected {name}" for name in weights if name not in own]
     faults += [
@@ -321,4 +321,11 @@ def _faults(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
+    faults += [
+        f"{name} holds {weights[name].dtype} instead of {value.dtype}"
+        for name, value in own.items()
+        if name in weights and weights[name].is_floating_point() != value.is_floating_point()
+    ]
+    numbers = [(name, value) for name, value in weights.items() if value.is_floating_point() and not value.is_meta]
+    faults += [f"{name} holds NaN or infinite numbers" for name, value in numbers if not bool(value.isfinite().all())]
     return ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")

@@ -85,14 +85,33 @@ def run_of(checkpoint: Mapping[str, Any]) -> str | None:
     return run if isinstance(run, str) else None
 
 
+def settings_in_yaml(hparams_file: str | Path | None) -> dict[str, Any]:
+    """Returns what a file of hyperparameters holds, as loggers write it; empty if it is no YAML by its name.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it cannot be read.
+    """
+    if hparams_file is None or Path(hparams_file).suffix not in (".yaml", ".yml"):
+        return {}
+    try:
+        found = yaml.safe_load(Path(hparams_file).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{hparams_file} has no hyperparameters that can be read: {error}") from error
+    return found if isinstance(found, dict) else {}
+
+
 def settings_of_module(hparams_file: str | Path) -> dict[str, Any]:
     """Returns a module's settings, in the form of a checkpoint, from the file of hyperparameters of a whole run.
 
     Empty, if the file is none that a run of the command line has logged.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        InputError: If it cannot be read.
     """
-    path = Path(hparams_file)
-    found = yaml.safe_load(path.read_text(encoding="utf-8")) if path.suffix in (".yaml", ".yml") else None
-    if not isinstance(found, dict) or not {"class_path", "trainer"} <= found.keys():
+    found = settings_in_yaml(hparams_file)
+    if not {"class_path", "trainer"} <= found.keys():
         return {}
     settings = {name: value for name, value in found.items() if name not in _OF_THE_RUN}
     return {"_class_path": found["class_path"], **settings, "_instantiator": _INSTANTIATOR}

@@ -61,15 +61,17 @@ def list_in_itself(path: Path) -> None:
     torch.save({"hyper_parameters": {"circle": circle}}, path)
 
 
-def storage_of(path: Path, numbers: int, shown: int) -> None:
+def storage_of(path: Path, numbers: int, shown: int, **more: Any) -> None:
     """Saves a tensor of eight numbers whose pickle says that its storage has others, and the tensor too."""
-    torch.save({"w": torch.arange(8.0)}, path)
+    torch.save({"w": torch.arange(8.0), **more}, path)
 
     def lie(name: str, data: bytes) -> bytes:
         if not name.endswith("data.pkl"):
             return data
-        data = data.replace(b"cpuq\x06K\x08", b"cpuq\x06J" + struct.pack("<i", numbers))
-        return data.replace(b"QK\x00K\x08", b"QK\x00J" + struct.pack("<i", shown))
+        for old, new in ((b"cpuq\x06K\x08", numbers), (b"QK\x00K\x08", shown)):
+            assert old in data
+            data = data.replace(old, old[:-2] + b"J" + struct.pack("<i", new), 1)
+        return data
 
     rewritten(path, lie)
 

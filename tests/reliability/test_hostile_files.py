@@ -188,8 +188,7 @@ def test_a_storage_of_another_size_than_the_files_is_passed_over(numbers: int, s
     with pytest.raises(ValueError, match="not a readable checkpoint"):
         read_checkpoint(tmp_path / "b.ckpt")
     torch.save(contents(global_step=1), tmp_path / "a.ckpt")
-    torch.save(contents(global_step=9), tmp_path / "c.ckpt")
-    hostile.storage_of(tmp_path / "c.ckpt", numbers, shown)
+    hostile.storage_of(tmp_path / "c.ckpt", numbers, shown, **contents(global_step=9))
     assert newest_whole(sorted(tmp_path.glob("[ac].ckpt"))) == tmp_path / "a.ckpt"
 
 

@@ -109,6 +109,8 @@ def test_another_thread_may_build_what_it_likes_meanwhile() -> None:
 
 # Which classes.
 
+NESTED = "\n".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 12) if n else 1}]" for n in range(12))
+
 
 def saved(path: Path, **settings: Any) -> Path:
     backbone = {"class_path": "dat_lightning.SmallResNet", "init_args": {"widths": [4, 8]}}
@@ -169,6 +171,27 @@ def test_no_name_is_believed(setting: dict[str, Any], stranger: Path, tmp_path: 
         DualAdversarialModule.load_from_checkpoint(saved(tmp_path / "a.ckpt", **setting))
     assert not stranger.exists()
     assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfex\x00", "has no hyperparameters that can be read"),
+        (b"a: [", "has no hyperparameters that can be read"),
+        (b"energy_model: {class_path: stranger.Net}", r"names the class stranger\.Net"),
+        (
+            "\n".join([f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 12) if n else 1}]" for n in range(12)]).encode(),
+            "settings",
+        ),
+    ],
+)
+def test_a_file_of_hyperparameters_is_believed_as_little(
+    text: bytes, message: str, stranger: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "hparams.yaml").write_bytes(text)
+    with pytest.raises(InputError, match=message):
+        DualAdversarialModule.load_from_checkpoint(saved(tmp_path / "a.ckpt"), None, tmp_path / "hparams.yaml")
+    assert not stranger.exists()
 
 
 def test_what_the_command_line_saves_is_made(tmp_path: Path) -> None:

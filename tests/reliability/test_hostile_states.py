@@ -3,13 +3,18 @@
 import os
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from dat_lightning import DualAdversarialModule, ExponentialMovingAverage
 from dat_lightning.cli import main
+from dat_lightning.core.errors import InputError
 from tests import tiny
 from tests.reliability.conditions import STAGE2, TINY
 from tests.test_cli import refusal
@@ -151,6 +156,22 @@ def test_weights_that_are_no_numbers_are_not_evaluated_wherever_they_come_from(t
     trainer = tiny.trainer(tmp_path, limit_test_batches=1)
     with pytest.raises(ValueError, match=r"there is nothing to evaluate: .* holds NaN or infinite numbers"):
         trainer.test(module, datamodule=tiny.digits(), verbose=False)
+
+
+@pytest.mark.parametrize("name", ["integers", "nan", "nan_raw", "T_large", "moments", "evaluations"])
+def test_a_trainer_of_ones_own_does_not_go_on_from_it_either(name: str, tmp_path: Path) -> None:
+    def run() -> Trainer:
+        callbacks = [ExponentialMovingAverage(), ModelCheckpoint(tmp_path, "last", enable_version_counter=False)]
+        return tiny.trainer(tmp_path, callbacks, enable_checkpointing=True, limit_train_batches=2)
+
+    def module() -> DualAdversarialModule:
+        return tiny.stage2(optimizer=partial(torch.optim.Adam, lr=1e-3))
+
+    run().fit(module(), datamodule=tiny.digits())
+    change, expected = STATES[name]
+    path = changed(tmp_path / "last.ckpt", change)
+    with pytest.raises(InputError, match=expected.replace("max_steps, 6", "max_steps, 3")):
+        run().fit(module(), datamodule=tiny.digits(), ckpt_path=path, weights_only=True)
 
 
 def test_last_passes_over_what_cannot_be_gone_on_from(whole: Path) -> None:

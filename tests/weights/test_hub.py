@@ -231,6 +231,32 @@ def test_a_wrong_configuration_is_refused(config: str, message: str, tmp_path: P
         EnergyModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda value: torch.full_like(value, float("nan")), r"stem\.weight holds NaN or infinite numbers"),
+        (lambda value: value / 0, r"stem\.weight holds NaN or infinite numbers"),
+        (lambda value: value.int(), r"stem\.weight holds torch\.int32 instead of torch\.float32"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    weights = load_file(saved(tmp_path) / "model.safetensors")
+    weights["backbone.stem.weight"] = change(weights["backbone.stem.weight"])
+    save_file(weights, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=rf"model\.safetensors does not fit the network of config\.json: .*{message}"):
+        EnergyModel.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"backbone": "' + "x" * 200_000 + '"}'])
+def test_an_absurd_configuration_is_refused_in_few_words(text: str, tmp_path: Path) -> None:
+    (saved(tmp_path) / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"config\.json (is not JSON|has \d+ bytes)") as refusal:
+        EnergyModel.from_pretrained(tmp_path)
+    assert len(str(refusal.value)) < 500
+
+
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
 def test_an_incomplete_folder_is_named(name: str, tmp_path: Path) -> None:
     (saved(tmp_path) / name).unlink()
