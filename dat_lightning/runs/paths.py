@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import fsspec  # type: ignore[import-untyped]
 from jsonargparse import Namespace
 
 from dat_lightning.core.errors import InputError
@@ -25,7 +26,7 @@ def with_home(settings: Any, name: str = "") -> Any:
         name: Its dotted name.
 
     Raises:
-        InputError: If a place of a run is several, chained by ``::``.
+        InputError: If a place of a run is several, chained by ``::``, or a URL of a kind that nothing here reads.
     """
     if isinstance(settings, Namespace):
         vars(settings).update({key: with_home(value, f"{name}.{key}") for key, value in vars(settings).items()})
@@ -36,6 +37,18 @@ def with_home(settings: Any, name: str = "") -> Any:
         return [with_home(value, f"{name}.{place}") for place, value in enumerate(settings)]
     if not isinstance(settings, str | Path):
         return settings
-    if name.rpartition(".")[2] in _PLACES and "::" in str(settings):
-        raise InputError(f"{name.lstrip('.')} must be one path or URL, got {str(settings)!r}: '::' chains file systems")
+    if name.rpartition(".")[2] in _PLACES:
+        _check_place(str(settings), name.lstrip("."))
     return type(settings)(at_home(settings)) if str(settings).startswith("~") else settings
+
+
+def _check_place(place: str, name: str) -> None:
+    if "::" in place:
+        raise InputError(f"{name} must be one path or URL, got {place!r}: '::' chains file systems")
+    protocol, mark, _ = place.partition("://")
+    if not mark or protocol in ("http", "https"):  # which torch reads itself
+        return
+    try:
+        fsspec.get_filesystem_class(protocol)
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{name} is {place!r}, which cannot be reached from here: {error}") from error

@@ -1,5 +1,6 @@
 """``~`` in any path among settings, and file systems that are chained where one place belongs."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,4 +86,16 @@ def test_chains_of_file_systems_are_a_sentence(chain: str, home: Path, capsys: p
     assert sorted(path.name for path in home.parent.iterdir()) == ["home", "top.yaml"]
     with pytest.raises(InputError, match="save_dir must be one path"):
         with_home({"save_dir": chain})
-    assert with_home({"data_files": chain, "dirpath": "s3://bucket/run"})["data_files"] == chain
+    assert with_home({"data_files": chain, "dirpath": "file:///run"})["data_files"] == chain
+
+
+def test_places_that_nothing_here_reads_are_a_sentence(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = "trainer.default_root_dir is 'foo://bucket/run', which cannot be reached from here: Protocol not known: foo"
+    assert said in refusal(capsys, "fit", f"--config={STAGE1}", "--trainer.default_root_dir=foo://bucket/run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "s3fs", None)
+        with pytest.raises(
+            InputError, match="dirpath is 's3://bucket/run', which cannot be reached from here: Install"
+        ):
+            with_home({"dirpath": "s3://bucket/run"})
+    assert with_home({"ckpt_path": "https://example.org/x.ckpt"}) == {"ckpt_path": "https://example.org/x.ckpt"}
