@@ -31,6 +31,7 @@ from dat_lightning.runs.error_sentences import argument_sentence, constructor_er
 from dat_lightning.runs.exporting import ExportingTrainer
 from dat_lightning.runs.lightning_internals import replaces_files
 from dat_lightning.runs.nulls import check_nulls
+from dat_lightning.runs.paths import at_home, with_home
 from dat_lightning.runs.resume import begin_with_exported, find_checkpoint, protect
 from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
@@ -59,14 +60,18 @@ class DATArgumentParser(LightningArgumentParser):
     def parse_args(self, *args: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         """Parses arguments; a ``${name}`` that leads nowhere is a wrong argument like others."""
         try:
-            return super().parse_args(*args, **kwargs)
+            parsed: Namespace = with_home(super().parse_args(*args, **kwargs))
         except OmegaConfBaseException as error:
             self.error(f"{error.full_key}: {str(error).splitlines()[0]}", error)
+        except UnicodeDecodeError as error:  # in a file that jsonargparse reads, as the value of a setting
+            lines = error.object[: error.start].decode("utf-8", "replace").split("\n")
+            self.error(f"a file of settings is no text in UTF-8, in line {len(lines)} after {lines[-1]!r}", error)
+        return parsed
 
     @override
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         """Parses a configuration; one that has a ``base`` as if the base had been given before it."""
-        files = with_bases(Path(path))
+        files = with_bases(Path(at_home(path)))
         if len(files) == 1:
             with_changed_callbacks(files[0][1], Namespace(), files[0][0])  # type: ignore[no-untyped-call]
             parsed: Namespace = super().parse_path(path, *args, **kwargs)

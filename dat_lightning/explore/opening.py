@@ -23,6 +23,7 @@ from dat_lightning.data.entries import SizedDataset, image_of, label_of
 from dat_lightning.explore.explorer import Explorer
 from dat_lightning.modules import DualAdversarialModule, EnergyModule
 from dat_lightning.runs.configurations import with_bases
+from dat_lightning.runs.paths import with_home
 from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.extents import tensors_in
@@ -239,7 +240,7 @@ def _instantiated(base: type[Any], name: str, sections: list[Any]) -> Any:
         raise InputError(f"--config: {error}") from error
     # jsonargparse from 4.49 on has instantiate, and warns of the name that it had before.
     instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes
-    return instantiate(parsed)[name]
+    return instantiate(with_home(parsed))[name]
 
 
 def _sections(config: Path) -> list[Mapping[str, Any]]:

@@ -21,20 +21,20 @@ _served: list[Opened] = []  # one, or the models that ship
 
 # Streamlit's settings; those in a user's own files count less.
 _OPTIONS = {
-    "browser_gatherUsageStats": False,
-    "client_showErrorDetails": "none",
-    "client_toolbarMode": "minimal",
-    "global_developmentMode": False,
-    "logger_hideWelcomeMessage": True,
-    "logger_level": "warning",
-    "runner_magicEnabled": False,
+    "browser.gatherUsageStats": False,
+    "client.showErrorDetails": "none",
+    "client.toolbarMode": "minimal",
+    "global.developmentMode": False,
+    "logger.hideWelcomeMessage": True,
+    "logger.level": "warning",
+    "runner.magicEnabled": False,
     # Without a look for a display or a browser, and without a look for an address outside.
-    "server_headless": True,
-    "server_fileWatcherType": "none",
-    "server_maxUploadSize": MAX_MEGABYTES,
-    "server_runOnSave": False,
-    "theme_dark_primaryColor": FIRST,
-    "theme_light_primaryColor": FIRST,
+    "server.headless": True,
+    "server.fileWatcherType": "none",
+    "server.maxUploadSize": MAX_MEGABYTES,
+    "server.runOnSave": False,
+    "theme.dark.primaryColor": FIRST,
+    "theme.light.primaryColor": FIRST,
 }
 
 
@@ -64,7 +64,10 @@ def explore(
             address cannot be listened on.
     """
     try:
-        from streamlit.web import bootstrap
+        from starlette.middleware import Middleware
+        from streamlit.starlette import App
+
+        from dat_lightning.explore.same_origin import SameOrigin
     except ModuleNotFoundError as error:
         raise InputError("explore needs its page's library: pip install 'dat-lightning[explore]'") from error
     port = free_port(host, port)
@@ -78,13 +81,15 @@ def explore(
             " reaches it can use this machine's time"
         )
     _served[:] = opened
-    options = {**_OPTIONS, "server_address": host, "server_port": port}
     names = ", ".join(each.name for each in opened)
     logger.info("%s %s open at %s (Ctrl-C stops)", names, "is" if len(opened) == 1 else "are", address(host, port))
-    bootstrap.load_config_options(options)
-    arguments = sys.argv
+    script = str(Path(__file__).with_name("app.py"))
+    page = App(script, middleware=[Middleware(SameOrigin, only_loopback=is_loopback(host))])
+    arguments, sys.argv = sys.argv, [script]
     try:
-        bootstrap.run(str(Path(__file__).with_name("app.py")), False, [], options)
+        page.run(config={**_OPTIONS, "server.address": host, "server.port": port})
+    except KeyboardInterrupt:
+        pass  # the way to stop it
     finally:
         sys.argv = arguments
 

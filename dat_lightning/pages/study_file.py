@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, get_args
 import yaml
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.runs.configurations import named_by, read_yaml, with_bases
 
 PlotKind = Literal["steps", "scatter", "curve", "radii", "values"]
 
@@ -198,7 +199,7 @@ class Study:
         return self._digest(self.evaluation.configs)
 
     def _digest(self, configs: list[str], *further: Any) -> str:
-        contents = [*(_contents(self.path.parent / config) for config in configs), *further]
+        contents = [*(_contents(named_by(self.path, config)) for config in configs), *further]
         return hashlib.sha256(json.dumps(contents, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
     def _training(self, name: str) -> Variant:
@@ -207,7 +208,7 @@ class Study:
         return next(found, Variant(name, name))
 
     def _given(self, configs: list[str]) -> list[str]:
-        return [f"--config={os.path.normpath(self.path.parent / config)}" for config in configs]
+        return [f"--config={os.path.normpath(named_by(self.path, config))}" for config in configs]
 
 
 def read_study(path: Path) -> Study:
@@ -219,10 +220,7 @@ def read_study(path: Path) -> Study:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no study at {path}")
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+    raw = read_yaml(path, yaml.safe_load)
     try:
         study = _built(Study, raw, "the study", {"path": path})
     except InputError as error:
@@ -231,7 +229,7 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{path}: {problem}")
     for configs in (study.evaluation.configs, *(base.configs for base in study.bases.values())):
         for config in configs:
-            _contents(path.parent / config)
+            _contents(named_by(path, config))
     return study
 
 
@@ -276,9 +274,9 @@ def _contents(path: Path) -> list[Any]:
     """What a configuration says, and those that it is on top of."""
     if not path.is_file():
         raise FileNotFoundError(f"no configuration at {path}")
-    contents = yaml.safe_load(path.read_text(encoding="utf-8"))
-    base = contents.get("base") if isinstance(contents, dict) else None
-    return [contents, *(_contents(path.parent / base) if base else [])]
+    with_bases(path)  # says what is wrong with those
+    contents = read_yaml(path, yaml.safe_load)
+    return [contents, *(_contents(named_by(path, base)) if (base := contents.get("base")) else [])]
 
 
 def _problems(study: Study) -> Iterator[str]:

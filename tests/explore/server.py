@@ -20,10 +20,15 @@ _START = 240
 
 
 @contextmanager
-def serving(checkpoint: Path) -> Iterator[str]:
-    """Serves a checkpoint through the command line on a free port; gives the address."""
+def serving(checkpoint: Path, **variables: str) -> Iterator[str]:
+    """Serves a checkpoint through the command line on a free port; gives the address.
+
+    Args:
+        checkpoint: The file.
+        variables: Of the environment.
+    """
     command = [sys.executable, "-m", "dat_lightning", "explore", "--ckpt_path", str(checkpoint), "--port", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **variables}
     with subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8"
     ) as server:
@@ -59,12 +64,18 @@ def chromium() -> Iterator[Any]:
         running.close()
 
 
-def visit(page: Any, address: str) -> None:
-    """Opens the page; the server has said where it will be, and may not be there yet."""
+def wait_for(address: str) -> tuple[str, int]:
+    """Waits until the server, which has said where it will be, is there; gives host and port."""
     host, _, port = address.removeprefix("http://").partition(":")
     for _ in range(10 * _START):
         with socket.socket() as client:
             if client.connect_ex((host, int(port))) == 0:
                 break
         time.sleep(0.1)
+    return host, int(port)
+
+
+def visit(page: Any, address: str) -> None:
+    """Opens the page."""
+    wait_for(address)
     page.goto(address)

@@ -17,10 +17,18 @@ from tests.test_cli import STAGE2, TINY, refusal
 @pytest.fixture
 def started(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """Lets everything happen but the serving; holds the script and the settings that Streamlit got."""
-    bootstrap = pytest.importorskip("streamlit.web.bootstrap")
+    starlette = pytest.importorskip("streamlit.starlette")
     calls: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(bootstrap, "load_config_options", lambda flag_options: None)
-    monkeypatch.setattr(bootstrap, "run", lambda script, hello, args, options: calls.append((script, options)))
+
+    class Page:
+        def __init__(self, script: str, middleware: list[Any]) -> None:
+            self.script = script
+            (self.guard,) = middleware
+
+        def run(self, config: dict[str, Any]) -> None:
+            calls.append((self.script, {**config, **self.guard.kwargs}))
+
+    monkeypatch.setattr(starlette, "App", Page)
     return calls
 
 
@@ -30,10 +38,11 @@ def test_the_command_serves_on_this_machine_alone_and_tells_nobody(
     main(["explore", "--ckpt_path", str(checkpoint), "--port", "0"])
     ((script, options),) = started
     assert Path(script).is_file()
-    assert options["server_address"] == "127.0.0.1"
-    assert options["browser_gatherUsageStats"] is False
-    assert options["server_headless"] is True
-    port = options["server_port"]
+    assert options["server.address"] == "127.0.0.1"
+    assert options["browser.gatherUsageStats"] is False
+    assert options["server.headless"] is True
+    assert options["only_loopback"] is True
+    port = options["server.port"]
     assert port > 0
     assert f"{checkpoint} is open at http://127.0.0.1:{port} (Ctrl-C stops)" in capsys.readouterr().out
     assert [opened.name for opened in served()] == [str(checkpoint)]
@@ -62,7 +71,8 @@ def test_without_arguments_the_models_that_ship_are_served(
 def test_another_address_is_warned_of(checkpoint: Path, started: list[tuple[str, dict[str, Any]]]) -> None:
     with pytest.warns(UserWarning, match=r"--host 0\.0\.0\.0 can be reached from other machines"):
         explore(str(checkpoint), host="0.0.0.0", port=0)
-    assert started[0][1]["server_address"] == "0.0.0.0"
+    assert started[0][1]["server.address"] == "0.0.0.0"
+    assert started[0][1]["only_loopback"] is False
 
 
 def test_configurations_may_be_given_several_times(
@@ -78,7 +88,7 @@ def test_without_the_extra_a_sentence_names_it(
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **kwargs: Any) -> Any:
-        if name.split(".")[0] == "streamlit":
+        if name.split(".")[0] in ("streamlit", "starlette"):
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(name, *args, **kwargs)
 
@@ -154,10 +164,11 @@ def test_addresses(host: str, inside: bool, shown: str) -> None:
 
 def test_the_package_is_imported_without_the_extra() -> None:
     room = Path(serving.__file__).parent
-    page = {"page", "app"}
+    page = {"page", "app", "same_origin"}
     for path in room.glob("*.py"):
         imported = {name for node in ast.parse(path.read_text(encoding="utf-8")).body for name in _imports(node)}
-        assert not any(name.split(".")[0] in ("streamlit", "altair") for name in imported) or path.stem in page
+        packages = {name.split(".")[0] for name in imported}
+        assert not packages & {"streamlit", "altair", "starlette"} or path.stem in page
         assert not imported & {f"dat_lightning.explore.{name}" for name in page} or path.stem == "app"
 
 

@@ -161,6 +161,26 @@ def test_a_wrong_study_is_a_sentence_that_names_the_file(wrong: Any, said: str, 
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "wrong", "said"),
+    [
+        ("study.yaml", b"title: a\ntitle: b\n", ", line 2 is no YAML: the key 'title' stands in line 1 already"),
+        ("study.yaml", "title: a\n".encode("utf-16"), " is no text in UTF-8"),
+        ("study.yaml", b"title: 2001-99-99\n", " is no YAML: month must be in 1..12"),
+        ("first.yaml", b"a: 1  # caf\xe9\n", " is no text in UTF-8"),
+        ("first.yaml", b"a: 1\na: 2\n", ", line 2 is no YAML: the key 'a' stands in line 1 already"),
+        ("first.yaml", b"base: sub/second.yaml\n", " is its own base: "),
+    ],
+)
+def test_files_that_are_no_yaml_are_a_sentence(name: str, wrong: bytes, said: str, tmp_path: Path) -> None:
+    path = write(tmp_path, contents())
+    (tmp_path / name).write_bytes(wrong)
+    with pytest.raises(ValueError, match=re.escape(f"{tmp_path / name}{said}")) as error:
+        read_study(path)
+    assert str(error.value).startswith(str(tmp_path / name))
+    assert "\n" not in str(error.value)
+
+
 # What is read.
 
 

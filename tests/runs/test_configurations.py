@@ -1,5 +1,6 @@
 """A configuration on top of another: as if both had been given, and what cannot be is a sentence."""
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import yaml
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.runs.configurations import with_bases
+from dat_lightning.runs.configurations import read_yaml, with_bases
 from tests.frozen.record import ROOT, printed
 from tests.test_cli import refusal
 
@@ -95,6 +96,61 @@ def test_callbacks_are_changed_in_a_file_with_a_base_alone(capsys: pytest.Captur
     write("top.yaml", {"trainer": {"callbacks": {"PGDSampler": {"num_steps": [3]}}}})
     said = "changes PGDSampler, of which its base has 0, not one; the files of another --config are no base"
     assert said in refusal(capsys, "fit", "--config", str(STAGE1), "--config", "top.yaml")
+
+
+BOMB = "a: &a [1, 2, 3, 4, 5, 6, 7, 8, 9]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in pairwise("abcdefghij")
+)
+WRONG = [
+    (
+        "trainer:\n  max_epochs: 1\n  max_epochs: 2\n",
+        ", line 3 is no YAML: the key 'max_epochs' stands in line 2 already",
+    ),
+    ("trainer: {max_epochs: 1, max_epochs: 1}\n", ", line 1 is no YAML: the key 'max_epochs' stands in line 1 already"),
+    ("trainer: &a [*a]\n", ", line 1 is no YAML: stands for more than 100000 values or 100 levels"),
+    (BOMB, ", line 5 is no YAML: stands for more than 100000 values or 100 levels"),
+    (f"trainer: {'[' * 500}{']' * 500}\n", ", line 1 is no YAML: stands for more than 100000 values or 100 levels"),
+    (f"trainer: {'[' * 9999}{']' * 9999}\n", ", line 1 is no YAML: exceeded maximum nesting depth"),
+    (f"trainer: {{max_epochs: {'9' * 5000}}}\n", " is no YAML: Exceeds the limit"),
+    ("trainer: {max_epochs: !!int x}\n", " is no YAML: invalid literal for int"),
+    ("trainer: {}\n---\ntrainer: {}\n", ", line 2 is no YAML: but found another document"),
+]
+
+
+@pytest.mark.parametrize(("contents", "said"), WRONG)
+def test_what_other_readers_let_pass_is_a_sentence(contents: str, said: str) -> None:
+    Path("wrong.yaml").write_text(contents, encoding="utf-8")
+    with pytest.raises(InputError) as error:
+        read_yaml(Path("wrong.yaml"))
+    assert str(error.value).startswith(f"wrong.yaml{said}")
+    assert "\n" not in str(error.value)
+
+
+def test_merge_keys_anchors_and_a_byte_order_mark_stay() -> None:
+    text = "\ufeffa: &a {x: 1, y: [1, 2]}\nb: {<<: *a, x: 2}\nc: [*a, *a]\n1: one\n'1': text\n"
+    Path("right.yaml").write_text(text, encoding="utf-8")
+    a = {"x": 1, "y": [1, 2]}
+    assert read_yaml(Path("right.yaml")) == {"a": a, "b": {**a, "x": 2}, "c": [a, a], 1: "one", "1": "text"}
+    numbers = {"a": list(range(200_000))}
+    assert read_yaml(write("long.yaml", numbers)) == numbers
+
+
+@pytest.mark.parametrize(
+    ("contents", "said"),
+    [
+        (b"max_epochs: 1\nmax_epochs: 2\n", "'inner.yaml' the key 'max_epochs' stands in line 1 already"),
+        (b"max_steps: 1\nmax_epochs: 1  # caf\xe9\n", "no text in UTF-8, in line 2 after 'max_epochs: 1  # caf'"),
+        ("max_epochs: 1\n".encode("utf-16"), "no text in UTF-8, in line 1 after ''"),
+    ],
+)
+@pytest.mark.parametrize("form", ["argument", "entry"])
+def test_so_are_files_that_are_the_value_of_a_setting(
+    contents: bytes, said: str, form: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("inner.yaml").write_bytes(contents)
+    write("top.yaml", {"trainer": "inner.yaml"})
+    given = ["--trainer", "inner.yaml"] if form == "argument" else ["--config", "top.yaml"]
+    assert said in refusal(capsys, "fit", "--config", str(STAGE1), *given)
 
 
 @pytest.mark.parametrize("place", ["wrong.yaml", "top.yaml"])
