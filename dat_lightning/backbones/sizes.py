@@ -1,7 +1,7 @@
 """Networks that a file describes, built only as far as the file has weights for them."""
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -18,7 +18,7 @@ from dat_lightning.core.errors import InputError
 _Model = TypeVar("_Model", bound=nn.Module)
 
 
-def build_within(build: Callable[[], _Model], weights: Iterable[Tensor], arguments: object) -> _Model:
+def build_within(build: Callable[[], _Model], sizes: Sequence[int], arguments: object) -> _Model:
     """Returns what a function builds, unless it is a larger network than a file has weights for.
 
     A file of a kilobyte may ask for a million layers or 10¹⁰ classes. The network is built without memory first (on
@@ -27,46 +27,32 @@ def build_within(build: Callable[[], _Model], weights: Iterable[Tensor], argumen
 
     Args:
         build: Makes the network.
-        weights: All tensors of the file.
+        sizes: How many numbers each of the file's tensors has, those that share memory once.
         arguments: What the file says of the network: numbers, texts, and collections of them.
 
     Raises:
         InputError: If it is larger, or there is no memory for it.
         Exception: Whatever ``build`` raises.
     """
-    limits = limits_of(weights, arguments)
+    tensors, numbers = 2 * len(sizes) + 1000, 2 * sum(sizes) + (1 << 22)
+    largest = max(_integers(arguments), default=0)
+    if largest > numbers:
+        raise InputError(f"the network is to have {largest} of something, but the file has {sum(sizes)} weights in all")
     # InputError is a ValueError, and passes.
-    with suppress(NotImplementedError, RuntimeError), limited(limits), torch.device("meta"):
+    with suppress(NotImplementedError, RuntimeError), _limited(tensors, numbers), torch.device("meta"):
         build()
-    with limited(limits):
+    with _limited(tensors, numbers):
         try:
             return build()
         except RuntimeError as error:
             raise InputError(f"the network cannot be made: {str(error).splitlines()[0]}") from error
 
 
-def limits_of(weights: Iterable[Tensor], arguments: object) -> dict[str, int]:
-    """Returns how large a network may become, see :func:`build_within`.
-
-    Raises:
-        InputError: If an argument alone is larger.
-    """
-    sizes = [tensor.numel() for tensor in weights]
-    tensors, numbers = 2 * len(sizes) + 1000, 2 * sum(sizes) + (1 << 22)
-    largest = max(_integers(arguments), default=0)
-    if largest > numbers:
-        raise InputError(f"the network is to have {largest} of something, but the file has {sum(sizes)} weights in all")
-    return {"tensors": tensors, "numbers": numbers, "modules": 10 * tensors}
-
-
 @contextmanager
-def limited(limits: Mapping[str, int]) -> Iterator[None]:
-    """Has torch give up a module that is being built in this thread and grows beyond the limits of :func:`limits_of`.
-
-    Raises:
-        InputError: If it does.
-    """
-    thread, counts = threading.get_ident(), dict.fromkeys(limits, 0)
+def _limited(tensors: int, numbers: int) -> Iterator[None]:
+    """Has torch give up a module that is being built in this thread and grows beyond limits."""
+    thread, counts = threading.get_ident(), {"tensors": 0, "numbers": 0, "modules": 0}
+    limits = {"tensors": tensors, "numbers": numbers, "modules": 10 * tensors}
 
     def count(**more: int) -> None:
         if threading.get_ident() != thread:

@@ -12,9 +12,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from torch import Tensor, nn
 
 from dat_lightning import core
-from dat_lightning.backbones.architectures import architecture_of, build_architecture
-from dat_lightning.backbones.resnet import NOT_DESCRIBED
-from dat_lightning.backbones.sizes import build_within
+from dat_lightning.backbones.architectures import architecture_of
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
@@ -26,7 +24,8 @@ from dat_lightning.runs.configurations import with_bases
 from dat_lightning.runs.paths import with_home
 from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
-from dat_lightning.weights.extents import tensors_in
+from dat_lightning.weights.described import described_network
+from dat_lightning.weights.extents import storages_in
 from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.shipped import MODELS, PAGE_FILE, is_exported, located
 
@@ -194,31 +193,17 @@ def _put_together(
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
     rule = settings.get("sampling_rule") or _described_rule(settings.get("contrastive_rule"))
-    steps = int(settings.get("sampling_steps", _USUAL_STEPS))
+    steps = int(_positive(settings.get("sampling_steps")) or _USUAL_STEPS)
     return Opened(explorer, name, _in_words(model), examples, tuple(notes), eps, step_size, rule, steps)
 
 
 def _described_network(path: Path, settings: Mapping[str, Any], contents: Mapping[str, Any]) -> EnergyModel:
     """The network that a checkpoint's hyperparameters describe."""
-    instead = "give the run's configuration as --config, or a folder that dat-lightning export wrote"
-    section = _mapping(settings.get("energy_model"))
-    arguments = dict(_mapping(section.get("init_args")))
-    backbone = _mapping(arguments.pop("backbone", None))
-    if not backbone:
-        raise InputError(f"{path} does not say which network its weights belong to: {instead}")
-    places = [str(part.get("class_path", "")).rpartition(".") for part in (section, backbone)]
-    if places[0][2] != "EnergyModel" or any(place[0].partition(".")[0] != "dat_lightning" for place in places):
-        foreign = next((".".join(p[::2]) for p in places if not p[0].startswith("dat_lightning")), "another model")
-        raise InputError(f"{path} has weights of {foreign}, which is not imported at a file's word: {instead}")
-    given = _mapping(backbone.get("init_args"))
-    left_out = {"pretrained", *NOT_DESCRIBED}
-    plain = {name: value for name, value in given.items() if name not in left_out}
-    description = {"name": places[1][2], "arguments": plain}
-    weights = [tensor for _, tensor in tensors_in(contents)]
     try:
-        return build_within(lambda: EnergyModel(build_architecture(description), **arguments), weights, plain)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{path} describes no network of this version: {error}; {instead}") from error
+        return described_network(settings, storages_in(contents))
+    except InputError as error:
+        instead = "give the run's configuration as --config, or a folder that dat-lightning export wrote"
+        raise InputError(f"{path}: {error}: {instead}") from error
 
 
 def _data(configured: list[Any], contents: Mapping[str, Any], model: EnergyModel) -> PairedDataModule | None:
@@ -289,6 +274,8 @@ def _described_rule(section: object) -> UpdateRule:
         return STEEPEST
     arguments = _mapping(_mapping(section).get("init_args"))
     inner = {name: _described_rule(value) for name, value in arguments.items() if "class_path" in _mapping(value)}
+    if not all(name in inner or isinstance(value, bool | int | float) for name, value in arguments.items()):
+        return STEEPEST
     try:
         rule: UpdateRule = known(**{**arguments, **inner})
     except (TypeError, ValueError):  # of another version, or of nobody's

@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from typing_extensions import Self, override
 
-from dat_lightning.backbones.sizes import limited, limits_of
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError, require_kind
@@ -42,7 +41,8 @@ from dat_lightning.weights import (
     stamp,
 )
 from dat_lightning.weights.classes import check_classes, settings_in, without_downloads
-from dat_lightning.weights.extents import tensors_in
+from dat_lightning.weights.described import described_network
+from dat_lightning.weights.extents import storages_in
 from dat_lightning.weights.files import as_local_file
 from dat_lightning.weights.hub import EnergyModel
 from dat_lightning.weights.stamp import settings_in_yaml
@@ -134,13 +134,14 @@ class TrainedModule(LightningModule):
         """Returns a module as Lightning does, with the weights of a checkpoint and the settings that it has, or a file.
 
         A file decides on little of what is made: classes of this package that compute, registered networks, torch's
-        optimisers, and ``cls`` itself. Networks download nothing, and are no larger than the weights in the file.
+        optimisers, and ``cls`` itself. A network that it describes downloads nothing, and is as large as its weights.
 
         Args:
             checkpoint_path: A file, an address that fsspec knows, or an open binary file.
             map_location: Where the weights go, as for ``torch.load``.
             hparams_file: ``hparams.yaml`` of a run, whose settings of the module are taken.
-            allowed_classes: Further classes that the file may name, or packages of such; they are imported.
+            allowed_classes: Further classes that the file may name, or packages of such; they are imported, and how
+                large a network becomes is theirs to decide.
             kwargs: Settings that come before those of the file, and Lightning's ``strict`` and ``weights_only``; with
                 ``weights_only=False`` nothing of this is checked, and the file may run any code.
 
@@ -153,11 +154,14 @@ class TrainedModule(LightningModule):
             return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, **kwargs)
         with as_local_file(checkpoint_path) as path:
             contents = read_checkpoint(path)
-            settings = {**settings_in(contents), **settings_in_yaml(hparams_file), **kwargs}
-            check_classes(settings, allowed_classes, cls)
-            network = {name: without_downloads(settings[name]) for name in ("energy_model",) if name in settings}
-            with limited(limits_of((tensor for _, tensor in tensors_in(contents)), network)):
-                return super().load_from_checkpoint(path, map_location, hparams_file, **{**kwargs, **network})
+            settings = {**settings_in(contents), **settings_in_yaml(hparams_file)}
+            check_classes({**settings, **kwargs}, allowed_classes, cls)
+            network = settings.get("energy_model")
+            if isinstance(network, Mapping) and "energy_model" not in kwargs:
+                if not allowed_classes:
+                    described_network(settings, storages_in(contents))  # no larger than the file has weights for
+                kwargs["energy_model"] = without_downloads(network)
+            return super().load_from_checkpoint(path, map_location, hparams_file, **kwargs)
 
     @property
     def freezes_batch_norm(self) -> bool:

@@ -95,7 +95,7 @@ def read_without_tensors(path: Path) -> dict[str, Any]:
 def _load(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
-            check_pickle(pickletools.genops(read_pickle(archive)[0]))
+            check_pickle(pickletools.genops(read_pickle(archive)[0]), path.stat().st_size)
         contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_tensors(contents)
     except InputError as error:

@@ -1,9 +1,13 @@
 """Which classes a file may have made: ours that only compute, torch's optimisers, and registered networks."""
 
+import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dat_lightning.backbones.architectures import is_registered
 from dat_lightning.core.errors import InputError
@@ -11,8 +15,8 @@ from dat_lightning.core.errors import InputError
 # What is made from these does nothing but hold its arguments, and, for networks, random weights.
 _COMPUTING = tuple(f"dat_lightning.{room}." for room in ("core", "backbones", "speed", "modules", "weights"))
 _OPTIMISERS = ("torch.optim.", "lightning.pytorch.cli.ReduceLROnPlateau")
-_MOST_SETTINGS = 2000  # what takes them apart needs the square of their number
 _INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"
+_MOST_SETTINGS = 2000  # what takes them apart needs the square of their number
 
 
 def settings_in(contents: Mapping[str, Any]) -> dict[str, Any]:
@@ -22,7 +26,10 @@ def settings_in(contents: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type) -> None:
-    """Checks the classes that a file's hyperparameters name, before anything is imported or made.
+    """Checks the classes and functions that a file's hyperparameters name, before anything is imported or made.
+
+    Whoever makes objects of settings takes a text for the name of a class or function wherever one is expected, so a
+    text may stand only where the argument's type is one.
 
     Args:
         settings: The hyperparameters, as the command line stores them.
@@ -34,14 +41,14 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     """
     if _has_more(settings, _MOST_SETTINGS):
         raise InputError(f"the file has more than {_MOST_SETTINGS} settings of a module, which has some hundred")
-    for name in _class_paths(settings):
-        if not _is_known(name, own) and not any(name == each or name.startswith(f"{each}.") for each in allowed):
-            raise InputError(
-                f"the file names the class {name[:200]}, which is not made at a file's word; if you trust it, pass"
-                f" allowed_classes=[{name[:200]!r}]"
-            )
     if settings.get("_instantiator", _INSTANTIATOR) != _INSTANTIATOR:
         raise InputError(f"the file wants to be made by {str(settings['_instantiator'])[:200]}, and not by Lightning's")
+    name = settings.get("_class_path")
+    made = own if name is None else _known(name, own, allowed)
+    hints = _hints(made)
+    for key, value in settings.items():
+        if key not in ("_class_path", "_instantiator"):
+            _check(value, hints.get(key, Any), own, allowed)
 
 
 def without_downloads(value: Any) -> Any:
@@ -49,6 +56,66 @@ def without_downloads(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: False if key == "pretrained" else without_downloads(inner) for key, inner in value.items()}
     return [without_downloads(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
+def _check(value: Any, hint: Any, own: type, allowed: Sequence[str]) -> None:
+    if isinstance(value, str) and not _takes_text(hint):
+        _known(value, own, allowed)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _check(inner, hint, own, allowed)
+    elif isinstance(value, Mapping):
+        kind = _known(value["class_path"], own, allowed) if "class_path" in value else hint
+        hints = _hints(kind)
+        for key, inner in value.items():
+            if key in ("init_args", "dict_kwargs") and isinstance(inner, Mapping):
+                for name, argument in inner.items():
+                    _check(argument, hints.get(name, Any), own, allowed)
+            elif key != "class_path":
+                _check(inner, hints.get(key, Any), own, allowed)
+
+
+def _known(name: object, own: type, allowed: Sequence[str]) -> Any:
+    """The class or function of a name that a file may use; only this package and what is allowed is imported."""
+    module, _, attribute = str(name).rpartition(".")
+    trusted = any(name == each or str(name).startswith(f"{each}.") for each in allowed)
+    here = module == "dat_lightning" or module.startswith("dat_lightning.")
+    try:
+        found = getattr(import_module(module) if here or trusted else sys.modules.get(module), attribute, None)
+    except (ImportError, ValueError):
+        found = None
+    place = f"{getattr(found, '__module__', '')}.{attribute}"
+    known = found is own or is_registered(found) or place.startswith((*_COMPUTING, *_OPTIMISERS))
+    if found is None or not (known or trusted):
+        raise InputError(
+            f"the file names the class {str(name)[:200]}, which is not made at a file's word; if you trust it, pass"
+            f" allowed_classes=[{str(name)[:200]!r}]"
+        )
+    return found
+
+
+def _takes_text(hint: Any) -> bool:
+    """Whether a text is an argument of a type as it is, and not the name of something to import."""
+    if hint in (str, Path) or get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) is Callable or hint in (Any, NoneType):
+        return False
+    return any(_takes_text(inner) for inner in get_args(hint))
+
+
+def _hints(kind: Any) -> dict[str, Any]:
+    """Types of the arguments of a function, or of a class and those of its bases that it hands others to."""
+    if get_origin(kind) in (Union, UnionType):
+        return {name: hint for member in get_args(kind) for name, hint in _hints(member).items()}
+    if not callable(kind):
+        return {}
+    bases = reversed(kind.__mro__) if isinstance(kind, type) else ()
+    makers = [vars(each)["__init__"] for each in bases if "__init__" in vars(each)] or [kind]
+    found: dict[str, Any] = {}
+    for maker in makers:
+        with suppress(NameError, TypeError):  # of which nothing is known: no texts then
+            found |= get_type_hints(inspect.unwrap(maker))
+    return found
 
 
 def _has_more(settings: Mapping[str, Any], most: int) -> bool:
@@ -63,32 +130,3 @@ def _has_more(settings: Mapping[str, Any], most: int) -> bool:
         elif isinstance(value, list | tuple):
             waiting += value
     return True
-
-
-def _class_paths(value: Any, top: bool = True) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            if key == "class_path" or (top and key == "_class_path"):
-                yield str(inner)
-            yield from _class_paths(inner, top=False)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _class_paths(inner, top=False)
-
-
-def _is_known(name: str, own: type) -> bool:
-    module, _, attribute = name.rpartition(".")
-    if not module:
-        return True  # looked for among the classes that are loaded
-    # Only this package is imported to find out, and torch's optimisers are there.
-    here = module == "dat_lightning" or module.startswith("dat_lightning.")
-    try:
-        found = getattr(import_module(module) if here else sys.modules.get(module), attribute, None)
-    except ImportError:
-        return False
-    if found is None:
-        return False
-    if found is own or is_registered(found):
-        return True
-    place = f"{getattr(found, '__module__', '')}.{attribute}"
-    return place.startswith((*_COMPUTING, *_OPTIMISERS))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch import _weights_only_unpickler as torch_reader
 
 from dat_lightning.core.errors import InputError
 
@@ -19,6 +20,7 @@ _PUT = ("PUT", "BINPUT", "LONG_BINPUT")
 _GET = ("GET", "BINGET", "LONG_BINGET")
 # What fills the collection below it on the stack.
 _FILL = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS")
+_FEW = 6  # parts of a reference to a storage, at most
 _TEXT = 16  # so many characters count as a value
 _EXPANDED = 65_536  # so many numbers may be the same ones again
 _MARK = pickletools.markobject
@@ -27,13 +29,34 @@ Opcode = tuple[pickletools.OpcodeInfo, Any, int | None]
 """One of a pickle, its argument and its place, as ``pickletools.genops`` gives them."""
 
 
+# Classes and functions of torch's restricted reader that take no more memory than what they are given. The others are
+# storages, tensors and a bytearray of any size that a number asks for.
+_CALLED = (
+    "_codecs.encode",
+    "builtins.complex",
+    "builtins.set",
+    "collections.Counter",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch.nn.parameter.Parameter",
+    "torch.serialization._get_layout",
+)
+_REBUILD, _REBUILD_ANY = "torch._utils._rebuild_", "torch._tensor._rebuild_from_type_v2"
+
+
 @dataclass(eq=False, slots=True)
 class _Value:
-    """A value of a pickle: how many it stands for, itself among them, and how deep they are nested."""
+    """A value of a pickle: how many it stands for, itself among them, and how deep they are nested.
 
+    Of a class or function ``plain`` is the name, of a number or text the value; ``parts`` are those of a tuple.
+    """
+
+    plain: Any = None
     count: int = 1
     depth: int = 0
     within_another: bool = False
+    parts: "tuple[_Value, ...]" = ()
 
     def take(self, parts: Iterable["_Value"]) -> None:
         for part in parts:
@@ -46,32 +69,39 @@ class _Value:
             raise InputError(f"its collections are nested more than {MAX_DEPTH} deep")
 
 
-def check_pickle(opcodes: Iterable[Opcode]) -> None:
-    """Counts the values that a pickle stands for, without making one.
+def check_pickle(opcodes: Iterable[Opcode], size: int) -> dict[str, int]:
+    """Counts the values and numbers that a pickle stands for, without making one.
 
     A pickle may name a value again and again: a dozen lists of a dozen references each are a file of a kilobyte, and
     10¹² values for whoever walks through them, compares them or prints them, and even for whoever hashes a tuple.
 
     Args:
         opcodes: Of one pickle, to its end.
+        size: Of the file, in bytes.
+
+    Returns:
+        How many numbers each storage has, by its key.
 
     Raises:
-        InputError: If it stands for too many values, nests them too deep, or a collection contains itself.
+        InputError: If it stands for too many values, nests them too deep, a collection contains itself, storages are
+            larger than the file, or something is called that takes memory of any size.
         Exception: Whatever a reader of damaged bytes stumbles over.
     """
     stack: list[_Value | None] = []  # None is a mark
     memo: dict[int, _Value] = {}
+    storages: dict[str, int] = {}
     for opcode, argument, _ in opcodes:
-        parts: list[_Value] = []
+        above: list[_Value] = []  # the mark
         number = 0 if opcode.name == "MEMOIZE" else len(opcode.stack_before)
         if _MARK in opcode.stack_before:
             while (value := stack.pop()) is not None:
-                parts.append(value)
+                above.append(value)
             number = opcode.stack_before.index(_MARK)
         elif opcode.name == "POP" and stack and stack[-1] is None:
             stack.pop()
             continue
         below = [value for value in (stack.pop() for _ in range(number)) if value is not None][::-1]
+        parts = below + above[::-1]
         if opcode.name in _PUT or opcode.name == "MEMOIZE":
             top = stack[-1]
             if top is not None:
@@ -82,19 +112,50 @@ def check_pickle(opcodes: Iterable[Opcode]) -> None:
             stack += [below[0], below[0]]
         elif opcode.name in _FILL or opcode.name == "BUILD":
             filled = below[0]
-            filled.take(below[1:] + parts)
+            filled.take(parts[1:])
             # Of an object that is built, the state is not kept.
             if filled.within_another and opcode.name in _FILL:
                 raise InputError("one of its collections contains itself")
             stack.append(filled)
         else:
+            if opcode.name in ("REDUCE", "NEWOBJ"):
+                _check_call(below[0], below[1])
+            elif opcode.name == "BINPERSID":
+                _note_storage(below[0].parts, storages, size)
             for kind in opcode.stack_after:
-                made = None if kind is _MARK else _Value()
+                made = None if kind is _MARK else _Value(_plain(opcode.name, argument))
                 if made is not None:
                     # A long text is shown as often as it is reached, too.
                     made.count += len(argument) // _TEXT if isinstance(argument, str | bytes) else 0
-                    made.take(below + parts)
+                    made.parts = tuple(parts) if opcode.name.startswith("TUPLE") and len(parts) <= _FEW else ()
+                    made.take(parts)
                 stack.append(made)
+    return storages
+
+
+def _plain(opcode: str, argument: Any) -> Any:
+    return argument.replace(" ", ".") if opcode == "GLOBAL" else argument
+
+
+def _check_call(function: _Value, arguments: _Value) -> None:
+    name = function.plain
+    if name not in torch_reader._get_allowed_globals():
+        return  # nothing that torch would call
+    inner = arguments.parts[0].plain if arguments.parts else None
+    rebuilds = name.startswith(_REBUILD) or (name == _REBUILD_ANY and str(inner).startswith(_REBUILD))
+    if name not in _CALLED and not rebuilds:
+        raise InputError(f"it calls {name}, which takes memory of any size")
+
+
+def _note_storage(reference: tuple[_Value, ...], storages: dict[str, int], size: int) -> None:
+    """Adds up what the reference to a storage says: its kind, type, key, device and number of elements."""
+    if len(reference) >= _FEW - 1 and isinstance(reference[4].plain, int):
+        storages[str(reference[2].plain)] = reference[4].plain
+    else:
+        raise InputError("it refers to a storage without saying how large it is")
+    # Of more than a byte each; no more is known of old files before they are read.
+    if reference[4].plain < 0 or sum(storages.values()) > size:
+        raise InputError(f"its storages have more numbers than the {size} bytes of the file")
 
 
 def check_tensors(contents: Any) -> None:
@@ -113,6 +174,16 @@ def check_tensors(contents: Any) -> None:
         if tensor.numel() > _EXPANDED and tensor.numel() * tensor.element_size() > bytes_there:
             shape = "×".join(map(str, tensor.shape))
             raise InputError(f"its tensor {name!r} is {shape}, for which the file has {bytes_there} bytes")
+
+
+def storages_in(contents: Any) -> list[int]:
+    """Returns how many numbers each storage of a file has that a tensor stands on, those of no memory left out."""
+    found: dict[int, int] = {}
+    for _, tensor in tensors_in(contents):
+        if tensor.layout is torch.strided and tensor.device.type != "meta":
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes() // tensor.element_size()
+    return list(found.values())
 
 
 def tensors_in(contents: Any) -> Iterator[tuple[str, Tensor]]:

@@ -14,6 +14,7 @@ import torch
 from torch import _weights_only_unpickler as torch_reader
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights.archives import is_archive, read_pickle
 from dat_lightning.weights.extents import Opcode, check_pickle
 
@@ -70,8 +71,14 @@ def _readable(file: Path) -> Iterator[IO[bytes]]:
                 pickled, before = read_pickle(archive)
                 start, pickles = contents.find(pickled, before), 1
         opened.seek(start)
+        size = file.stat().st_size
         for _ in range(pickles):
-            check_pickle(_with_results_kept(pickletools.genops(opened), contents))
+            storages = check_pickle(_with_results_kept(pickletools.genops(opened), contents), size)
+        if pickles == _LEGACY_PICKLES:
+            # Behind them is a list of the storages that follow; torch would leave others as it found the memory.
+            listed = {str(argument) for _, argument, _ in pickletools.genops(opened) if isinstance(argument, str)}
+            if missing := sorted(storages.keys() - listed):
+                raise InputError(f"it refers to storages that it does not have, such as {missing[0][:80]}")
         yield cast(IO[bytes], contents)
 
 

@@ -110,7 +110,8 @@ class HubModel(
         with torch.random.fork_rng(devices=[]):
             try:
                 build = partial(cls._from_config, arguments)
-                model = build_within(build, weights.values(), arguments)  # type: ignore[type-var]  # beside nn.Module
+                sizes = [value.numel() for value in weights.values()]
+                model = build_within(build, sizes, arguments)  # type: ignore[type-var]  # beside nn.Module
             except (TypeError, ValueError) as error:
                 raise InputError(f"{config} does not describe a {cls.__name__}: {error}") from error
         module = _module(model)

@@ -43,10 +43,16 @@ def nested(make: Callable[[list[Any]], Any], levels: int = 12, references: int =
     return value
 
 
-def with_pickle(path: Path, body: bytes) -> None:
-    """Writes an archive of ``torch.save`` whose pickle has these opcodes, which leave one value."""
-    torch.save({"w": torch.zeros(1)}, path)
-    rewritten(path, lambda name, data: b"\x80\x02" + body + b"." if name.endswith("data.pkl") else data)
+def with_pickle(path: Path, body: bytes, legacy: bool = False) -> None:
+    """Writes a file of ``torch.save`` whose pickle has these opcodes, which leave one value."""
+    torch.save({"w": torch.zeros(1)}, path, _use_new_zipfile_serialization=not legacy)
+    new = b"\x80\x02" + body + b"."
+    if legacy:
+        whole = path.read_bytes()
+        start = whole.index(b"\x80\x02}q\x00X\x01\x00\x00\x00w")
+        path.write_bytes(whole[:start] + new + whole[whole.rindex(b"\x80\x02]") :])
+    else:
+        rewritten(path, lambda name, data: new if name.endswith("data.pkl") else data)
 
 
 def tuple_as_key(path: Path) -> None:
@@ -59,6 +65,35 @@ def list_in_itself(path: Path) -> None:
     circle: list[Any] = []
     circle.append(circle)
     torch.save({"hyper_parameters": {"circle": circle}}, path)
+
+
+def call_of(name: str, number: int, legacy: bool = False) -> Callable[[Path], None]:
+    """A dictionary with what a class or function makes of a number, which may be any memory."""
+
+    def make(path: Path) -> None:
+        module, _, attribute = name.rpartition(".")
+        called = f"c{module}\n{attribute}\n".encode() + b"J" + struct.pack("<i", number) + b"\x85R"
+        with_pickle(path, b"}X\x01\x00\x00\x00w" + called + b"s", legacy)
+
+    return make
+
+
+def uncovered(path: Path) -> None:
+    """A file as torch wrote them of old, whose storages are nowhere in it."""
+    torch.save({"w": torch.zeros(5)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    # The list of the storages, the last pickle, and all that follows it.
+    place = whole.rindex(b"\x80\x02]")
+    path.write_bytes(whole[:place] + b"\x80\x02]q\x00.")
+
+
+def too_large(path: Path) -> None:
+    """Such a file whose storage is to have more numbers than the file has bytes."""
+    torch.save({"w": torch.zeros(5)}, path, _use_new_zipfile_serialization=False)
+    whole = path.read_bytes()
+    old = b"cpuq\x06K\x05"
+    assert old in whole
+    path.write_bytes(whole.replace(old, old[:-2] + b"J" + struct.pack("<i", 2 * 10**9)))
 
 
 def storage_of(path: Path, numbers: int, shown: int, **more: Any) -> None:

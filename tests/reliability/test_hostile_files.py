@@ -94,6 +94,10 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         saved(state_dict={"energy_model.mean": torch.zeros(1).expand(3_000_000_000)}),
         "3000000000, for which the file has 4 bytes",
     ),
+    "bytearray": (hostile.call_of("builtins.bytearray", 2 * 10**9), "calls builtins.bytearray, which takes memory"),
+    "tensor": (hostile.call_of("torch.Tensor", 2 * 10**9), "calls torch.Tensor, which takes memory"),
+    "float_tensor": (hostile.call_of("torch.FloatTensor", 2 * 10**9), "calls torch.FloatTensor, which takes memory"),
+    "storage": (hostile.call_of("torch.storage.UntypedStorage", 2 * 10**9), "calls torch.*Storage, which takes memory"),
     "no_mapping_as_weights": (saved(state_dict=[torch.zeros(1)]), "its state_dict is a list"),
     "integer_keys": (saved(state_dict={1: torch.zeros(1)}), "its state_dict has a Tensor as '1'"),
     "text_as_callbacks": (saved(callbacks="x"), "its callbacks is a str"),
@@ -103,6 +107,12 @@ FILES: dict[str, tuple[Callable[[Path], None], str]] = {
         r"loops.fit_loop.epoch_progress.current.processed is -3",
     ),
     "text_as_optimiser": (saved(optimizer_states=["x"]), "its optimizer_states hold a str"),
+}
+# As torch wrote files of old; a run's checkpoint is none.
+OLD: dict[str, tuple[Callable[[Path], None], str]] = {
+    "old_bytearray": (hostile.call_of("builtins.bytearray", 2 * 10**9, legacy=True), "calls builtins.bytearray"),
+    "old_uncovered": (hostile.uncovered, "refers to storages that it does not have"),
+    "old_too_large": (hostile.too_large, r"storages have more numbers than the \d+ bytes of the file"),
 }
 # What is wrong with a run's checkpoint alone is nothing to whoever takes its weights.
 OF_RUNS = (
@@ -157,7 +167,7 @@ def in_a_child(code: str, *arguments: str, megabytes: int = MEGABYTES) -> Any:
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("hostile")
-    for name, (make, _) in FILES.items():
+    for name, (make, _) in {**FILES, **OLD}.items():
         make(folder / f"{name}.ckpt")
     torch.save(contents(), folder / "good.ckpt")
     assert sum(path.stat().st_size for path in folder.iterdir()) < 8 * hostile.MEGABYTE
@@ -177,9 +187,15 @@ def test_a_hostile_file_is_a_sentence(name: str, reader: str, said: dict[str, An
     assert f"{name}.ckpt" in said[f"{name} {reader}"]
 
 
+@pytest.mark.parametrize("name", OLD)
+def test_a_hostile_file_of_the_old_format_is_a_sentence(name: str, said: dict[str, Any]) -> None:
+    assert re.search(OLD[name][1], said[f"{name} weights"]), said[f"{name} weights"]
+    assert "not a readable checkpoint" in said[f"{name} run"]
+
+
 def test_a_good_file_beside_them_is_reached_and_each_of_them_named(said: dict[str, Any]) -> None:
     assert said["newest"] == f"{said['folder']}/good.ckpt"
-    assert said["passed over"] == len(FILES)
+    assert said["passed over"] == len(FILES) + len(OLD)
 
 
 @pytest.mark.parametrize(("numbers", "shown"), [(100, 8), (100, 100), (4, 4), (2**31 - 1, 2**31 - 1)])

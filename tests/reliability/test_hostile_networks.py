@@ -89,7 +89,8 @@ def test_a_network_is_not_built_beyond_its_file(name: str, reader: str, said: di
 
 def test_a_network_of_the_files_size_is_built() -> None:
     model = tiny.energy_model()
-    built = build_within(lambda: SmallResNet(widths=(4, 8)), model.state_dict().values(), {"widths": [4, 8]})
+    sizes = [value.numel() for value in model.state_dict().values()]
+    built = build_within(lambda: SmallResNet(widths=(4, 8)), sizes, {"widths": [4, 8]})
     assert sum(p.numel() for p in built.parameters()) == sum(p.numel() for p in model.backbone.parameters())
     assert next(built.parameters()).device.type == "cpu"
     wide = torch.nn.Linear(4000, 4000)  # what is built afterwards has no limit
@@ -104,7 +105,7 @@ def test_another_thread_may_build_what_it_likes_meanwhile() -> None:
             assert pool.submit(torch.nn.Linear, 4000, 4000).result().weight.numel() == 16_000_000
         return SmallResNet(widths=(4, 8))
 
-    build_within(build, [torch.zeros(5000)], {})
+    build_within(build, [5000], {})
 
 
 # Which classes.
@@ -155,6 +156,13 @@ def test_a_class_that_is_loaded_is_not_made_either(tmp_path: Path) -> None:
         DualAdversarialModule.load_from_checkpoint(path)
 
 
+class Unregistered(torch.nn.Module):
+    """Loaded, and a network, but nobody has registered it."""
+
+    def __init__(self) -> None:
+        raise AssertionError("a file has made this")
+
+
 @pytest.mark.parametrize(
     "setting",
     [
@@ -162,6 +170,22 @@ def test_a_class_that_is_loaded_is_not_made_either(tmp_path: Path) -> None:
         {"_class_path": "stranger.Module"},
         {"_instantiator": "os.system"},
         {"contrastive_rule": {"class_path": "dat_lightning.explore.explore"}},
+        # What makes objects of settings imports a text wherever a class or function is expected.
+        *(
+            {name: "stranger.Curriculum"}
+            for name in ("optimizer", "lr_scheduler", "attack_rule", "execution", "curriculum")
+        ),
+        {"energy_model": "stranger.Curriculum"},
+        {"energy_model": {"class_path": "dat_lightning.EnergyModel", "init_args": {"backbone": "stranger.Curriculum"}}},
+        {"energy_model": {"init_args": {"backbone": {"class_path": "Unregistered"}}}},
+        {"energy_model": {"init_args": {"backbone": "Unregistered"}}},
+        {"lr_scheduler": "antigravity.geohash"},
+        *(
+            {"lr_scheduler": {"class_path": f"torch.optim.lr_scheduler.{name}", "init_args": {"lr_lambda": value}}}
+            for name in ("LambdaLR", "MultiplicativeLR")
+            for value in ("stranger.Curriculum", ["stranger.Curriculum"])
+        ),
+        {"threat_model": {"norm": "L2", "eps": "stranger.Curriculum"}},
         {"contrastive_rule": {"class_path": "dat_lightning.nothing.at.all"}},
         {"x": [{"y": ({"class_path": "antigravity.x"},)}]},
     ],
@@ -236,7 +260,7 @@ def test_no_weights_are_fetched_at_a_files_word(tmp_path: Path, monkeypatch: pyt
     network = {"class_path": "dat_lightning.EnergyModel", "init_args": {"backbone": backbone}}
     with pytest.raises(RuntimeError):  # weights of another network
         DualAdversarialModule.load_from_checkpoint(saved(tmp_path / "a.ckpt", energy_model=network))
-    assert [each["pretrained"] for each in asked] == [False]
+    assert {each["pretrained"] for each in asked} == {False}
 
 
 def test_who_allows_code_is_not_asked(stranger: Path, tmp_path: Path) -> None:
