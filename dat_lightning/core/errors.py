@@ -9,6 +9,7 @@ class InputError(ValueError):
 
 
 _LONGEST = 2000  # characters of a message
+_UNCOUNTED = 2**62
 
 
 def printable(text: str) -> str:
@@ -38,7 +39,7 @@ def require_counts(minimum: int, **values: object) -> None:
         InputError: Naming the first that is something else.
     """
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _UNCOUNTED:
             raise InputError(f"{name} must be a whole number of at least {minimum}, got {str(value)[:80]}")
 
 

@@ -245,6 +245,8 @@ class PairedDataModule(LightningDataModule):
             return
         position = {name: state.get(name) for name in ("draws_consumed", "batches_processed")}
         require_counts(0, **position)
+        sizes = dict(state.get("stream_sizes", {}))
+        require_counts(0, **{f"stream_sizes of {name}": size for name, size in sizes.items()})
         require_counts(1, batch_size=state.get("batch_size"), num_processes=state.get("num_processes") or 1)
         if state["seed"] != self.seed:
             raise InputError(

@@ -14,6 +14,7 @@ from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import EnergyModel
 from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.data.batches import check_energy, check_pixels, check_precision, class_labels, logits_of
+from dat_lightning.weights.values import fault_of
 
 
 def check_first_batch(energy_model: EnergyModel, batch: Mapping[str, Tensor], who: str, declared: object) -> None:
@@ -79,23 +80,33 @@ def check_restored(module: LightningModule, contents: Mapping[str, Any], to_trai
         to_train: Whether training goes on from it.
 
     Raises:
-        InputError: If weights are not finite or of another type, T lies beyond the curriculum, a count is none, or the
-            optimiser's state is one of other parameters.
+        InputError: If weights cannot be any, T lies beyond the curriculum, a count is none, or, to train, progress is
+            missing or the optimiser's state is not one of this module's.
     """
+    try:
+        _check_restored(module, contents, to_train)
+    except InputError:
+        raise
+    except Exception as error:  # whatever a reader of impossible contents stumbles over
+        raise InputError(f"it holds what no run saves: {type(error).__name__}: {str(error)[:200]}") from error
+
+
+def _check_restored(module: LightningModule, contents: Mapping[str, Any], to_train: bool) -> None:
     own = module.state_dict()
     for entry in ("state_dict", "current_model_state"):
         saved = contents.get(entry) or {}
         for name, target in own.items():
-            value = saved.get(name, target)
-            if value.is_floating_point() != target.is_floating_point():
-                raise InputError(f"{name} holds {value.dtype} instead of {target.dtype}")
-        check_finite((name, saved[name]) for name in own if name in saved and name.startswith("energy_model."))
+            if name in saved and (fault := fault_of(name, saved[name], target)):
+                raise InputError(fault)
         for name, part in module.named_modules():
-            if isinstance(part, AUCCurriculum) and (steps := saved.get(f"{name}.num_steps")) is not None:
-                _check_steps(f"{name}.num_steps", steps, part)
+            if isinstance(part, AUCCurriculum):
+                _check_curriculum(name, part, saved, _most_steps(contents), to_train)
     if to_train:
         require_counts(0, network_evaluations=contents.get("network_evaluations", 0))
-        _check_optimizers(contents.get("optimizer_states") or [], [p for p in module.parameters() if p.requires_grad])
+        progress = (contents.get("loops") or {}).get("fit_loop") or {}
+        if not {"epoch_progress", "epoch_loop.batch_progress"} <= progress.keys():
+            raise InputError("it does not say how far training has come: loops.fit_loop lacks its progress")
+        _check_optimizer(module, contents.get("optimizer_states") or [])
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -105,32 +116,84 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:
             raise InputError(f"{name} holds NaN or infinite numbers")
 
 
-def _check_steps(name: str, steps: Tensor, curriculum: AUCCurriculum) -> None:
-    if steps.numel() != 1 or not 0 <= int(steps) <= curriculum.max_steps:
+def _most_steps(contents: Mapping[str, Any]) -> int | None:
+    """The run's own limit of T, as its hyperparameters say it; one that goes on may have a lower one."""
+    section: Any = contents.get("hyper_parameters")
+    for name in ("curriculum", "init_args", "max_steps"):
+        section = section.get(name) if isinstance(section, Mapping) else None
+    return section if isinstance(section, int) else None
+
+
+def _check_curriculum(
+    name: str, curriculum: AUCCurriculum, saved: Mapping[str, Tensor], most: int | None, to_train: bool
+) -> None:
+    for count in ("count", "window"):
+        if (value := saved.get(f"{name}.{count}")) is not None:
+            require_counts(0, **{f"{name}.{count}": int(value)})
+    values = saved.get(f"{name}.values")
+    if values is not None and not bool(((values >= 0) & (values <= 1)).all()):
+        raise InputError(f"{name}.values must be areas between 0 and 1")
+    if (steps := saved.get(f"{name}.num_steps")) is None or (most is None and not to_train):
+        return
+    limit = max(curriculum.max_steps, most or 0)
+    if steps.numel() != 1 or not 0 <= int(steps) <= limit:
         found = int(steps) if steps.numel() == 1 else "no number"
         raise InputError(
-            f"{name}, the number T of contrastive steps, must lie between 0 and max_steps, {curriculum.max_steps}; got"
+            f"{name}.num_steps, the number T of contrastive steps, must lie between 0 and max_steps, {limit}; got"
             f" {found}"
         )
 
 
-# What torch's optimisers keep of each parameter, in its shape.
-_OF_PARAMETERS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_inf", "momentum_buffer", "square_avg", "grad_avg")
-
-
-def _check_optimizers(states: list[Mapping[str, Any]], parameters: list[nn.Parameter]) -> None:
-    numbers = [n for each in states for group in each.get("param_groups") or [] for n in group.get("params") or []]
-    if len(states) != 1 or len(numbers) != len(parameters):
+def _check_optimizer(module: LightningModule, states: list[Mapping[str, Any]]) -> None:
+    """Compares an optimiser's state with what the module's optimiser keeps of a parameter after a step."""
+    for group in (group for each in states for group in each["param_groups"]):
+        for name, value in group.items():
+            numbers = value if isinstance(value, list | tuple) and name == "betas" else [value]
+            for number in numbers if name in ("lr", "eps", "weight_decay", "momentum", "betas") else ():
+                if isinstance(number, bool) or not 0 <= float(number) < math.inf:
+                    raise InputError(f"the optimiser's {name} must be a number of at least 0, got {str(value)[:80]}")
+        if "lr" not in group:
+            raise InputError("a group of the optimiser's parameters has no lr")
+    make = getattr(module, "optimizer", None)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    numbers = [n for each in states for group in each["param_groups"] for n in group["params"]]
+    if len(states) != 1 or len(numbers) != len(parameters) or make is None:
         return  # several optimisers, or one of other parameters, which it refuses itself
+    kept_of = {dim: _kept_of(make, dim) for dim in {parameter.dim() for parameter in parameters}}
     for number, parameter in zip(numbers, parameters, strict=True):
-        state = (states[0].get("state") or {}).get(number) or {}
-        for name in _OF_PARAMETERS:
+        state = states[0]["state"].get(number) or {}
+        for name, kept in kept_of[parameter.dim()].items() if state else ():
             value = state.get(name)
-            if isinstance(value, Tensor) and value.shape != parameter.shape:
+            if not kept.dim() and isinstance(value, int | float):  # of older versions of torch
+                value = torch.tensor(float(value))
+            expected = parameter.shape if kept.shape == _PROBE[: parameter.dim()] else kept.shape
+            if not isinstance(value, Tensor) or value.shape != expected:
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 raise InputError(
-                    f"the optimiser's {name} of parameter {number} has the shape {tuple(value.shape)}, and the"
-                    f" parameter {tuple(parameter.shape)}"
+                    f"the optimiser's {name} of parameter {number} must have the shape {tuple(expected)}, got {found}"
                 )
+            whose = f"the optimiser's {name} of parameter {number}"
+            if fault := fault_of(whose, value, kept):
+                raise InputError(fault)
+            if not kept.dim() and float(value) < 0:
+                raise InputError(f"{whose} is {float(value)}")
+
+
+_PROBE = torch.Size((2, 3, 5, 7, 1))
+
+
+def _kept_of(make: Any, dim: int) -> dict[str, Tensor]:
+    """The tensors in the state of an optimiser of one small parameter, after a step; none if it wants more for that."""
+    parameter = nn.Parameter(torch.zeros(_PROBE[:dim]))
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        optimizer: torch.optim.Optimizer = make([parameter])
+        optimizer.step()
+    except Exception:  # one with conditions of its own
+        return {}
+    kept = {name: value for name, value in optimizer.state[parameter].items() if isinstance(value, Tensor)}
+    # What has another shape than the parameter, or one number, depends on more than its dimensions.
+    return {name: value for name, value in kept.items() if value.shape in (parameter.shape, torch.Size(()))}
 
 
 def check_layout(energy_model: EnergyModel) -> None:

@@ -2,6 +2,8 @@
 
 import pickle
 import pickletools
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -96,7 +98,9 @@ def _load(path: Path, mmap: bool) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(path) as archive:
             check_pickle(pickletools.genops(read_pickle(archive)[0]), path.stat().st_size)
-        contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of sparse tensors, which are no weights here
+            contents = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
         check_tensors(contents)
     except InputError as error:
         raise DamagedCheckpointError(f"{path} is not a readable checkpoint: {error}") from error
@@ -134,6 +138,8 @@ _FORMS: dict[str, type] = {
     "global_step": int,
 }
 
+_COUNTED = ("ready", "started", "processed", "completed")  # by loops
+
 
 def _misshapen(contents: Mapping[Any, Any]) -> str | None:
     """Says which entry is not what a run saves, if one is."""
@@ -150,17 +156,24 @@ def _misshapen(contents: Mapping[Any, Any]) -> str | None:
         wrong = next((part for part in contents.get(name) or [] if not isinstance(part, Mapping)), None)
         if wrong is not None:
             return f"its {name} hold a {type(wrong).__name__}"
+    written_by = contents.get("pytorch-lightning_version", "2")
+    if not (isinstance(written_by, str) and re.match(r"\d+(\.\d+)*", written_by)):
+        return f"its pytorch-lightning_version is {str(written_by)[:80]!r}"
     counts = {name: contents.get(name) for name in ("epoch", "global_step", "loops")}
-    negative = next(_negative(counts), None)
-    return None if negative is None else f"its {negative[0]} is {negative[1]}"
+    wrong = next(_no_counts(counts), None)
+    return None if wrong is None else f"its {wrong[0]} is {str(wrong[1])[:80]}"
 
 
-def _negative(value: Any, name: str = "") -> Iterator[tuple[str, int]]:
-    """The numbers below zero in what only counts, such as the progress of loops, and where they are."""
+def _counts(value: Any) -> bool:
+    return isinstance(value, int) and 0 <= value < 2**62
+
+
+def _no_counts(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The numbers that count nothing in what only counts, such as the progress of loops, and where they are."""
     if isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from _negative(inner, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, int) and value < 0:
+            yield from _no_counts(inner, f"{name}.{key}".lstrip("."))
+    elif (isinstance(value, int) or name.rpartition(".")[2] in _COUNTED) and not _counts(value):
         yield name, value
 
 

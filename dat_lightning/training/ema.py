@@ -9,7 +9,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor, nn
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.training.divergence import step_was_skipped
 
 
@@ -121,10 +121,21 @@ class ExponentialMovingAverage(WeightAveraging):
             checkpoint["current_model_state"], checkpoint["state_dict"] = swapped
 
     @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restores the step of the last update.
+
+        Raises:
+            InputError: If it is none.
+        """
+        require_counts(0, latest_update_step=state_dict.get("latest_update_step"))
+        super().load_state_dict(state_dict)
+
+    @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the weights and the average when training resumes; evaluation keeps the average it has loaded."""
         if self._average_model is not None:
             if "averaging_state" in checkpoint:
+                require_counts(0, n_averaged=int(checkpoint["averaging_state"]["n_averaged"]))
                 super().on_load_checkpoint(trainer, pl_module, checkpoint)
             self._num_updates = int(self._average_model.n_averaged)
 

@@ -18,6 +18,7 @@ from dat_lightning.backbones.architectures import architecture_of, build_archite
 from dat_lightning.backbones.sizes import build_within
 from dat_lightning.core import energy
 from dat_lightning.core.errors import InputError
+from dat_lightning.weights.values import fault_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 _LONGEST_CONFIG = 100_000  # bytes
@@ -322,11 +323,8 @@ def _faults(own: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> str:
         for name, value in own.items()
         if name in weights and weights[name].shape != value.shape
     ]
-    faults += [
-        f"{name} holds {weights[name].dtype} instead of {value.dtype}"
-        for name, value in own.items()
-        if name in weights and weights[name].is_floating_point() != value.is_floating_point()
-    ]
-    numbers = [(name, value) for name, value in weights.items() if value.is_floating_point() and not value.is_meta]
-    faults += [f"{name} holds NaN or infinite numbers" for name, value in numbers if not bool(value.isfinite().all())]
+    for name, value in own.items():
+        # A network that is made without memory holds nothing that could be compared.
+        if name in weights and not weights[name].is_meta and (fault := fault_of(name, weights[name], value)):
+            faults.append(fault)
     return ", ".join(faults[:5]) + (f" and {len(faults) - 5} more" if len(faults) > 5 else "")

@@ -12,6 +12,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.weights.layouts import FoundWeights, find_weights
 from dat_lightning.weights.reading import read_checkpoint
 from dat_lightning.weights.shipped import located
+from dat_lightning.weights.values import fault_of
 
 # How far a normaliser in someone else's file may be from the network's: files round to three or four digits.
 _TOLERANCE = 1e-3
@@ -122,12 +123,8 @@ def _value_faults(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> l
         value = weights.get(name, target)
         if value.shape != target.shape:
             faults.append(f"{name} has shape {tuple(value.shape)} instead of {tuple(target.shape)}")
-        elif value.layout != torch.strided or value.is_quantized or value.is_meta:
-            faults.append(f"{name} holds no plain numbers")
-        elif value.is_floating_point() != target.is_floating_point() or value.is_complex() != target.is_complex():
-            faults.append(f"{name} holds {value.dtype} instead of {target.dtype}")
-        elif target.is_floating_point() and not bool(value.to(target.dtype).isfinite().all()):
-            faults.append(f"{name} holds NaN or infinite numbers")
+        elif fault := fault_of(name, value, target):
+            faults.append(fault)
     return faults
 
 

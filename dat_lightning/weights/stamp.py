@@ -11,6 +11,7 @@ import yaml
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.speed.execution import settings_of_today
+from dat_lightning.weights.files import require_regular
 
 FORMAT = 1
 """Number of the format that this version writes; it grows when older versions would misread a checkpoint."""
@@ -50,6 +51,8 @@ def check_stamp(checkpoint: Mapping[str, Any], kind: str | None = None) -> None:
         InputError: If a newer version wrote it, or a module of another class.
     """
     found = checkpoint.get(ENTRY)
+    if found is not None and not isinstance(found, Mapping):
+        raise InputError(f"its entry {ENTRY} is a {type(found).__name__}, and not what a run says of itself")
     number = found.get("format") if isinstance(found, Mapping) else None
     if isinstance(found, Mapping) and isinstance(number, int) and number > FORMAT:
         raise InputError(
@@ -94,6 +97,8 @@ def settings_in_yaml(hparams_file: str | Path | None) -> dict[str, Any]:
     """
     if hparams_file is None or Path(hparams_file).suffix not in (".yaml", ".yml"):
         return {}
+    if Path(hparams_file).exists():
+        require_regular(Path(hparams_file))
     try:
         found = yaml.safe_load(Path(hparams_file).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -195,10 +200,18 @@ def _changed(old: Any, new: Any, name: str = "") -> Iterator[str]:
             inner = name if key == "init_args" else f"{name}.{key}".lstrip(".")
             yield from _changed(old.get(key), new.get(key), inner)
     elif isinstance(old, list | tuple) and isinstance(new, list | tuple):
-        if list(old) != list(new):
+        if _differs(list(old), list(new)):
             yield f"{name}: {_brief(list(old))} → {_brief(list(new))}"
-    elif old != new:
+    elif _differs(old, new):
         yield f"{name}: {_brief(old)} → {_brief(new)}"
+
+
+def _differs(old: Any, new: Any) -> bool:
+    """Whether two settings are not equal; tensors, of which torch says so number by number, are."""
+    try:
+        return bool(old != new)
+    except (RuntimeError, ValueError):
+        return True
 
 
 def _brief(value: Any) -> str:

@@ -28,7 +28,7 @@ pytestmark = [
 ]
 
 ARGUMENTS = ["--config", STAGE2, "--config", TINY, "--model.init_from", "null"]
-WEIGHT = "energy_model.backbone.stem.weight"
+WEIGHT, VARIANCE = "energy_model.backbone.stem.weight", "energy_model.backbone.norm.running_var"
 
 
 @pytest.fixture(autouse=True)
@@ -64,6 +64,10 @@ def moments_of_another_shape(contents: dict[str, Any]) -> None:
     contents["optimizer_states"][0]["state"][0]["exp_avg"] = torch.zeros(1, 1)
 
 
+def of_optimiser(*names: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    return put("optimizer_states", 0, *names, value=value)
+
+
 def one_parameter_less(contents: dict[str, Any]) -> None:
     contents["optimizer_states"][0]["param_groups"][0]["params"].pop()
 
@@ -77,24 +81,90 @@ def every_callback(state: Any) -> Callable[[dict[str, Any]], None]:
     return lambda contents: contents.update(callbacks=dict.fromkeys(contents["callbacks"], state))
 
 
+ZEROS = torch.zeros(4, 1, 3, 3)
 NAN = torch.full((4, 1, 3, 3), float("nan"))
 # (what is changed, what is said of it)
 STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
-    "loops_empty": (put("loops", value={}), "state of loops, .* cannot be restored: KeyError: 'fit_loop'"),
-    "fit_loop_empty": (put("loops", "fit_loop", value={}), "state of loops, .* cannot be restored"),
+    "loops_empty": (put("loops", value={}), "does not say how far training has come"),
+    "fit_loop_empty": (put("loops", "fit_loop", value={}), "does not say how far training has come"),
+    "progress_empty": (
+        put("loops", "fit_loop", "epoch_loop.batch_progress", value={}),
+        "state of loops, .* cannot be restored: ",
+    ),
+    "step_beyond": (put("global_step", value=10**30), "its global_step is 1000000000"),
+    "steps_beyond": (
+        put("loops", "fit_loop", "epoch_progress", "total", "ready", value=10**30),
+        "its loops.fit_loop.epoch_progress.total.ready is 1000000000",
+    ),
+    "version": (put("pytorch-lightning_version", value="x"), "its pytorch-lightning_version is 'x'"),
+    "stamp": (put("dat_lightning", value="x"), "its entry dat_lightning is a str"),
     "epochs_text": (
         put("loops", "fit_loop", "epoch_progress", "current", "processed", value="x"),
-        "cannot be restored|.*epoch_progress",
+        "its loops.fit_loop.epoch_progress.current.processed is x",
     ),
-    "moments": (moments_of_another_shape, r"optimiser's exp_avg of parameter 0 has the shape \(1, 1\), and the param"),
+    "moments": (moments_of_another_shape, r"exp_avg of parameter 0 must have the shape \(4, 1, 3, 3\), got \(1, 1\)"),
+    "moments_text": (of_optimiser("state", 0, "exp_avg", value="x"), r"exp_avg of parameter 0 must have .*, got str"),
+    "moments_whole": (
+        of_optimiser("state", 0, "exp_avg", value=ZEROS.int()),
+        r"exp_avg .* torch.int32",
+    ),
+    "moments_nan": (of_optimiser("state", 0, "exp_avg_sq", value=NAN), "holds NaN"),
+    "moments_sparse": (
+        of_optimiser("state", 0, "exp_avg", value=ZEROS.to_sparse()),
+        "no plain numbers",
+    ),
+    "moments_missing": (lambda contents: contents["optimizer_states"][0]["state"][0].pop("exp_avg"), "got NoneType"),
+    "optimiser_step": (of_optimiser("state", 0, "step", value=torch.tensor(-5.0)), "step of parameter 0 is -5.0"),
+    "optimiser_steps": (of_optimiser("state", 0, "step", value=torch.zeros(5)), r"step of parameter 0 must .* \(5,\)"),
+    "state_list": (of_optimiser("state", value=[1, 2]), "it holds what no run saves: AttributeError"),
+    "state_number": (of_optimiser("state", 0, value=3), "it holds what no run saves: AttributeError"),
+    "groups_text": (of_optimiser("param_groups", value="x"), "it holds what no run saves"),
+    "rate": (
+        of_optimiser("param_groups", 0, "lr", value=-1.0),
+        "lr must be a number of at least 0, got -1.0",
+    ),
+    "rate_nan": (
+        of_optimiser("param_groups", 0, "lr", value=float("nan")),
+        "lr must be a number .* got nan",
+    ),
+    "rate_text": (of_optimiser("param_groups", 0, "lr", value="x"), "it holds what no run saves: ValueError"),
+    "rate_missing": (lambda contents: contents["optimizer_states"][0]["param_groups"][0].pop("lr"), "has no lr"),
+    "betas": (of_optimiser("param_groups", 0, "betas", value=(-2.0, 0.9)), "optimiser's betas must be"),
     "parameters": (one_parameter_less, "cannot be restored: ValueError: loaded state dict contains a parameter group"),
-    "optimisers": (put("optimizer_states", value=[{}]), "state of loops, optimisers or schedules .* KeyError"),
+    "optimisers": (put("optimizer_states", value=[{}]), "it holds what no run saves: KeyError: 'param_groups'"),
     "integers": (integer_weights, rf"{WEIGHT} holds torch.int32 instead of torch.float32"),
     "nan": (put("state_dict", WEIGHT, value=NAN), rf"{WEIGHT} holds NaN or infinite numbers"),
     "nan_raw": (put("current_model_state", WEIGHT, value=NAN), rf"{WEIGHT} holds NaN or infinite numbers"),
     "T_large": (
         put("state_dict", "curriculum.num_steps", value=torch.tensor(10**6)),
         "T of .* max_steps, 6; got 10000",
+    ),
+    "window": (
+        put("state_dict", "curriculum.window", value=torch.tensor(-10)),
+        "window must be a whole number",
+    ),
+    "areas": (lambda contents: contents["state_dict"]["curriculum.values"].fill_(7.0), "areas between 0 and 1"),
+    "deviation": (
+        put("state_dict", "energy_model.std", value=torch.zeros(1, 1, 1, 1)),
+        "numbers that are not positive",
+    ),
+    "variance": (put("state_dict", VARIANCE, value=-torch.ones(8)), f"{VARIANCE} holds negative variances"),
+    "beyond_float32": (
+        put("state_dict", WEIGHT, value=torch.full((4, 1, 3, 3), 1e300, dtype=torch.float64)),
+        "holds NaN or inf",
+    ),
+    "sparse": (put("state_dict", WEIGHT, value=ZEROS.to_sparse()), "holds no plain numbers"),
+    "small_floats": (
+        put("state_dict", WEIGHT, value=torch.full((4, 1, 3, 3), torch.nan).to(torch.float8_e5m2)),
+        "holds NaN or inf",
+    ),
+    "averages_count": (
+        put("averaging_state", "n_averaged", value=torch.tensor(-7)),
+        "n_averaged must be",
+    ),
+    "sizes": (
+        put("DigitsDataModule", "stream_sizes", value={"gen": "x"}),
+        "stream_sizes of gen must be",
     ),
     "T_negative": (put("state_dict", "curriculum.num_steps", value=torch.tensor(-1)), "T of .* max_steps, 6; got -1"),
     "draws": (
@@ -140,7 +210,7 @@ def test_training_does_not_go_on_from_an_impossible_state(
     assert "changed.ckpt" in said
 
 
-@pytest.mark.parametrize("name", ["integers", "nan", "T_large"])
+@pytest.mark.parametrize("name", ["integers", "nan", "T_large", "sparse", "deviation"])
 @pytest.mark.parametrize("command", ["test", "validate", "predict"])
 def test_nothing_impossible_is_evaluated(
     command: str, name: str, whole: Path, capsys: pytest.CaptureFixture[str]
@@ -156,6 +226,19 @@ def test_weights_that_are_no_numbers_are_not_evaluated_wherever_they_come_from(t
     trainer = tiny.trainer(tmp_path, limit_test_batches=1)
     with pytest.raises(ValueError, match=r"there is nothing to evaluate: .* holds NaN or infinite numbers"):
         trainer.test(module, datamodule=tiny.digits(), verbose=False)
+
+
+def test_settings_that_cannot_be_compared_are_others(whole: Path) -> None:
+    path = changed(whole, put("hyper_parameters", "seed", value=torch.zeros(3)))
+    with pytest.warns(UserWarning, match=r"was trained with other settings, .*seed: tensor\(\[0., 0., 0.\]\) → 0"):
+        main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", path])
+
+
+def test_a_lower_limit_of_steps_is_no_fault(whole: Path) -> None:
+    """T may lie beyond the new limit, as far as the run's own had it; evaluation does not look."""
+    path = changed(whole, put("state_dict", "curriculum.num_steps", value=torch.tensor(5)))
+    main(["test", *ARGUMENTS, "--model.curriculum.max_steps", "3", "--ckpt_path", path])
+    main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--model.curriculum.max_steps", "3", "--ckpt_path", path])
 
 
 @pytest.mark.parametrize("name", ["integers", "nan", "nan_raw", "T_large", "moments", "evaluations"])
@@ -179,13 +262,16 @@ def test_last_passes_over_what_cannot_be_gone_on_from(whole: Path) -> None:
     folder = Path("runs", "checkpoints")
     folder.mkdir(parents=True)
     (folder / "last.ckpt").write_bytes(whole.read_bytes())
-    for number, name in enumerate(("nan", "T_large", "callbacks"), start=10):
+    for number, name in enumerate(("nan", "T_large", "callbacks", "loops_empty", "state_list", "sparse"), start=10):
         changed(whole, STATES[name][0])
         path = Path("changed.ckpt").rename(folder / f"{name}.ckpt")
         os.utime(path, (2e9 + number,) * 2)
     with (
         pytest.warns(UserWarning, match=r"passed over: .*nan\.ckpt: .* holds NaN"),
         pytest.warns(UserWarning, match=r"passed over: .*T_large\.ckpt: .* got 1000000"),
+        pytest.warns(UserWarning, match=r"passed over: .*loops_empty\.ckpt: .* does not say how far"),
+        pytest.warns(UserWarning, match=r"passed over: .*state_list\.ckpt: it holds what no run saves"),
+        pytest.warns(UserWarning, match=r"passed over: .*sparse\.ckpt: .* no plain numbers"),
         pytest.warns(UserWarning, match=r"passed over: .*callbacks\.ckpt .* its callbacks is a str"),
     ):
         main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", "last"])

@@ -25,7 +25,7 @@ def save(path: Path, step: int, stage: int = 1, whole: bool = True, written: int
         "pytorch-lightning_version": "2.6.0",
         "global_step": step,
         "state_dict": module.state_dict(),
-        "loops": {},
+        "loops": {"fit_loop": {"epoch_progress": {}, "epoch_loop.batch_progress": {}}},
         "optimizer_states": [],
         "lr_schedulers": [],
         **more,
