@@ -1,6 +1,7 @@
 """Images in NumPy arrays: ``.npy`` files of any size, read one image at a time."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -24,17 +25,20 @@ class ArrayImages(Dataset[Image.Image | tuple[Image.Image, int]]):
     Args:
         path: The file of the images.
         labels: The file of their labels; without one, entries are images alone.
+        classes: Names of the classes by index, for pages that show them.
 
     Attributes:
         labels: Class index of each image, int64; ``None`` without labels.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        InputError: If a file is damaged or incomplete, an array is of another kind, or there are more or fewer labels
-            than images.
+        InputError: If a file is damaged or incomplete, an array is of another kind, there are more or fewer labels than
+            images, or a label has no name among ``classes``.
     """
 
-    def __init__(self, path: str | Path, labels: str | Path | None = None) -> None:
+    def __init__(
+        self, path: str | Path, labels: str | Path | None = None, classes: Sequence[str] | None = None
+    ) -> None:
         self.path = _existing(path, "images, uint8 (N, H, W, 3)")
         shape, start = _image_header(self.path)
         self.size, self.height, self.width = shape[:3]
@@ -42,6 +46,10 @@ class ArrayImages(Dataset[Image.Image | tuple[Image.Image, int]]):
         self.labels = None if labels is None else _labels(_existing(labels, "labels, integers (N,)"))
         if self.labels is not None and len(self.labels) != self.size:
             raise InputError(f"{self.path} has {self.size} images, but {labels} has {len(self.labels)} labels")
+        self.classes: tuple[str, ...] | None = None if classes is None else tuple(classes)
+        largest = -1 if self.labels is None else int(self.labels.max(initial=-1))
+        if classes is not None and largest >= len(classes):
+            raise InputError(f"{labels} has the label {largest}, but there are {len(classes)} classes: {list(classes)}")
         self._records = RecordFile(self.path, self.height * self.width * self.channels, start)
 
     def __len__(self) -> int:

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from dat_lightning import ArrayImages, CorruptImageError
+from dat_lightning.core.errors import InputError
 from tests.data.copies import assert_a_copy_reads
 
 NUM_IMAGES = 30
@@ -47,6 +48,15 @@ def test_labels_come_from_a_file_of_their_own(file: Path, tmp_path: Path) -> Non
     assert [label for _, label in entries] == LABELS.tolist()
     assert all(type(label) is int for _, label in entries)
     assert all(np.array_equal(np.asarray(image), IMAGES[i]) for i, (image, _) in enumerate(entries))
+
+
+def test_labels_may_have_names(file: Path, tmp_path: Path) -> None:
+    labels = saved(tmp_path / "labels.npy", LABELS)
+    assert ArrayImages(file, labels).classes is None
+    names = [f"class {i}" for i in range(10)]
+    assert ArrayImages(file, labels, names).classes == tuple(names)
+    with pytest.raises(InputError, match=rf"labels.npy has the label {LABELS.max()}, but there are 2 classes: "):
+        ArrayImages(file, labels, names[:2])
 
 
 @pytest.mark.parametrize("array", [IMAGES[..., 0], IMAGES[..., :1]], ids=["without channels", "one channel"])

@@ -12,9 +12,8 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor
 
-from dat_lightning import DigitsDataModule, EnergyModel, LabelledFolder, SmallResNet, pretrained
+from dat_lightning import DigitsDataModule, EnergyModel, SmallResNet, pretrained
 from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
 from dat_lightning.explore import open_checkpoint
@@ -43,16 +42,22 @@ def accuracy_on_digits(model: EnergyModel) -> tuple[float, int]:
     return accuracy(model, [(x, int(y)) for x, y in (test[i] for i in range(len(test)))])
 
 
-def accuracy_on_examples(model: EnergyModel) -> tuple[float, int]:
-    """Of the test images that ship with the model for the web page."""
-    shown = LabelledFolder(MODELS / "cifar10_cpu" / "examples")
-    return accuracy(model, [(pil_to_tensor(x) / 255, y) for x, y in (shown[i] for i in range(len(shown)))])
+def accuracy_on_examples(name: str) -> Callable[[EnergyModel], tuple[float, int]]:
+    """Of the test images that ship with a model for the web page."""
+
+    def measure(model: EnergyModel) -> tuple[float, int]:
+        shown = open_checkpoint(name).examples
+        assert shown is not None
+        return accuracy(model, [(x, int(y)) for x, y in (shown[i] for i in range(len(shown))) if y is not None])
+
+    return measure
 
 
 # One figure of each model's card: the metric's type there, and how it is measured.
 FIGURES: dict[str, tuple[str, Callable[[EnergyModel], tuple[float, int]]]] = {
-    "cifar10_cpu": ("accuracy_on_examples", accuracy_on_examples),
+    "cifar10_cpu": ("accuracy_on_examples", accuracy_on_examples("cifar10_cpu")),
     "digits": ("accuracy", accuracy_on_digits),
+    "fashion_mnist": ("accuracy_on_examples", accuracy_on_examples("fashion_mnist")),
 }
 
 
