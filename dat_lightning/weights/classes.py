@@ -11,6 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dat_lightning.backbones.architectures import is_registered
 from dat_lightning.core.errors import InputError
+from dat_lightning.speed.execution import EXECUTION_SETTINGS
 
 # What is made from these does nothing but hold its arguments, and, for networks, random weights.
 _COMPUTING = tuple(f"dat_lightning.{room}." for room in ("core", "backbones", "speed", "modules", "weights"))
@@ -47,7 +48,8 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     made = own if name is None else _known(name, own, allowed)
     hints = _hints(made)
     for key, value in settings.items():
-        if key not in ("_class_path", "_instantiator"):
+        # Older files have parts of execution among them, of which none is a class.
+        if key not in ("_class_path", "_instantiator", *EXECUTION_SETTINGS):
             _check(value, hints.get(key, Any), own, allowed)
 
 
