@@ -151,8 +151,9 @@ def find_checkpoint(given: str | None, trainer: Trainer, model: LightningModule,
             raise InputError(f"--ckpt_path hpc: there is no hpc_ckpt_<n>.ckpt in {trainer.default_root_dir}")
         return given
     kind = f"{type(model).__module__}.{type(model).__qualname__}"
-    check = partial(check_restored, model, to_train=to_train) if isinstance(model, EnergyModule) else _anything
-    required = Requirements(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train, check)
+    required = Requirements(kind, shapes_of(model.state_dict()), dict(model.hparams), to_train)
+    if isinstance(model, EnergyModule):
+        required = replace(required, check=partial(check_restored, model, to_train=to_train))
     if given is None:
         if not (to_train and SLURMEnvironment.detect() and _in_root(trainer)):
             return None
@@ -295,7 +296,3 @@ def _check(path: Path, kind: str, required: Requirements) -> None:
         required.check(contents)
     except InputError as error:
         raise InputError(f"--ckpt_path {path}: {error}{_HINT}") from error
-
-
-def _anything(contents: Mapping[str, Any]) -> None:
-    """Accepts whatever a module that is none of this package may have saved."""
