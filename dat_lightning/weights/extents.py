@@ -91,50 +91,53 @@ def check_pickle(opcodes: Iterable[Opcode], size: int) -> dict[str, int]:
     memo: dict[int, _Value] = {}
     storages: dict[str, int] = {}
     for opcode, argument, _ in opcodes:
-        above: list[_Value] = []  # the mark
-        number = 0 if opcode.name == "MEMOIZE" else len(opcode.stack_before)
-        if _MARK in opcode.stack_before:
-            while (value := stack.pop()) is not None:
-                above.append(value)
-            number = opcode.stack_before.index(_MARK)
-        elif opcode.name == "POP" and stack and stack[-1] is None:
+        if opcode.name == "POP" and stack and stack[-1] is None:
             stack.pop()
             continue
-        below = [value for value in (stack.pop() for _ in range(number)) if value is not None][::-1]
-        parts = below + above[::-1]
+        parts = _taken(opcode, stack)
         if opcode.name in _PUT or opcode.name == "MEMOIZE":
-            top = stack[-1]
-            if top is not None:
+            if (top := stack[-1]) is not None:
                 memo[len(memo) if opcode.name == "MEMOIZE" else int(argument)] = top
         elif opcode.name in _GET:
             stack.append(memo[int(argument)])
         elif opcode.name == "DUP":
-            stack += [below[0], below[0]]
+            stack += [parts[0], parts[0]]
         elif opcode.name in _FILL or opcode.name == "BUILD":
-            filled = below[0]
-            filled.take(parts[1:])
+            parts[0].take(parts[1:])
             # Of an object that is built, the state is not kept.
-            if filled.within_another and opcode.name in _FILL:
+            if parts[0].within_another and opcode.name in _FILL:
                 raise InputError("one of its collections contains itself")
-            stack.append(filled)
+            stack.append(parts[0])
         else:
             if opcode.name in ("REDUCE", "NEWOBJ"):
-                _check_call(below[0], below[1])
+                _check_call(*parts)
             elif opcode.name == "BINPERSID":
-                _note_storage(below[0].parts, storages, size)
-            for kind in opcode.stack_after:
-                made = None if kind is _MARK else _Value(_plain(opcode.name, argument))
-                if made is not None:
-                    # A long text is shown as often as it is reached, too.
-                    made.count += len(argument) // _TEXT if isinstance(argument, str | bytes) else 0
-                    made.parts = tuple(parts) if opcode.name.startswith("TUPLE") and len(parts) <= _FEW else ()
-                    made.take(parts)
-                stack.append(made)
+                _note_storage(parts[0].parts, storages, size)
+            stack += [None if kind is _MARK else _made(opcode.name, argument, parts) for kind in opcode.stack_after]
     return storages
 
 
-def _plain(opcode: str, argument: Any) -> Any:
-    return argument.replace(" ", ".") if opcode == "GLOBAL" else argument
+def _taken(opcode: pickletools.OpcodeInfo, stack: list[_Value | None]) -> list[_Value]:
+    """Takes what an operation needs off the stack; returns it, the lowest first."""
+    if opcode.name == "MEMOIZE":
+        return []
+    above: list[_Value] = []
+    number = len(opcode.stack_before)
+    if _MARK in opcode.stack_before:
+        while (value := stack.pop()) is not None:
+            above.append(value)
+        number = opcode.stack_before.index(_MARK)
+    below = [value for value in (stack.pop() for _ in range(number)) if value is not None]
+    return below[::-1] + above[::-1]
+
+
+def _made(opcode: str, argument: Any, parts: list[_Value]) -> _Value:
+    value = _Value(argument.replace(" ", ".") if opcode == "GLOBAL" else argument)
+    # A long text is shown as often as it is reached, too.
+    value.count += len(argument) // _TEXT if isinstance(argument, str | bytes) else 0
+    value.parts = tuple(parts) if opcode.startswith("TUPLE") and len(parts) <= _FEW else ()
+    value.take(parts)
+    return value
 
 
 def _check_call(function: _Value, arguments: _Value) -> None:
