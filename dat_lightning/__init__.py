@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from dat_lightning.version import __version__
 
 __all__ = [
+    "ATEBMModule",
     "AUCCurriculum",
     "ArrayImages",
     "Ascent",
@@ -19,6 +20,7 @@ __all__ = [
     "ClassifierFeatures",
     "CorruptImageError",
     "Counterfactuals",
+    "DATRatioModule",
     "Diagnostics",
     "DigitsDataModule",
     "DigitsFeatures",
@@ -46,6 +48,7 @@ __all__ = [
     "PGDSampler",
     "PairedDataModule",
     "PixelAdam",
+    "RATIOModule",
     "RandomLength",
     "RobustAccuracy",
     "RobustClassifierModule",
@@ -129,9 +132,12 @@ _ROOMS = {
     "DigitsFeatures": "features",
     "TorchFidelityFeatures": "features",
     "TorchFidelityLayers": "features",
+    "ATEBMModule": "modules",
+    "DATRatioModule": "modules",
     "DualAdversarialModule": "modules",
     "EnergyModule": "modules",
     "JEMModule": "modules",
+    "RATIOModule": "modules",
     "RobustClassifierModule": "modules",
     "TradesModule": "modules",
     "EvaluationReport": "pages",
@@ -208,9 +214,12 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
     )
     from dat_lightning.features import ClassifierFeatures, DigitsFeatures, TorchFidelityFeatures, TorchFidelityLayers
     from dat_lightning.modules import (
+        ATEBMModule,
+        DATRatioModule,
         DualAdversarialModule,
         EnergyModule,
         JEMModule,
+        RATIOModule,
         RobustClassifierModule,
         TradesModule,
     )

@@ -24,7 +24,7 @@ from tests.frozen.record import ROOT
 STUDIES = ROOT / "configs" / "studies"
 PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
-NAMES += ["digits/soak", "digits/speed", "cifar10_small/precision"]
+NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -65,7 +65,9 @@ def callbacks_of(config: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "name",
     [
-        n if n in ("digits/trade_off", "digits/counterfactuals") else pytest.param(n, marks=pytest.mark.slow)
+        n
+        if n in ("digits/trade_off", "digits/counterfactuals", "digits/rivals")
+        else pytest.param(n, marks=pytest.mark.slow)
         for n in NAMES
     ],
 )
@@ -101,6 +103,10 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
         known.add("label_agreement")
     for t in callbacks.get("RobustAccuracy", {}).get("threat_models", []):
         known.add(f"robust_accuracy_{t['norm']}_{t['eps']:g}_{t['num_steps']}x{t['step_size']:g}")
+    for score in callbacks.get("OODDetection", {}).get("scores", []):
+        known |= {f"ood_auroc_held_out_{score}{end}" for end in ("", "_attacked")}
+    if "Calibration" in callbacks:
+        known.add("ece")
     search = callbacks.get("Counterfactuals", {})
     what = ["success", "confidence", "fid", *(["plausibility"] if search.get("judge") else [])]
     for eps in search.get("eps", []):

@@ -39,8 +39,8 @@ class EnergyModel(nn.Module):
     ``dat_lightning.EnergyModel`` is this one with ``save_pretrained``, ``from_pretrained`` and ``push_to_hub``.
 
     Args:
-        backbone: Maps normalised images (N, C, H, W) to logits (N, K). K = 1 gives an unconditional energy, for
-            sampling; both training modules classify, and need K of at least 2.
+        backbone: Maps normalised images (N, C, H, W) to logits (N, K). K = 1 gives an unconditional energy, as
+            AT-EBM trains it; the other methods classify, and need K of at least 2.
         mean: Mean of each channel, in units of [0, 1] pixels; ``None`` for a backbone that takes raw pixels.
         std: Standard deviation of each channel, likewise.
 

@@ -1,16 +1,22 @@
-"""LightningModules, one per way of training: Stage 1 in two ways, Stage 2, JEM, and what they share."""
+"""LightningModules, one per way of training: Stage 1 in three ways, DAT in two, JEM, AT-EBM, and what they share."""
 
+from dat_lightning.modules.at_ebm import ATEBMModule
 from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.dat_ratio import DATRatioModule
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.jem import JEMModule
+from dat_lightning.modules.ratio import RATIOModule
 from dat_lightning.modules.robust_classifier import RobustClassifierModule
 from dat_lightning.modules.trades import TradesModule
 
 __all__ = [
+    "ATEBMModule",
+    "DATRatioModule",
     "DualAdversarialModule",
     "EnergyModule",
     "JEMModule",
     "JointLogits",
+    "RATIOModule",
     "RobustClassifierModule",
     "TradesModule",
 ]

@@ -34,7 +34,8 @@ class DualAdversarialModule(EnergyModule):
     network in eval mode. Batches need ``x_gen, y_gen, x_clf, y_clf, x_ood``.
 
     Override points: :meth:`contrastive_objective` and :meth:`contrastive_samples` (the chain), :meth:`energy_loss`
-    (BCE), :meth:`regularization` (R1), :meth:`separation` (the curriculum's AUC), and those of :class:`EnergyModule`.
+    (BCE), :meth:`regularization` (R1), :meth:`loss_terms` (their sum), :meth:`separation` (the curriculum's AUC), and
+    those of :class:`EnergyModule`.
 
     Logged besides: ``train/{loss, energy_loss, classification_loss, robust_accuracy, energy_real, energy_contrast, auc,
     contrastive_steps}``, with ``r1_weight`` also ``train/r1_penalty``.
@@ -83,12 +84,9 @@ class DualAdversarialModule(EnergyModule):
         require_kind(UpdateRule, contrastive_rule=contrastive_rule)
         self.curriculum: AUCCurriculum = curriculum if curriculum is not None else AUCCurriculum()
         require_kind(AUCCurriculum, curriculum=self.curriculum)
-        self.contrastive_chain = unbounded_ascent(contrastive_step_size, num_steps=0)
-        self.contrastive_rule = contrastive_rule
-        self.energy_weight = energy_weight
-        self.energy_level = energy_level
-        self.classification_weight = classification_weight
-        self.r1_weight = r1_weight
+        self.contrastive_chain, self.contrastive_rule = unbounded_ascent(contrastive_step_size, 0), contrastive_rule
+        self.energy_weight, self.energy_level = energy_weight, energy_level
+        self.classification_weight, self.r1_weight = classification_weight, r1_weight
         self.merge_forwards = merge_forwards
         self.energy_model.freeze_batch_norm()
 
@@ -137,6 +135,15 @@ class DualAdversarialModule(EnergyModule):
         scores = -torch.stack([joint_energy(part.detach(), y_gen) for part in (logits.gen, logits.contrast)])
         return auc(*of_all_ranks(scores))
 
+    def loss_terms(self, logits: JointLogits, batch: Batch) -> dict[str, tuple[float, Tensor]]:
+        """Returns weight and value, a scalar, of each term of the loss, by the name that it is logged with."""
+        adversarial = self.classification_loss(logits.adv, self.part(batch, "y_clf"))
+        terms = {"energy_loss": (self.energy_weight, self.energy_loss(logits))}
+        terms["classification_loss"] = (self.classification_weight, adversarial)
+        if self.r1_weight > 0:
+            terms["r1_penalty"] = (self.r1_weight, self.regularization(self.part(batch, "x_gen")))
+        return terms
+
     # Lightning's hooks.
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -148,15 +155,11 @@ class DualAdversarialModule(EnergyModule):
         x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen, batch.get("draw"))
         x_adv = self.adversarial_examples(x_clf, y_clf, batch.get("draw"))
         logits = self.joint_logits(x_gen, x_contrast, x_adv)
-        energy_loss = self.energy_loss(logits)
-        classification_loss = self.classification_loss(logits.adv, y_clf)
-        loss = self.energy_weight * energy_loss + self.classification_weight * classification_loss
-        scalars = {"energy_loss": energy_loss, "classification_loss": classification_loss}
-        if self.r1_weight > 0:
-            scalars["r1_penalty"] = self.regularization(x_gen)
-            loss = loss + self.r1_weight * scalars["r1_penalty"]
+        terms = self.loss_terms(logits, batch)
+        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
         separation = self.separation(logits, y_gen)
-        scalars |= {
+        scalars = {
+            **{name: term for name, (_, term) in terms.items()},
             "loss": loss,
             "auc": separation,
             "contrastive_steps": self.curriculum.num_steps.float(),

@@ -73,6 +73,7 @@ class TrainedModule(LightningModule):
         trains_batch_norm: Whether the method is one for batch norm that trains; frozen one is warned of.
         trains_energy: Whether the loss has a term of energies, for which callbacks look out.
         training_parts: The entries of a batch that ``training_step`` looks at; the first batch's are checked.
+        evaluation_parts: Those that validation and test look at, likewise.
         curriculum: The number of contrastive steps, in modules that have one; callbacks ask for it.
         network_evaluations: How often training has evaluated the network for an image, since it began and over all
             ranks, to compare methods at equal cost: a forward pass is one, with input gradient two, with gradients of
@@ -83,6 +84,7 @@ class TrainedModule(LightningModule):
     trains_batch_norm: bool = False
     trains_energy: bool = False
     training_parts: tuple[str, ...] = ("x_gen", "y_gen", "x_clf", "y_clf", "x_ood")
+    evaluation_parts: tuple[str, ...] = ("x", "y")
 
     def __init__(
         self,
@@ -362,11 +364,11 @@ class TrainedModule(LightningModule):
     # Without dataloader_idx Lightning refuses several loaders before the hooks that name the remedy.
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Updates the validation metrics."""
-        self._evaluate(self._entered(batch, batch_idx, self.trainer.val_dataloaders), "val")
+        self._evaluate(self._entered(batch, batch_idx, self.trainer.val_dataloaders, self.evaluation_parts), "val")
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Updates the test metrics."""
-        self._evaluate(self._entered(batch, batch_idx, self.trainer.test_dataloaders), "test")
+        self._evaluate(self._entered(batch, batch_idx, self.trainer.test_dataloaders, self.evaluation_parts), "test")
 
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Returns ``index``, ``prediction``, ``confidence`` and ``energy`` of each image, (N,) each."""
@@ -414,13 +416,13 @@ class TrainedModule(LightningModule):
         if warning is not None:
             rank_zero_warn(warning)
 
-    def _entered(self, batch: Any, batch_idx: int, loader: Any, parts: Sequence[str] = ("x", "y")) -> Batch:
+    def _entered(self, batch: Any, batch_idx: int, loader: Any, parts: Sequence[str]) -> Batch:
         """An evaluation batch in form; graphs are compiled for whole ones, and values checked of the first."""
         if batch_idx == 0 or self._batches is None:
             self._batches = EvaluationEntry(type(self).__name__, loader, self.trainer, parts, values="first")
         found = self._batches(batch)
         if batch_idx == 0:
-            self._check_first_batch(found)
+            self._check_first_batch({key: found[key] for key in parts})
             # One that follows may have an image more, the last one fewer: PairedDataModule spreads them evenly.
             self.network_forms.expect(len(found["x"]))
             self.network_forms.expect(len(found["x"]) + 1)

@@ -32,12 +32,14 @@ class Base:
         arguments: Names of arguments, as on the command line, and their values.
         init_from: Name of the base whose last checkpoint, of the same seed, it starts from.
         seed: Its only seed; by default it is trained for each seed of the study.
+        evaluation: Configurations of its test in the place of the study's, for a method that cannot have all of it.
     """
 
     configs: list[str]
     arguments: dict[str, Any] = field(default_factory=dict)
     init_from: str | None = None
     seed: int | None = None
+    evaluation: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,7 @@ class Study:
     def test_arguments(self, name: str, seed: int, out: str) -> str:
         """Returns the arguments of ``test`` for what a training has left, as :meth:`fit_arguments` does."""
         folder = f"{out}/{self.folder(name, seed)}"
-        given = shlex.join([*self._given(self.evaluation.configs), f"--ckpt_path={folder}/checkpoints/last.ckpt"])
+        given = shlex.join([*self._given(self.evaluation_configs(name)), f"--ckpt_path={folder}/checkpoints/last.ckpt"])
         return f"{self.fit_arguments(name, seed, out)} {given}"
 
     def digest(self, name: str, seed: int) -> str:
@@ -194,9 +196,13 @@ class Study:
         before = None if base.init_from is None else self.digest(base.init_from, seed)
         return self._digest(base.configs, base.arguments, variant.arguments, seed, before)
 
-    def evaluation_digest(self) -> str:
-        """Returns a hash of how all are tested."""
-        return self._digest(self.evaluation.configs)
+    def evaluation_configs(self, name: str) -> list[str]:
+        """Returns the configurations that a training with this name, of a base or a variant's folder, is tested by."""
+        return self.bases[self._training(name).base].evaluation or self.evaluation.configs
+
+    def evaluation_digest(self, name: str) -> str:
+        """Returns a hash of how a training is tested."""
+        return self._digest(self.evaluation_configs(name))
 
     def _digest(self, configs: list[str], *further: Any) -> str:
         contents = [*(_contents(named_by(self.path, config)) for config in configs), *further]
@@ -227,7 +233,8 @@ def read_study(path: Path) -> Study:
         raise InputError(f"{path}: {error}") from None
     for problem in _problems(study):
         raise InputError(f"{path}: {problem}")
-    for configs in (study.evaluation.configs, *(base.configs for base in study.bases.values())):
+    bases = study.bases.values()
+    for configs in (study.evaluation.configs, *(c for base in bases for c in (base.configs, base.evaluation))):
         for config in configs:
             _contents(named_by(path, config))
     return study
@@ -252,7 +259,13 @@ def _built(kind: type[T], entry: Any, what: str, further: Mapping[str, Any] | No
             values[name] = [_built(inner, each, f"an entry of {name}") for each in _of(list, entry, name, what)]
         for name in ("seeds", "curves", "pictures"):
             values[name] = _of(list, entry, name, what) or ([0] if name == "seeds" else [])
-    for name, wanted in (("configs", list), ("arguments", dict), ("after", list), ("variants", list)):
+    for name, wanted in (
+        ("configs", list),
+        ("arguments", dict),
+        ("after", list),
+        ("variants", list),
+        ("evaluation", list),
+    ):
         if kind is not Study and name in entry:
             _of(wanted, entry, name, what)
     return kind(**values)

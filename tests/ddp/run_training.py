@@ -16,7 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn.parallel import DistributedDataParallel
 
-from dat_lightning import AUCCurriculum, EnergyModule, ExponentialMovingAverage, ThreatModel
+from dat_lightning import (
+    AUCCurriculum,
+    DATRatioModule,
+    EnergyModule,
+    ExponentialMovingAverage,
+    RATIOModule,
+    ThreatModel,
+)
 from dat_lightning.modules import TradesModule
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
@@ -30,7 +37,15 @@ STAGES: dict[str, Callable[..., EnergyModule]] = {
     # Statistics of the whole batch inside the attack as well.
     "stage1_train_mode": partial(tiny.stage1, attack_mode="train"),
     "trades": partial(TradesModule, optimizer=tiny.SGD, threat_model=tiny.ATTACK),
+    "ratio": partial(RATIOModule, optimizer=tiny.SGD, threat_model=tiny.ATTACK, ood_threat_model=tiny.ATTACK),
     "stage2": partial(tiny.stage2, threat_model=RANDOM_START, r1_weight=0.1),
+    "dat_ratio": partial(
+        DATRatioModule,
+        optimizer=tiny.SGD,
+        threat_model=tiny.ATTACK,
+        contrastive_step_size=0.4,
+        ood_threat_model=RANDOM_START,
+    ),
 }
 
 
@@ -119,7 +134,7 @@ def fit(case: Case, folder: Path) -> None:
     fresh = case.resumed_from is None
     origin = replace(case, num_ranks=case.resumed_from or 1, resumed_from=None)
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=64)
-    more = {"curriculum": curriculum} if case.stage == "stage2" else {}
+    more = {"curriculum": curriculum} if case.stage in ("stage2", "dat_ratio") else {}
     module = STAGES[case.stage](energy_model=tiny.energy_model(seed=0 if fresh else 1), **more)
     recorder = StepRecorder()
     saver = ModelCheckpoint(dirpath=here, filename="{step}", every_n_train_steps=STOP, save_top_k=-1)

@@ -18,6 +18,7 @@ from dat_lightning import (
     EnergyModel,
     EnergyModule,
     JEMModule,
+    RATIOModule,
     RobustClassifierModule,
     ThreatModel,
     TradesModule,
@@ -211,7 +212,7 @@ class NoNumbers(nn.Module):
         return logits
 
 
-@pytest.mark.parametrize("kind", [RobustClassifierModule, DualAdversarialModule, TradesModule, JEMModule])
+@pytest.mark.parametrize("kind", [RobustClassifierModule, DualAdversarialModule, TradesModule, JEMModule, RATIOModule])
 def test_a_broken_network_is_right_about_nothing(
     kind: type[EnergyModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

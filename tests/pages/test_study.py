@@ -113,7 +113,19 @@ def test_a_digest_follows_all_that_a_training_depends_on(tmp_path: Path) -> None
         ("long_one", 0),
         ("long_one", 1),
     }
-    assert study(tmp_path, evaluation={"c": 4}).evaluation_digest() != study(tmp_path).evaluation_digest()
+    changed = study(tmp_path, evaluation={"c": 4}).evaluation_digest("first")
+    assert changed != study(tmp_path).evaluation_digest("first")
+
+
+def test_a_base_may_have_a_test_of_its_own(tmp_path: Path) -> None:
+    common = study(tmp_path)
+    own = study(tmp_path, base(evaluation=["first.yaml"]))
+    assert own.test_arguments("first", 0, "out") == common.test_arguments("first", 0, "out")
+    for name in ("second", "short"):
+        given = own.test_arguments(name, 0, "out")
+        assert given.endswith(f"first.yaml --ckpt_path=out/{name}/seed0/checkpoints/last.ckpt")
+        assert "evaluation.yaml" not in given
+        assert own.evaluation_digest(name) != common.evaluation_digest(name) == common.evaluation_digest("first")
 
 
 def base(**changes: Any) -> dict[str, Any]:
