@@ -64,6 +64,7 @@ def test_paths_of_the_command_line_and_of_files_may_begin_at_home(
 
 
 def test_so_may_those_of_explore(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("streamlit", reason="needs the extra explore")
     assert f"no checkpoint at {home}/c.ckpt" in refusal(capsys, "explore", "--ckpt_path=~/c.ckpt", "--port=0")
     args = ("explore", "--ckpt_path=digits", "--config=~/no.yaml", "--port=0")
     assert f"--config names {home}/no.yaml, which is no file" in refusal(capsys, *args)
