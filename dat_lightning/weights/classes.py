@@ -30,7 +30,8 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     """Checks the classes and functions that a file's hyperparameters name, before anything is imported or made.
 
     Whoever makes objects of settings takes a text for the name of a class or function wherever one is expected, so a
-    text may stand only where the argument's type is one.
+    text may stand only where the argument's type is one. Settings that the command line has not saved are given to
+    ``own`` as they are, and nothing is made of them.
 
     Args:
         settings: The hyperparameters, as the command line stores them.
@@ -40,6 +41,8 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     Raises:
         InputError: If there is one that is not known, or there are more settings than any module has.
     """
+    if not {"_class_path", "_instantiator"} & settings.keys():
+        return
     if _has_more(settings, _MOST_SETTINGS):
         raise InputError(f"the file has more than {_MOST_SETTINGS} settings of a module, which has some hundred")
     if settings.get("_instantiator", _INSTANTIATOR) != _INSTANTIATOR:
@@ -88,7 +91,7 @@ def _known(name: object, own: type, allowed: Sequence[str]) -> Any:
         found = None
     place = f"{getattr(found, '__module__', '')}.{attribute}"
     known = found is own or is_registered(found) or place.startswith((*_COMPUTING, *_OPTIMISERS))
-    if found is None or not (known or trusted):
+    if not (trusted or (found is not None and known)):
         raise InputError(
             f"the file names the class {str(name)[:200]}, which is not made at a file's word; if you trust it, pass"
             f" allowed_classes=[{str(name)[:200]!r}]"

@@ -242,9 +242,28 @@ def test_a_network_of_ones_own_that_is_registered_is_known(tmp_path: Path) -> No
             super().__init__(widths=(width, 8))
 
     setattr(sys.modules[__name__], "OfThisTest", OfThisTest)  # noqa: B010 - where its name says it is
-    check_classes({"x": {"class_path": f"{__name__}.OfThisTest"}}, (), DualAdversarialModule)
+    by_lightning = {"_instantiator": "lightning.pytorch.cli.instantiate_module"}
+    check_classes({"x": {"class_path": f"{__name__}.OfThisTest"}, **by_lightning}, (), DualAdversarialModule)
     with pytest.raises(InputError, match="names the class"):
-        check_classes({"x": {"class_path": f"{__name__}.Path"}}, (), DualAdversarialModule)
+        check_classes({"x": {"class_path": f"{__name__}.Path"}, **by_lightning}, (), DualAdversarialModule)
+
+
+class WithNotes(DualAdversarialModule):
+    """Has settings of its own, one of them without a type."""
+
+    def __init__(self, energy_model: EnergyModel, note="some.note", **shared: Any) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(energy_model=energy_model, **shared)
+        self.save_hyperparameters(ignore=["energy_model"])
+        self.note = note
+
+
+def test_settings_of_ones_own_are_given_back_as_they_are(tmp_path: Path) -> None:
+    module = WithNotes(tiny.energy_model(), note="another.note")
+    trainer = tiny.trainer(tmp_path, limit_train_batches=1)
+    trainer.fit(module, datamodule=tiny.digits())
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    again = WithNotes.load_from_checkpoint(tmp_path / "a.ckpt", energy_model=tiny.energy_model(seed=1))
+    assert again.note == "another.note"
 
 
 def test_no_weights_are_fetched_at_a_files_word(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
