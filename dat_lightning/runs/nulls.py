@@ -1,7 +1,7 @@
 """``null`` in a configuration, where a class has no use for it: the parser lets it pass for any type."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -9,6 +9,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from jsonargparse import Namespace
 
 from dat_lightning.core.errors import InputError
+from dat_lightning.weights.classes import makers_of
 
 
 def check_nulls(config: Any, where: str = "", kind: Any = None) -> None:
@@ -50,11 +51,8 @@ def _imported(class_path: str) -> Any:
 
 def _hints(kind: Any) -> dict[str, Any]:
     """Types of the arguments of a function, or of a class and its bases; a default of ``None`` allows it as well."""
-    makers: list[Callable[..., Any]] = [kind] if callable(kind) else []
-    if isinstance(kind, type):
-        makers = [vars(each)["__init__"] for each in reversed(kind.__mro__) if "__init__" in vars(each)]
     found: dict[str, Any] = {}
-    for maker in makers:
+    for maker in makers_of(kind):
         try:
             parameters, hints = inspect.signature(maker).parameters, get_type_hints(maker)
         except (NameError, TypeError, ValueError):

@@ -11,7 +11,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dat_lightning.backbones.architectures import is_registered
 from dat_lightning.core.errors import InputError
-from dat_lightning.speed.execution import EXECUTION_SETTINGS
+from dat_lightning.speed.execution import settings_of_today
 
 # What is made from these does nothing but hold its arguments, and, for networks, random weights.
 _COMPUTING = tuple(f"dat_lightning.{room}." for room in ("core", "backbones", "speed", "modules", "weights"))
@@ -50,9 +50,8 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     name = settings.get("_class_path")
     made = own if name is None else _known(name, own, allowed)
     hints = _hints(made)
-    for key, value in settings.items():
-        # Older files have parts of execution among them, of which none is a class.
-        if key not in ("_class_path", "_instantiator", *EXECUTION_SETTINGS):
+    for key, value in settings_of_today(settings).items():
+        if key not in ("_class_path", "_instantiator"):
             _check(value, hints.get(key, Any), own, allowed)
 
 
@@ -112,15 +111,18 @@ def _hints(kind: Any) -> dict[str, Any]:
     """Types of the arguments of a function, or of a class and those of its bases that it hands others to."""
     if get_origin(kind) in (Union, UnionType):
         return {name: hint for member in get_args(kind) for name, hint in _hints(member).items()}
-    if not callable(kind):
-        return {}
-    bases = reversed(kind.__mro__) if isinstance(kind, type) else ()
-    makers = [vars(each)["__init__"] for each in bases if "__init__" in vars(each)] or [kind]
     found: dict[str, Any] = {}
-    for maker in makers:
+    for maker in makers_of(kind):
         with suppress(NameError, TypeError):  # of which nothing is known: no texts then
             found |= get_type_hints(inspect.unwrap(maker))
     return found
+
+
+def makers_of(kind: Any) -> list[Callable[..., Any]]:
+    """Returns what takes the arguments of a function, or of a class and of those bases that it hands others to."""
+    bases = reversed(kind.__mro__) if isinstance(kind, type) else ()
+    makers = [vars(each)["__init__"] for each in bases if "__init__" in vars(each)]
+    return makers or ([kind] if callable(kind) else [])
 
 
 def _has_more(settings: Mapping[str, Any], most: int) -> bool:

@@ -27,6 +27,7 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.modules import JointLogits
 from tests import tiny
 from tests.modules import by_hand
+from tests.modules.resumed import check_resumed_after_an_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,11 +165,4 @@ def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: py
     assert isinstance(made[0].lightning_module, ATEBMModule)
     assert {"train/r1_penalty", "val/energy", "val/fid"} <= set(made[0].callback_metrics)
     assert not any("accuracy" in name for name in made[0].callback_metrics)
-    main([*arguments, "--trainer.max_epochs=2", "--ckpt_path=runs/checkpoints/last.ckpt"])
-    resumed = torch.load("runs/checkpoints/last.ckpt", weights_only=True)
-    Path("runs/checkpoints/last.ckpt").unlink()
-    main([*arguments, "--trainer.max_epochs=2"])
-    whole = torch.load("runs/checkpoints/last.ckpt", weights_only=True)
-    assert int(whole["state_dict"]["curriculum.num_steps"]) > 0
-    assert resumed["network_evaluations"] == whole["network_evaluations"] > 0
-    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    check_resumed_after_an_epoch(arguments)

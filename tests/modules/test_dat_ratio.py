@@ -13,6 +13,7 @@ from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from tests import tiny
 from tests.modules import by_hand
+from tests.modules.resumed import check_resumed_after_an_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
 OOD_ATTACK = ThreatModel(eps=0.8, step_size=0.5, num_steps=3)
@@ -106,11 +107,4 @@ def test_the_configuration_trains_it_and_goes_on(source: str, tmp_path: Path, mo
     assert made[0].global_step == 2
     assert isinstance(made[0].lightning_module, DATRatioModule)
     assert {"train/ood_loss", "train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(made[0].callback_metrics)
-    main([*arguments, "--trainer.max_epochs=2", "--ckpt_path=runs/checkpoints/last.ckpt"])
-    resumed = torch.load("runs/checkpoints/last.ckpt", weights_only=True)
-    Path("runs/checkpoints/last.ckpt").unlink()
-    main([*arguments, "--trainer.max_epochs=2"])
-    whole = torch.load("runs/checkpoints/last.ckpt", weights_only=True)
-    assert int(whole["state_dict"]["curriculum.num_steps"]) > 0
-    assert resumed["network_evaluations"] == whole["network_evaluations"] > 0
-    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+    check_resumed_after_an_epoch(arguments)
