@@ -1,7 +1,10 @@
-"""LightningModules, one per way of training: Stage 1 in three ways, DAT in two, JEM, AT-EBM, and what they share."""
+"""LightningModules, one per way of training: Stage 1 in three ways, DAT in five, JEM, AT-EBM, and what they share."""
 
 from dat_lightning.modules.at_ebm import ATEBMModule
 from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.dat_balanced import DATBalancedModule
+from dat_lightning.modules.dat_likelihood import DATLikelihoodModule
+from dat_lightning.modules.dat_nce import DATNoiseContrastiveModule
 from dat_lightning.modules.dat_ratio import DATRatioModule
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.jem import JEMModule
@@ -11,6 +14,9 @@ from dat_lightning.modules.trades import TradesModule
 
 __all__ = [
     "ATEBMModule",
+    "DATBalancedModule",
+    "DATLikelihoodModule",
+    "DATNoiseContrastiveModule",
     "DATRatioModule",
     "DualAdversarialModule",
     "EnergyModule",
