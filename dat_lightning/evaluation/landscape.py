@@ -11,8 +11,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import require_at_least
-from dat_lightning.data.batches import logits_of
+from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.relative_density import density_of
 from dat_lightning.results.gathering import Values, gather
@@ -49,7 +49,7 @@ class Landscape(Evaluator):
         dirpath: See :class:`Evaluator`.
 
     Raises:
-        InputError: If the grid has no cell; in a test, if the DataModule knows no density.
+        InputError: If the grid has no cell; in a test, if the DataModule knows no density, or logits are not finite.
     """
 
     def __init__(self, cells: int = 400, picture: str | None = None, dirpath: str | None = None) -> None:
@@ -72,11 +72,8 @@ class Landscape(Evaluator):
         grid = torch.cartesian_prod(middles, middles).view(-1, 2, 1, 1)
         on_grid = torch.cat([scores(pl_module, part.float().to(pl_module.device)) for part in grid.split(20_000)])
         at_points = values["score"]
-        if not bool(at_points.isfinite().all() and on_grid.isfinite().all()):
-            kl, scale = float("nan"), float("nan")
-        else:
-            scale = best_scale(at_points, on_grid)
-            kl = float(values["log_density"].mean() - scale * at_points.mean() + log_mean_exp(scale * on_grid))
+        scale = best_scale(at_points, on_grid)
+        kl = float(values["log_density"].mean() - scale * at_points.mean() + log_mean_exp(scale * on_grid))
         pictures = []
         if pictures_wanted(trainer, self.picture):
             data = density_of(trainer, type(self).__name__)
@@ -102,11 +99,16 @@ class SampleSupport(SampleConsumer):
 
     Args:
         left_out: The quantile, in (0, 1).
+
+    Raises:
+        InputError: If the quantile is outside its range; in a test, if the DataModule knows no density.
     """
 
     stages = ("test",)
 
     def __init__(self, left_out: float = 0.01) -> None:
+        if not 0 < left_out < 1:
+            raise InputError(f"left_out must lie in (0, 1), got {left_out}")
         self.left_out = left_out
         self.figures: list[Measurement] = []
         self._samples: dict[int, list[Values]] = {}
@@ -144,7 +146,9 @@ class SampleSupport(SampleConsumer):
 def scores(pl_module: LightningModule, x: Tensor) -> Tensor:
     """Returns −E(x), (N,), float64, on the CPU."""
     with torch.no_grad():
-        return -marginal_energy(logits_of(pl_module, x, type(pl_module).__name__).cpu().double())
+        logits = logits_of(pl_module, x, "Landscape").cpu().double()
+    require_finite(logits, "Landscape")
+    return -marginal_energy(logits)
 
 
 def best_scale(at_points: Tensor, on_grid: Tensor) -> float:
