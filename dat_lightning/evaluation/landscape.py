@@ -1,5 +1,6 @@
 """Energies over the unit square beside a density that is known there: a picture, a divergence, where samples lie."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -162,15 +163,15 @@ def best_scale(at_points: Tensor, on_grid: Tensor) -> float:
     """
     low, high, mean = _LOWEST_SCALE, _HIGHEST_SCALE, at_points.mean()
     for _ in range(60):
-        middle = (low * high) ** 0.5
+        middle = math.sqrt(low * high)
         expected = ((middle * on_grid).softmax(0) * on_grid).sum()
         low, high = (middle, high) if expected < mean else (low, middle)
-    return (low * high) ** 0.5
+    return math.sqrt(low * high)
 
 
 def log_mean_exp(values: Tensor) -> Tensor:
     """Returns log of the mean of exp, a scalar: log Z over a box of volume one."""
-    return values.logsumexp(0) - np.log(len(values))
+    return values.logsumexp(0) - math.log(len(values))
 
 
 def _painted(values: Tensor, cells: int) -> Tensor:

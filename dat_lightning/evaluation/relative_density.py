@@ -132,7 +132,9 @@ def rank_correlation(score: Tensor, log_density: Tensor) -> float:
 
 def _ranks(values: Tensor) -> Tensor:
     """Places among the different values: torchmetrics compares floats, but this order is that of float64."""
-    return values.unique(return_inverse=True)[1].double()
+    _, places = values.unique(return_inverse=True)
+    ranks: Tensor = places.double()
+    return ranks
 
 
 def density_of(trainer: Trainer, who: str) -> KnownDensity:

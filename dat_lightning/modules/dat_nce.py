@@ -53,7 +53,8 @@ class TiedGaussians:
         apart = x.flatten(1).unsqueeze(1) - means
         white = torch.linalg.solve_triangular(factor, apart.flatten(0, 1).T, upper=False).T.view_as(apart)
         constant = factor.diagonal().log().sum() + 0.5 * apart.shape[2] * math.log(2 * math.pi)
-        return (self.weights.to(x).log() - 0.5 * white.square().sum(2)).logsumexp(1) - constant
+        log_q: Tensor = (self.weights.to(x).log() - 0.5 * white.square().sum(2)).logsumexp(1) - constant
+        return log_q
 
     def sample(self, uniform: Tensor, normal: Tensor) -> Tensor:
         """Returns samples of the shape of standard normal noise (N, C, H, W); uniform (N,) choose components."""

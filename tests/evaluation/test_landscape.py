@@ -8,7 +8,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 from PIL import Image
-from scipy import optimize
+from scipy import optimize  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dat_lightning import Landscape, PGDSampler, PlaneDataModule, SampleConsumer, SampleSupport
@@ -29,7 +29,8 @@ class Known(LightningModule):
 
     def forward(self, x: Tensor) -> Tensor:
         log_p = plane_density(self.density).log_prob(x).clamp_min(-200)
-        return (self.a * log_p - np.log(2)).float().unsqueeze(1).expand(-1, 2)
+        logits: Tensor = (self.a * log_p - np.log(2)).float().unsqueeze(1).expand(-1, 2)
+        return logits
 
     def test_step(self, batch: Any, batch_idx: int) -> None: ...
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import LightningModule
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dat_lightning import ATEBMModule, EnergyModel, Perceptron, PlaneDataModule, RareDigitsDataModule, RelativeDensity

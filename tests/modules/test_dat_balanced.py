@@ -81,7 +81,7 @@ def test_its_optimum_knows_how_common_classes_are() -> None:
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     torch.testing.assert_close(-energy.detach(), (2 * shares).log(), rtol=0, atol=1e-4)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy import optimize, stats
+from scipy import optimize, stats  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dat_lightning import AUCCurriculum, DATNoiseContrastiveModule, DualAdversarialModule
@@ -75,7 +75,8 @@ def test_the_loss_is_that_of_a_plain_loop(proposal: Any, noise: float) -> None:
     cross_entropy = by_hand.negative_log_likelihood(net(x_adv), batch["y_clf"])
     x_data = batch["x_gen"] + noise * standard("data noise", batch["draw"], (1, 16, 16))
     if proposal == "uniform":
-        x_q, q_data, q_q = standard("proposal", batch["draw"], (1, 16, 16), torch.rand), 0.0, 0.0
+        x_q = standard("proposal", batch["draw"], (1, 16, 16), torch.rand)
+        q_data = q_q = torch.zeros(6, dtype=torch.float64)
     else:
         rows = data.flatten(1).numpy()
         means = np.stack([rows[labels.numpy() == k].mean(0) for k in range(3)])
@@ -154,7 +155,7 @@ def test_the_optimum_of_the_term_is_the_density_where_energies_are_free() -> Non
         loss.backward()
         return loss
 
-    optimizer.step(closure)  # type: ignore[arg-type]
+    optimizer.step(closure)
     apart = -2.0 * energy.detach() - p.log()
     assert float(apart.max() - apart.min()) < 1e-4
 
@@ -175,10 +176,11 @@ def test_network_evaluations_are_those_of_dat_and_of_the_proposals(noise: float,
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    for name in ("nce_weight", "data_noise"):
-        for value in (-1.0, math.nan):
-            with pytest.raises(InputError, match=f"{name} must be at least 0, got {value}"):
-                started(**{name: value})
+    for value in (-1.0, math.nan):
+        with pytest.raises(InputError, match=f"nce_weight must be at least 0, got {value}"):
+            started(nce_weight=value)
+        with pytest.raises(InputError, match=f"data_noise must be at least 0, got {value}"):
+            started(data_noise=value)
     with pytest.raises(InputError, match="nce_scale must be positive, got 0"):
         started(nce_scale=0.0)
     for proposal, noise in (("normal", 0.1), ("gaussians", 0.0)):
