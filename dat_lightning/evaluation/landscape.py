@@ -26,7 +26,8 @@ from dat_lightning.sampling.sweep import over_sweep
 
 # From dark blue over green to yellow: lightness rises all the way.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64)
-# Temperatures between which the best is looked for.
+_BANDS = 32
+# Scales between which the best is looked for.
 _LOWEST_SCALE, _HIGHEST_SCALE = 1e-3, 1e3
 
 
@@ -41,8 +42,8 @@ class Landscape(Evaluator):
     p is that of :class:`~dat_lightning.data.PlaneDataModule`. The mean over p is that over the test points, Z the sum
     over the middles of a grid. The uniform density, which s = 0 is, has the ``kl`` in ``details["kl_uniform"]``.
 
-    Logged: ``test/{figure}``. The picture shows log p and −E over the square, each from its median on the grid, dark,
-    to its largest value; loggers that take images get it as ``test/landscape``.
+    Logged: ``test/{figure}``. The picture shows log p and −E over the square in bands of equal height, each from its
+    upper quartile on the grid, dark, to its largest value; loggers that take images get it as ``test/landscape``.
 
     Args:
         cells: Cells of the grid in each direction.
@@ -175,10 +176,11 @@ def log_mean_exp(values: Tensor) -> Tensor:
 
 
 def _painted(values: Tensor, cells: int) -> Tensor:
-    """Values on the grid, (cells²,), from their median to the largest, as a picture, uint8 (3, cells, cells)."""
+    """Values on the grid, (cells²,), from their upper quartile to the largest, as a picture, uint8 (3, cells, cells)."""
     finite = values[values.isfinite()]
-    low, high = (float(finite.median()), float(finite.max())) if len(finite) else (0.0, 0.0)
-    share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1).numpy()
+    low, high = (float(finite.quantile(0.75)), float(finite.max())) if len(finite) else (0.0, 0.0)
+    share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1)
+    share = (_BANDS * share).floor().clamp_max(_BANDS - 1).numpy() / (_BANDS - 1)
     channels = [np.interp(share, np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)]
     # The first coordinate goes to the right, the second upwards.
     return torch.from_numpy(np.stack(channels).round().astype(np.uint8)).view(3, cells, cells).transpose(1, 2).flip(1)

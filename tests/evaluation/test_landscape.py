@@ -87,11 +87,12 @@ def test_the_picture_shows_high_values_where_they_are(tmp_path: Path) -> None:
     squares = [pixels[top : top + 100, c : c + 100, 1] for c in (first, second)]
     for square in squares:
         # The most common Gaussian is on the right, at (0.85, 0.5); the third, less bright, on top.
-        row, column = np.unravel_index(square.argmax(), square.shape)
-        assert abs(row - 50) <= 3
-        assert abs(column - 85) <= 3
+        row, column = (places.mean() for places in np.nonzero(square == square.max()))
+        assert abs(row - 49.5) <= 1
+        assert abs(column - 84.5) <= 1
         assert square[15, 50] > square[85, 50] > square[50, 50] == 1
-    assert np.abs(squares[0] - squares[1]).max() <= 8
+    assert np.abs(squares[0] - squares[1]).max() <= 13  # a band
+    assert 20 < len(np.unique(squares[0])) <= 32
 
 
 class Kept(SampleConsumer):
