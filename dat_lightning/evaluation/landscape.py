@@ -176,7 +176,7 @@ def log_mean_exp(values: Tensor) -> Tensor:
 
 
 def _painted(values: Tensor, cells: int) -> Tensor:
-    """Values on the grid, (cells²,), from their upper quartile to the largest, as a picture, uint8 (3, cells, cells)."""
+    """Values on the grid, (cells²,), from their upper quartile to the largest, as a picture, uint8 (3, height, width)."""
     finite = values[values.isfinite()]
     low, high = (float(finite.quantile(0.75)), float(finite.max())) if len(finite) else (0.0, 0.0)
     share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1)
