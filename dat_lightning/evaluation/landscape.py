@@ -176,11 +176,12 @@ def log_mean_exp(values: Tensor) -> Tensor:
 
 
 def _painted(values: Tensor, cells: int) -> Tensor:
-    """Values on the grid, (cells²,), from their upper quartile to the largest, as a picture, uint8 (3, height, width)."""
+    """Values on the grid, (cells²,), as a picture from their upper quartile to the largest, uint8 (3, cells, cells)."""
     finite = values[values.isfinite()]
     low, high = (float(finite.quantile(0.75)), float(finite.max())) if len(finite) else (0.0, 0.0)
     share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1)
-    share = (_BANDS * share).floor().clamp_max(_BANDS - 1).numpy() / (_BANDS - 1)
-    channels = [np.interp(share, np.linspace(0, 1, len(_RAMP)), _RAMP[:, c]) for c in range(3)]
+    band = (_BANDS * share).floor().clamp_max(_BANDS - 1).long()
+    places, ends = np.linspace(0, 1, _BANDS), np.linspace(0, 1, len(_RAMP))
+    colors = np.stack([np.interp(places, ends, channel) for channel in _RAMP.T]).round().astype(np.uint8)
     # The first coordinate goes to the right, the second upwards.
-    return torch.from_numpy(np.stack(channels).round().astype(np.uint8)).view(3, cells, cells).transpose(1, 2).flip(1)
+    return torch.from_numpy(colors)[:, band].view(3, cells, cells).transpose(1, 2).flip(1)
