@@ -13,7 +13,7 @@ from dat_lightning.core.ascent import (
 )
 from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels, PooledPixels, pooled
 from dat_lightning.core.curriculum import AUCCurriculum, auc
-from dat_lightning.core.editing import Edit, denoising, inpainting, super_resolution
+from dat_lightning.core.editing import Edit, denoising, harmonic, inpainting, super_resolution
 from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, is_right, r1_penalty, robust_cross_entropy
 from dat_lightning.core.objectives import (
@@ -74,6 +74,7 @@ __all__ = [
     "distance_to_uniform",
     "energy_bce",
     "energy_gradient_norm",
+    "harmonic",
     "inpainting",
     "input_gradient",
     "is_right",

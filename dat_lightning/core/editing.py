@@ -6,10 +6,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate, pad
 
 from dat_lightning.core.ascent import Ascent, Logits
 from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels, PooledPixels
 from dat_lightning.core.errors import InputError
+
+# Keeps divisions finite.
+_TINY = 1e-30
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,21 +73,24 @@ class Edit:
         return self.snapshots(logits, y, climb, (steps,), draws=draws, seed=seed)[steps]
 
 
-def inpainting(x: Tensor, mask: Tensor, fill: Tensor | float = 0.5) -> Edit:
+def inpainting(x: Tensor, mask: Tensor, fill: Tensor | float | None = None) -> Edit:
     """Returns the edit that changes pixels inside a mask alone: those outside stay as they are, bit for bit.
 
     Args:
         x: Images (N, C, H, W) in [0, 1].
         mask: What is to be filled, bool, of a shape that broadcasts to theirs, such as (H, W) or (N, 1, H, W).
-        fill: What the walk finds there, in [0, 1]: a number, or images; what ``x`` has there is not looked at.
+        fill: What the walk finds there, in [0, 1]: a number, or images; by default what :func:`harmonic` makes of the
+            other pixels. What ``x`` has there is not looked at.
 
     Raises:
         InputError: If the mask is of another type or shape, or the fill is outside of [0, 1].
     """
+    keeps = FixedPixels(x, mask.to(x.device))
+    if fill is None:
+        return Edit(harmonic(x, keeps.mask), keeps)
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
     if not bool(((fill >= 0) & (fill <= 1)).all()):
         raise InputError(f"fill must lie in [0, 1], got {float(fill.min()):g} … {float(fill.max()):g}")
-    keeps = FixedPixels(x, mask.to(x.device))
     return Edit(torch.where(keeps.mask, fill, x), keeps)
 
 
@@ -105,7 +112,7 @@ def denoising(x: Tensor, sigma: float) -> Edit:
 def super_resolution(pooled: Tensor, factor: int) -> Edit:
     """Returns the edit of enlarged images whose averages over ``factor`` × ``factor`` pixels stay what they are.
 
-    The walk begins at blocks of one colour, and each step ends at the nearest images in [0, 1] with those averages.
+    The walk begins at the bicubic enlargement, or what is nearest to it with those averages, as each step ends.
 
     Args:
         pooled: Small images (N, C, h, w) in [0, 1]; the result is (N, C, factor·h, factor·w).
@@ -115,4 +122,40 @@ def super_resolution(pooled: Tensor, factor: int) -> Edit:
         InputError: If the factor is less than 1, or the images are outside of [0, 1].
     """
     keeps = PooledPixels(pooled, factor)
-    return Edit(pooled.repeat_interleave(factor, 2).repeat_interleave(factor, 3), keeps)
+    return Edit(keeps.nearest(interpolate(pooled, scale_factor=factor, mode="bicubic")), keeps)
+
+
+def harmonic(x: Tensor, mask: Tensor) -> Tensor:
+    """Returns images (N, C, H, W) with the smoothest filling: each pixel inside a mask is the mean of its neighbours.
+
+    The discrete Laplace equation is solved by conjugate gradients, of as many steps for every image; where nothing is
+    known, there is grey.
+
+    Args:
+        x: In [0, 1]; what they have inside the mask is not looked at.
+        mask: Bool, of a shape that broadcasts to theirs.
+
+    Source: Hestenes & Stiefel 1952 (conjugate gradients).
+    """
+
+    def laplacian(v: Tensor) -> Tensor:
+        p = pad(v, (1, 1, 1, 1), mode="replicate")
+        around = p[..., 1:-1, 2:] + p[..., 1:-1, :-2] + p[..., 2:, 1:-1] + p[..., :-2, 1:-1]
+        return torch.where(mask, around - 4 * v, 0)
+
+    def product(a: Tensor, b: Tensor) -> Tensor:
+        return (a * b).sum((2, 3), keepdim=True)
+
+    filled = torch.where(mask, 0.5, x)
+    rest = direction = laplacian(filled)
+    length = product(rest, rest)
+    for _ in range(2 * sum(x.shape[2:])):
+        slope = laplacian(direction)
+        curvature = -product(direction, slope)
+        # Once the rest is zero, nothing moves.
+        rate = torch.where(curvature > 0, length / curvature.clamp_min(_TINY), 0)
+        filled, rest = filled + rate * direction, rest + rate * slope
+        longer = product(rest, rest)
+        direction = rest + torch.where(length > 0, longer / length.clamp_min(_TINY), 0) * direction
+        length = longer
+    return torch.where(mask, filled.clamp(0, 1), x)

@@ -38,8 +38,8 @@ _OBJECTIVES: Mapping[Knowledge, tuple[Objective, str]] = {
     "known": (targeted_logit, "f(x)[y]"),
     "unknown": (negative_marginal_energy, "logsumexp f(x)"),
 }
-# Side of the window of the structural similarity.
-_WINDOW = 11
+# The windows of the structural similarity are 11 pixels wide, and images reflected at their border.
+_LEAST_SIDE = 6
 
 
 class Editing(Evaluator):
@@ -51,9 +51,10 @@ class Editing(Evaluator):
     - ``ssim``: mean structural similarity;
     - ``agreement``: share that the judge reads as their label, if there is a judge.
 
-    Logged: ``test/edit_{task}_{measure}_{known or unknown}``, and ``…_degraded`` of the images that the walk begins
-    with. Details have the figures after each number of steps, and the judge's of the originals. Figures depend neither
-    on batches nor on the number of ranks: images are gathered, sorted, and cut in parts of ``batch_size``.
+    Logged: ``test/edit_{task}_{measure}_{known or unknown}``; to compare with, ``…_degraded`` of the degraded images,
+    and ``…_simple`` of what can be made of them without a network. Details have the figures after each number of steps,
+    and the judge's of the originals. Figures depend neither on batches nor on the number of ranks: images are gathered,
+    sorted, and cut in parts of ``batch_size``.
 
     Turning an image into another class is what :class:`~dat_lightning.Counterfactuals` measures.
 
@@ -120,21 +121,27 @@ class Editing(Evaluator):
     # What is computed of an image.
 
     def restored(
-        self, pl_module: LightningModule, task: Restoration, known: Knowledge, x: Tensor, y: Tensor, index: Tensor
+        self,
+        pl_module: LightningModule,
+        task: Restoration,
+        known: Knowledge,
+        degraded: Tensor,
+        y: Tensor,
+        index: Tensor,
     ) -> dict[int, Tensor]:
-        """Returns the states of the walk after 0, 1, … steps, each (N, C, H, W); the first are the degraded images.
+        """Returns the states of the walk from degraded images after 0, 1, … steps, each (N, C, H, W).
 
         Args:
             pl_module: Climbed.
             task: What is to be undone.
-            known: Whether the walk knows the class.
-            x: Originals, (N, C, H, W).
-            y: Their labels, (N,).
-            index: Their indices, (N,).
+            known: Whether the walk may look at the labels.
+            degraded: Shape (N, C, H, W).
+            y: Labels, (N,).
+            index: Indices, (N,).
         """
         climb = Ascent(_OBJECTIVES[known][0], unbounded_ascent(task.step_size, task.num_steps), self.rule)
-        edit = task.edit(x, index.tolist(), self.seed)
-        return edit.snapshots(pl_module, y, climb, range(task.num_steps + 1), draws=index, seed=self.seed)
+        steps = range(task.num_steps + 1)
+        return task.edit(degraded).snapshots(pl_module, y, climb, steps, draws=index, seed=self.seed)
 
     def measure(self, images: Tensor, x: Tensor, y: Tensor) -> Values:
         """Returns how near images come to the originals, ``psnr``, ``ssim`` and ``agreement``, (N,) on the CPU."""
@@ -161,16 +168,25 @@ class Editing(Evaluator):
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
-        """Returns what :meth:`measure` does after each number of steps, (N, T + 1) as ``{task}_{known}_{measure}``."""
+        """Returns what :meth:`measure` does, (N,) as ``{task}_{degraded or simple}_{measure}``.
+
+        Of what became of them it is (N, T + 1), after each number of steps, as ``{task}_{known or unknown}_{measure}``.
+        """
         x, y, index = batch["x"], batch["y"], batch["index"]
-        if min(x.shape[2:]) < _WINDOW:
-            raise InputError(f"Editing needs images of at least {_WINDOW}×{_WINDOW} pixels, got {tuple(x.shape[2:])}")
+        if x.dim() != 4 or min(x.shape[2:]) < _LEAST_SIDE:
+            raise InputError(
+                f"Editing needs images of at least {_LEAST_SIDE}×{_LEAST_SIDE} pixels, got {tuple(x.shape)}"
+            )
         with torch.no_grad(), no_trace(pl_module):
             self.check_logits(logits_of(pl_module, x, "Editing"), y)
         values: Values = {} if self.judge is None else {"original_agreement": self.read(x) == y}
         for task in self.tasks:
+            degraded = task.degraded(x, index.tolist(), self.seed)
+            for name, images in (("degraded", degraded), ("simple", task.simple(degraded))):
+                found = self.measure(images, x, y)
+                values |= {f"{task.name}_{name}_{measure}": value for measure, value in found.items()}
             for known in self.labels:
-                states = self.restored(pl_module, task, known, x, y, index)
+                states = self.restored(pl_module, task, known, degraded, y, index)
                 measured = [self.measure(states[step], x, y) for step in range(task.num_steps + 1)]
                 for measure in measured[0]:
                     values[f"{task.name}_{known}_{measure}"] = torch.stack([each[measure] for each in measured], 1)
@@ -239,24 +255,28 @@ class Editing(Evaluator):
                     continue
                 settings["judge"] = network_identity(self.judge)
                 reference["of_originals"] = float(values["original_agreement"].double().mean())
+            made = partial(Measurement, num_samples=len(values["index"]), better="higher")
+            plain = {
+                kind: float(values[f"{task.name}_{kind}_{measure}"].double().mean()) for kind in ("degraded", "simple")
+            }
+            for kind, what in (("degraded", ""), ("simple", ", restored without a network")):
+                told = f"{words}; test images {task.words}{what}"
+                found.append(made(f"{name}_{kind}", plain[kind], told, details=reference, settings=settings))
+            picture = None if self.picture_dirpath is None else f"{self.picture_dirpath}/edit_{task.name}.png"
             for known in self.labels:
                 curve = values[f"{task.name}_{known}_{measure}"].double().mean(0).tolist()
-                made = partial(Measurement, num_samples=len(values["index"]), better="higher")
-                if known == self.labels[0]:
-                    told = f"{words}; test images {task.words}"
-                    found.append(made(f"{name}_degraded", curve[0], told, details=reference, settings=settings))
                 told = f"{words}; ascent on {_OBJECTIVES[known][1]} from test images {task.words}"
-                picture = [] if self.picture_dirpath is None else [f"{self.picture_dirpath}/edit_{task.name}.png"]
-                details = {**reference, "degraded": curve[0], "after_each_step": curve, "pictures": picture}
+                details = {**reference, **plain, "after_each_step": curve, "pictures": [picture] if picture else []}
                 climbed = {**settings, "climbs": _OBJECTIVES[known][1], **primitives({"rule": self.rule})}
                 found.append(made(f"{name}_{known}", curve[-1], told, details=details, settings=climbed))
         return found
 
     def _drawn(self, pl_module: LightningModule, task: Restoration, x: Tensor, y: Tensor, index: Tensor) -> Image.Image:
         """A picture: originals, what was left of them, and what was made of that."""
-        states = {known: self.restored(pl_module, task, known, x, y, index) for known in self.labels}
-        rows = {"original": x, "degraded": states[self.labels[0]][0]}
-        rows |= {f"class {known}": walk[task.num_steps] for known, walk in states.items()}
+        degraded = task.degraded(x, index.tolist(), self.seed)
+        rows = {"original": x, "degraded": degraded, "simple": task.simple(degraded)}
+        for known in self.labels:
+            rows[f"class {known}"] = self.restored(pl_module, task, known, degraded, y, index)[task.num_steps]
         tiles = [self._row(images, x, y) for images in rows.values()]
         title = f"Test images {task.words}, and restored by {task.num_steps} steps of {task.step_size:g}."
         if self.judge is not None:

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import gaussian_blur
 
 from dat_lightning.core.constraints import pooled
 from dat_lightning.core.editing import Edit, denoising, inpainting, super_resolution
@@ -48,19 +49,27 @@ class Restoration(ABC):
         """What happens to an image."""
 
     @abstractmethod
-    def edit(self, x: Tensor, indices: Sequence[int], seed: int) -> Edit:
-        """Returns the edit that is to give images (N, C, H, W) back; it starts at the degraded ones.
+    def degraded(self, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+        """Returns what is left of images: all that may be known when they are restored, (N, C, H, W) in [0, 1].
 
         Args:
-            x: In [0, 1].
-            indices: Global indices of the images, (N,), by which randomness is drawn.
+            x: Originals, likewise.
+            indices: Their global indices, (N,), by which randomness is drawn.
             seed: Seed of its streams.
         """
+
+    @abstractmethod
+    def edit(self, degraded: Tensor) -> Edit:
+        """Returns the edit that is to give the originals of degraded images (N, C, H, W) back."""
+
+    def simple(self, degraded: Tensor) -> Tensor:
+        """Returns what does without a network, to compare with; by default where the walk starts."""
+        return self.edit(degraded).start
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inpainting(Restoration):
-    """Hides a part of the images behind grey, and fills it again.
+    """Hides a part of the images behind grey, and fills it again; the simple way is the smoothest filling.
 
     Attributes:
         region: The central square of half the height and width, the lower half, or the right half.
@@ -89,9 +98,13 @@ class Inpainting(Restoration):
         parts = {"center": "central quarter", "bottom": "lower half", "right": "right half"}
         return f"the {parts[self.region]} hidden behind grey"
 
-    def edit(self, x: Tensor, indices: Sequence[int], seed: int) -> Edit:
+    def degraded(self, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+        """Returns images with a grey part."""
+        return torch.where(self.mask(*x.shape[2:]).to(x.device), 0.5, x)
+
+    def edit(self, degraded: Tensor) -> Edit:
         """Returns the edit that changes the hidden part alone."""
-        return inpainting(x, self.mask(*x.shape[2:]))
+        return inpainting(degraded, self.mask(*degraded.shape[2:]))
 
     def mask(self, height: int, width: int) -> Tensor:
         """Returns what is hidden, bool (H, W)."""
@@ -109,21 +122,26 @@ class Inpainting(Restoration):
 class Denoising(Restoration):
     """Adds Gaussian noise, clipped to [0, 1] with the image, and takes it away inside an L2 ball of radius σ√d.
 
+    The simple way is a Gaussian filter.
+
     Attributes:
         sigma: Standard deviation, in units of [0, 1] pixels.
+        blur: That of the filter, in pixels.
 
     Raises:
-        InputError: If it is not positive and finite.
+        InputError: If one of them is not positive and finite.
     """
 
     sigma: float = 0.2
+    blur: float = 0.8
     step_size: float = 0.1
     num_steps: int = 10
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.sigma < math.inf:
-            raise InputError(f"sigma must be a finite deviation above 0, got {self.sigma}")
+        for name, value in (("sigma", self.sigma), ("blur", self.blur)):
+            if not 0 < value < math.inf:
+                raise InputError(f"{name} must be a finite deviation above 0, got {value}")
 
     @property
     def name(self) -> str:
@@ -135,15 +153,24 @@ class Denoising(Restoration):
         """How strong the noise is."""
         return f"with Gaussian noise of sigma {self.sigma:g}"
 
-    def edit(self, x: Tensor, indices: Sequence[int], seed: int) -> Edit:
-        """Returns the edit of the noisy images."""
+    def degraded(self, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+        """Returns noisy images; the noise is of a stream of each image's own."""
         noise = normal_noise(seed, f"noise of {self.name}", indices, tuple(x.shape[1:])).to(x)
-        return denoising((x + self.sigma * noise).clamp(0, 1), self.sigma)
+        return (x + self.sigma * noise).clamp(0, 1)
+
+    def edit(self, degraded: Tensor) -> Edit:
+        """Returns the edit of the noisy images."""
+        return denoising(degraded, self.sigma)
+
+    def simple(self, degraded: Tensor) -> Tensor:
+        """Returns filtered images."""
+        filtered: Tensor = gaussian_blur(degraded, [2 * math.ceil(2 * self.blur) + 1] * 2, [self.blur] * 2)
+        return filtered
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperResolution(Restoration):
-    """Averages blocks of pixels, and sharpens the image so that the averages stay.
+    """Averages blocks of pixels, and sharpens the image so that the averages stay; the simple way is bicubic.
 
     Attributes:
         factor: Side of a block; it divides the images' sides.
@@ -170,6 +197,12 @@ class SuperResolution(Restoration):
         """How much smaller it is."""
         return f"averaged over {self.factor} x {self.factor} pixels"
 
-    def edit(self, x: Tensor, indices: Sequence[int], seed: int) -> Edit:
+    def degraded(self, x: Tensor, indices: Sequence[int], seed: int) -> Tensor:
+        """Returns images of blocks."""
+        small = pooled(x, self.factor).clamp(0, 1)
+        return small.repeat_interleave(self.factor, 2).repeat_interleave(self.factor, 3)
+
+    def edit(self, degraded: Tensor) -> Edit:
         """Returns the edit that keeps the averages."""
-        return super_resolution(pooled(x, self.factor).clamp(0, 1), self.factor)
+        # All pixels of a block are alike, and one is read without rounding.
+        return super_resolution(degraded[..., :: self.factor, :: self.factor], self.factor)

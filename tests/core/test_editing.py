@@ -24,6 +24,7 @@ from dat_lightning.core import (
     ThreatModel,
     UpdateRule,
     denoising,
+    harmonic,
     inpainting,
     negative_marginal_energy,
     pooled,
@@ -118,6 +119,44 @@ def test_an_image_without_mask_stays_and_one_with_nothing_else_climbs_freely() -
     assert torch.equal(inpainting(x, torch.zeros(4, 4, dtype=torch.bool))(model, y, climb()), x)
     free = inpainting(x, torch.ones(4, 4, dtype=torch.bool), x)(model, y, climb())
     torch.testing.assert_close(free, climb()(model, x, y), rtol=0, atol=1e-6)
+
+
+def solved(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """One channel, filled by solving for the masked pixels, each the mean of those neighbours that it has."""
+    places = list(zip(*np.nonzero(mask), strict=True))
+    matrix, right = np.zeros((len(places), len(places))), np.zeros(len(places))
+    for row, (i, j) in enumerate(places):
+        for at in ((i - 1, j), (i + 1, j), (i, j - 1), (i, j + 1)):
+            if 0 <= at[0] < mask.shape[0] and 0 <= at[1] < mask.shape[1]:
+                matrix[row, row] += 1
+                if mask[at]:
+                    matrix[row, places.index(at)] -= 1
+                else:
+                    right[row] += image[at]
+    filled = np.array(image)
+    filled[mask] = np.linalg.solve(matrix, right)
+    return filled
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+def test_the_smoothest_filling_solves_the_laplace_equation(dtype: torch.dtype, rounding: float) -> None:
+    x = images(6, (2, 12, 9), dtype)
+    masks = torch.rand(6, 1, 12, 9, generator=torch.Generator().manual_seed(5)) < 0.7
+    masks[0], masks[1] = False, False
+    masks[1, 0, 6:], masks[2, 0, 3:9, 2:7] = True, True
+    filled = harmonic(x, masks)
+    for n, c in np.ndindex(6, 2):
+        expected = solved(x[n, c].double().numpy(), masks[n, 0].numpy())
+        np.testing.assert_allclose(filled[n, c].numpy(), expected, rtol=0, atol=rounding)
+    assert torch.equal(filled[~masks.expand_as(x)], x[~masks.expand_as(x)])
+    assert torch.equal(inpainting(x, masks).start, filled)
+    alone = harmonic(x[3:4], masks[3:4])
+    torch.testing.assert_close(alone, filled[3:4], rtol=0, atol=rounding)
+
+
+def test_where_nothing_is_known_there_is_grey() -> None:
+    everything = torch.ones(4, 4, dtype=torch.bool)
+    assert torch.equal(harmonic(images(2, (1, 4, 4)), everything), torch.full((2, 1, 4, 4), 0.5, dtype=torch.float64))
 
 
 # Pooled pixels.
