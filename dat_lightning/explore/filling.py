@@ -12,7 +12,9 @@ from dat_lightning.explore.explorer import MAX_STEPS, Explorer, Walk
 from dat_lightning.explore.opening import Opened
 from dat_lightning.explore.parts import plain, with_bar
 
-_UNKNOWN = "not known"
+# What is hidden is nearer to what belongs there than a seed is to a sample: a share of the samples' step.
+_SHARE = 4
+_UNKNOWN = "unknown"
 
 
 def draw_filling(opened: Opened, image: Tensor | None) -> None:
@@ -37,12 +39,14 @@ def draw_filling(opened: Opened, image: Tensor | None) -> None:
         radius = st.slider("Size of the brush, in pixels", 0.5, max(height, width) / 4, max(height, width) / 12)
         mask = draw_brush(markup.picture(image), height, width, radius, f"brush {key[:16]}", _center(height, width))
         with st.form("filling form"):
-            columns = st.columns(3)
+            columns = st.columns([4, 3, 3])
             names = [_UNKNOWN, *explorer.class_names]
-            chosen = columns[0].selectbox("Class", range(len(names)), 0, format_func=names.__getitem__)
+            chosen = columns[0].selectbox(
+                "Class, if known", range(len(names)), 0, format_func=names.__getitem__, key="filling class"
+            )
             steps = columns[1].number_input("Steps", 1, MAX_STEPS, opened.num_steps, key="filling steps")
             size = columns[2].number_input(
-                "Step size", 0.0, 1000.0, round(opened.step_size / 2, 2), 0.1, key="filling size"
+                "Step size", 0.0, 1000.0, round(opened.step_size / _SHARE, 2), 0.1, key="filling size"
             )
             asked = st.form_submit_button("Fill in", type="primary")
     if asked or (opened.at_once and "filling" not in st.session_state):
