@@ -1,5 +1,6 @@
 """Editing, against closed forms of a linear network and computations in NumPy."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -13,13 +14,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from dat_lightning.cli import main
 from dat_lightning.core import Langevin
 from dat_lightning.core.errors import InputError
 from dat_lightning.evaluation import Denoising, Editing, Inpainting, Restoration, SuperResolution
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 from tests import tiny
+from tests.frozen.record import printed
 
+CONFIGS = Path(__file__).resolve().parents[2] / "configs" / "digits"
 SIDE, CLASSES = 16, 4
 TASKS: tuple[Restoration, ...] = (
     Inpainting(region="center", step_size=0.05, num_steps=3),
@@ -287,6 +291,33 @@ def test_images_that_do_not_fit_a_task_are_refused(tmp_path: Path) -> None:
     small = {"x": torch.rand(4, 1, 5, 8), "y": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
     with pytest.raises(InputError, match=r"at least 6×6 pixels, got \(4, 1, 5, 8\)"):
         tiny.trainer(tmp_path, [Editing(TASKS)]).test(Linear(), DataLoader([small], batch_size=None), verbose=False)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+def test_the_model_that_ships_restores_digits_by_the_shipped_configuration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    configs = [argument for name in ("stage2", "editing") for argument in ("--config", str(CONFIGS / f"{name}.yaml"))]
+    small = ["--data.init_args.eval_batch_size=40", "--trainer.limit_test_batches=1"]
+    main(["test", *configs, "--ckpt_path", "digits", *small])
+    folder = Path("runs/digits/editing")
+    figures = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["figures"]
+    found = {each["name"].removeprefix("edit_"): each["value"] for each in figures}
+    for task in ("inpainting_center", "inpainting_bottom", "super_resolution_4"):
+        for measure, least in (("psnr", 1.5), ("ssim", 0.05), ("agreement", 0.05)):
+            assert found[f"{task}_{measure}_known"] > found[f"{task}_{measure}_simple"] + least, (task, measure)
+    assert found["denoising_0.4_agreement_known"] > found["denoising_0.4_agreement_simple"]
+    assert len(list((folder / "evaluation" / "editing").iterdir())) == 5
+
+
+def test_the_configuration_for_cifar10_resolves() -> None:
+    folder = CONFIGS.parent
+    names = ("cifar10_cpu/stage2", "data/cifar10_folders", "cifar10_cpu/editing")
+    config = printed(*(folder / f"{name}.yaml" for name in names))
+    (evaluator,) = (c for c in config["trainer"]["callbacks"] if c["class_path"].endswith(".Editing"))
+    assert len(evaluator["init_args"]["tasks"]) == 6
+    assert evaluator["init_args"]["tasks"][3]["init_args"]["blur"] == 1
 
 
 def test_a_part_of_the_network_is_no_judge(tmp_path: Path) -> None:
