@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from dat_lightning import DigitsDataModule
+from dat_lightning.core import Ascent, targeted_logit, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel
 from dat_lightning.explore import Explorer, open_checkpoint
 from tests.explore.conftest import climb, network
@@ -206,8 +207,10 @@ def test_samples_of_a_class_come_from_the_seed(page: Any, checkpoint: Path) -> N
     figures = page.locator(".dat-samples figure")
     assert figures.count() == 3
     seeds, model = DigitsDataModule().held_out_seeds(), network(checkpoint)
+    chain = Ascent(targeted_logit, unbounded_ascent(0.3, 7), open_checkpoint(checkpoint).rule)
     for k in range(3):
-        end = climb(model, seeds(4 * 64 + k)[0], 6, 7, 0.3)[-1]
+        seed, draw = seeds(4 * 64 + k)[0].unsqueeze(0), torch.tensor([4 * 64 + k])
+        end = chain(model, seed, torch.tensor([6]), draws=draw)[0]
         torch.testing.assert_close(
             pixels(figures.nth(k).locator("img").get_attribute("src")), end, atol=1.5 / 255, rtol=0
         )
