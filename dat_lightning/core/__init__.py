@@ -13,6 +13,7 @@ from dat_lightning.core.ascent import (
 )
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, is_right, r1_penalty, robust_cross_entropy
 from dat_lightning.core.objectives import (
     Objective,
@@ -68,6 +69,7 @@ __all__ = [
     "energy_gradient_norm",
     "input_gradient",
     "is_right",
+    "jacobian_norm",
     "joint_energy",
     "marginal_energy",
     "negative_marginal_energy",
