@@ -25,6 +25,7 @@ STUDIES = ROOT / "configs" / "studies"
 PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
 NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
+NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -96,7 +97,7 @@ def test_the_command_line_takes_all_of_a_study_and_measures_what_it_shows(name: 
 
 def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
     """Names of the figures that callbacks, and the curves of a study, give."""
-    known = {*study.curves, *(f"max {name}" for name in study.curves), "accuracy"}
+    known = {*study.curves, *(f"max {name}" for name in study.curves), "accuracy", "robust_accuracy"}
     if "SampleMetrics" in callbacks:
         known |= {"fid", "fid num_steps", "precision", "recall"}
     if "LabelAgreement" in callbacks:
