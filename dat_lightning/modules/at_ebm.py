@@ -1,5 +1,6 @@
 """AT-EBM: an energy without classes, trained by telling images from what adversarial chains make of others."""
 
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +11,6 @@ from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
-from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
@@ -68,13 +68,9 @@ class ATEBMModule(DualAdversarialModule):
         return negative_marginal_energy(logits, y)
 
     @override
-    def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
-        """Returns the logits of real and contrastive images; there are no adversarial ones."""
-        if not self.merge_forwards:
-            gen, contrast = self(x_gen), self(x_contrast)
-        else:
-            gen, contrast = self(torch.cat([x_gen, x_contrast])).split([len(x_gen), len(x_contrast)])
-        return JointLogits(gen, contrast, gen[:0])
+    def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
+        """Returns ``x``: nothing is attacked."""
+        return x
 
     @override
     def evaluation_metrics(self, batch: Batch) -> dict[str, Tensor]:
@@ -94,26 +90,16 @@ class ATEBMModule(DualAdversarialModule):
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the weighted loss of one step, and moves the curriculum."""
+        """Returns the weighted loss of one step, and moves the curriculum: Stage 2 with nothing to classify."""
         x_gen, x_ood = self.part(batch, "x_gen"), self.part(batch, "x_ood")
-        self.energy_model.freeze_batch_norm()
         only_class = torch.zeros(len(x_ood), dtype=torch.long, device=x_ood.device)
-        x_contrast = self.contrastive_samples(x_ood, only_class, batch.get("draw"))
-        logits = self.joint_logits(x_gen, x_contrast, x_gen[:0])
-        terms = self.loss_terms(logits, batch)
-        loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
-        separation = self.separation(logits, only_class)
-        scalars = {
-            **{name: term for name, (_, term) in terms.items()},
-            "loss": loss,
-            "auc": separation,
-            "contrastive_steps": self.curriculum.num_steps.float(),
-            "energy_real": marginal_energy(logits.gen).mean(),
-            "energy_contrast": marginal_energy(logits.contrast).mean(),
-        }
-        self.log_training(scalars, len(x_gen), shown=("loss", "contrastive_steps", "auc"))
-        self.curriculum.update(separation, len(x_gen) * number_of_ranks())
-        return loss
+        nothing = {"x_clf": x_gen[:0], "y_clf": only_class[:0]}
+        return super().training_step({**batch, "y_gen": only_class, **nothing}, batch_idx)
+
+    @override
+    def log_training(self, scalars: Mapping[str, Tensor], batch_size: int, shown: Collection[str]) -> None:
+        """Logs all but the robust accuracy, of which there is none."""
+        super().log_training({k: v for k, v in scalars.items() if k != "robust_accuracy"}, batch_size, shown)
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
