@@ -26,7 +26,7 @@ from dat_lightning import (
 from dat_lightning.cli import DATCLI, DATArgumentParser, main
 from dat_lightning.data.entries import image_name
 from tests.data.parquet import needs_datasets
-from tests.frozen.record import printed
+from tests.frozen.record import ADDED, printed
 from tests.recipes import CLASSES, Means, write_all, write_parquet_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,7 +35,7 @@ RECIPES = sorted(
     path
     for folder in ("cifar10", "cifar100", "cifar10_small", "imagenet")
     for path in (CONFIGS / folder).glob("*.yaml")
-    if path.stem != "evaluate"  # added after a recipe
+    if path.stem not in ADDED
 )
 FRAGMENTS = sorted([*(CONFIGS / "trainer").glob("*.yaml"), *(CONFIGS / "data").glob("*.yaml")])
 

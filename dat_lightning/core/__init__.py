@@ -11,7 +11,9 @@ from dat_lightning.core.ascent import (
     no_trace,
     unbounded_ascent,
 )
+from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels, PooledPixels, pooled
 from dat_lightning.core.curriculum import AUCCurriculum, auc
+from dat_lightning.core.editing import Edit, denoising, harmonic, inpainting, super_resolution
 from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, is_right, r1_penalty, robust_cross_entropy
@@ -46,12 +48,17 @@ __all__ = [
     "AUCCurriculum",
     "Ascent",
     "AttackMode",
+    "Constrained",
+    "Constraint",
+    "Edit",
+    "FixedPixels",
     "Langevin",
     "Logits",
     "Momentum",
     "Norm",
     "Objective",
     "PixelAdam",
+    "PooledPixels",
     "Precision",
     "RandomLength",
     "RandomPermutation",
@@ -64,9 +71,12 @@ __all__ = [
     "auc",
     "batch_norm_layers",
     "cross_entropy",
+    "denoising",
     "distance_to_uniform",
     "energy_bce",
     "energy_gradient_norm",
+    "harmonic",
+    "inpainting",
     "input_gradient",
     "is_right",
     "jacobian_norm",
@@ -75,6 +85,7 @@ __all__ = [
     "negative_marginal_energy",
     "no_trace",
     "normal_noise",
+    "pooled",
     "project",
     "r1_penalty",
     "random_start",
@@ -82,6 +93,7 @@ __all__ = [
     "steepest_step",
     "stream_generator",
     "stream_seed",
+    "super_resolution",
     "targeted_logit",
     "unbounded_ascent",
     "uniform_noise",

@@ -1,8 +1,9 @@
-"""Evaluators of a classifier: robustness, AutoAttack, calibration, OOD detection, counterfactuals, energy."""
+"""Evaluators of a classifier: robustness, AutoAttack, calibration, OOD detection, counterfactuals, editing, energy."""
 
 from dat_lightning.evaluation.autoattack import AutoAttack
 from dat_lightning.evaluation.calibration import Calibration
 from dat_lightning.evaluation.counterfactuals import Counterfactuals
+from dat_lightning.evaluation.editing import Editing
 from dat_lightning.evaluation.energy_statistics import EnergyStatistics
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import LabelAgreement
@@ -11,19 +12,25 @@ from dat_lightning.evaluation.ood_images import OODEvaluator
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
 from dat_lightning.evaluation.real_images import RealImages
 from dat_lightning.evaluation.reliability import calibration_error, fit_temperature, reliability
+from dat_lightning.evaluation.restorations import Denoising, Inpainting, Restoration, SuperResolution
 from dat_lightning.evaluation.robustness import RobustAccuracy
 
 __all__ = [
     "AutoAttack",
     "Calibration",
     "Counterfactuals",
+    "Denoising",
+    "Editing",
     "EnergyStatistics",
     "Evaluator",
+    "Inpainting",
     "LabelAgreement",
     "OODDetection",
     "OODEvaluator",
     "RealImages",
+    "Restoration",
     "RobustAccuracy",
+    "SuperResolution",
     "auroc",
     "calibration_error",
     "detection_scores",

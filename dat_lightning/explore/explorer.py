@@ -1,4 +1,4 @@
-"""What the page asks of a network, without a page: readings of images, counterfactuals, samples of a class."""
+"""What the page asks of a network, without a page: readings of images, counterfactuals, fillings, samples."""
 
 import math
 import threading
@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from dat_lightning.core.ascent import Ascent, no_trace, unbounded_ascent
+from dat_lightning.core.editing import inpainting
 from dat_lightning.core.energy import EnergyModel, marginal_energy
 from dat_lightning.core.errors import InputError, require_at_least
-from dat_lightning.core.objectives import targeted_logit
+from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
 from dat_lightning.core.random_streams import uniform_noise
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
@@ -63,11 +64,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Walk:
-    """Every state of a targeted ascent from one image.
+    """Every state of an ascent from one image.
 
     Attributes:
-        target: The class that it climbs to.
-        images: (T+1, C, H, W), the original first, on the CPU.
+        target: The class that it climbs to, or ends at where none was asked for.
+        images: (T+1, C, H, W), its start first, on the CPU.
         logits: Of each state, (T+1, K).
         threat_model: Ball and steps.
     """
@@ -85,7 +86,7 @@ class Walk:
         return Reading(self.logits[step])
 
     def distances(self, step: int) -> tuple[float, float]:
-        """Returns L2 and Linf distance from the original after ``step`` steps."""
+        """Returns L2 and Linf distance from the start after ``step`` steps."""
         delta = (self.images[step] - self.images[0]).double()
         return float(delta.norm()), float(delta.abs().max())
 
@@ -180,9 +181,43 @@ class Explorer:
             raise InputError(f"eps must be a finite radius of at least 0, got {eps}")
         step_size = 2.5 * eps / num_steps if step_size is None else step_size
         threat_model = ThreatModel(norm="L2", eps=eps, step_size=step_size, num_steps=num_steps)
-        chain = self._ascend(self._checked(image).unsqueeze(0), target, threat_model, range(num_steps + 1), watch)
-        images = torch.cat([chain[step] for step in range(num_steps + 1)])
-        return Walk(target, images, self._logits(images), threat_model)
+        climb = Ascent(targeted_logit, threat_model)
+        return self._walk(self._checked(image).unsqueeze(0).to(self.device), target, climb, watch)
+
+    def fill(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        target: int | None = None,
+        num_steps: int = 20,
+        step_size: float = 0.5,
+        watch: Watch | None = None,
+        rule: UpdateRule = STEEPEST,
+    ) -> Walk:
+        """Returns the walk that fills a part of an image, beginning at its smoothest filling; the rest keeps its bits.
+
+        Args:
+            image: Shape (C, H, W), in [0, 1].
+            mask: What is to be filled, bool (H, W).
+            target: The class that f(x)[target] is climbed of; without one it is logsumexp f(x), and the walk's target
+                is what the network reads at its end.
+            num_steps: Number of steps.
+            step_size: L2 length of a step.
+            watch: Told after each step.
+            rule: How steps are made.
+
+        Raises:
+            InputError: If an argument is outside its range, the mask is of another shape or empty, or logits are not
+                finite.
+        """
+        self._check_walk(target or 0, num_steps)
+        if tuple(mask.shape) != self.image_shape[1:] or not bool(mask.any()):
+            height, width = self.image_shape[1:]
+            raise InputError(f"mask must be of {height}×{width} pixels, some of them true, got {tuple(mask.shape)}")
+        objective = negative_marginal_energy if target is None else targeted_logit
+        edit = inpainting(self._checked(image).unsqueeze(0).to(self.device), mask.to(self.device))
+        climb = edit.ascent(Ascent(objective, unbounded_ascent(step_size, num_steps), rule))
+        return self._walk(edit.start, target, climb, watch)
 
     def generate(
         self,
@@ -215,12 +250,12 @@ class Explorer:
             raise InputError(f"num_images must lie in 1 … {MAX_IMAGES}, got {num_images}")
         require_at_least(0, seed=seed)
         starts = self.starting_images(seed, num_images)
-        chain, parts = unbounded_ascent(step_size, num_steps), []
+        chain, parts = Ascent(targeted_logit, unbounded_ascent(step_size, num_steps), rule), []
         chunks = starts.split(_BATCH_SIZE)
         for number, chunk in enumerate(chunks):
             told = None if watch is None else _part(watch, number, len(chunks))
             draws = seed * MAX_IMAGES + number * _BATCH_SIZE + torch.arange(len(chunk))
-            parts.append(self._ascend(chunk, target, chain, (num_steps,), told, rule, draws)[num_steps])
+            parts.append(self._ascend(chunk.to(self.device), target, chain, (num_steps,), told, draws)[num_steps])
         images = torch.cat(parts)
         return Samples(target, starts, images, self._logits(images))
 
@@ -234,32 +269,38 @@ class Explorer:
 
     # Parts.
 
+    def _walk(self, start: Tensor, target: int | None, climb: Ascent, watch: Watch | None) -> Walk:
+        """Every state of one image's ascent; without a target, the walk's is what the network reads at its end."""
+        steps = range(climb.threat_model.num_steps + 1)
+        chain = self._ascend(start, target or 0, climb, steps, watch)
+        images = torch.cat([chain[step] for step in steps])
+        logits = self._logits(images)
+        return Walk(int(logits[-1].argmax()) if target is None else target, images, logits, climb.threat_model)
+
     def _ascend(
         self,
-        starts: Tensor,
+        x: Tensor,
         target: int,
-        threat_model: ThreatModel,
+        climb: Ascent,
         snapshots: Sequence[int],
         watch: Watch | None,
-        rule: UpdateRule = STEEPEST,
         draws: Tensor | None = None,
     ) -> dict[int, Tensor]:
-        done = 0
+        done, steps = 0, climb.threat_model.num_steps
 
         def watched(x: Tensor) -> Tensor:
             nonlocal done
             if watch is not None:
-                watch(done, threat_model.num_steps)
+                watch(done, steps)
             done += 1
             logits: Tensor = self.model(x)
             return logits
 
-        x = starts.to(self.device)
         y = torch.full((len(x),), target, device=self.device)
         with self._alone():
-            states = Ascent(targeted_logit, threat_model, rule).snapshots(watched, x, y, snapshots, draws=draws)
+            states = climb.snapshots(watched, x, y, snapshots, draws=draws)
         if watch is not None:
-            watch(threat_model.num_steps, threat_model.num_steps)
+            watch(steps, steps)
         return {step: state.cpu() for step, state in states.items()}
 
     def _logits(self, images: Tensor) -> Tensor:

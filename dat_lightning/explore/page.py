@@ -1,9 +1,9 @@
 """The page: controls on one side, what the network says on the other. Everything it shows comes from an explorer."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 import altair as alt
 import streamlit as st
@@ -13,10 +13,11 @@ from dat_lightning.data.images import FORMATS
 from dat_lightning.data.pixels import CorruptImageError
 from dat_lightning.explore import markup
 from dat_lightning.explore.explorer import MAX_IMAGES, MAX_STEPS, Explorer, Reading, Samples, Walk
+from dat_lightning.explore.filling import draw_filling
 from dat_lightning.explore.opening import Examples, Opened
+from dat_lightning.explore.parts import guarded, kept, plain, with_bar
 from dat_lightning.explore.uploads import read_upload
 
-_T = TypeVar("_T")
 _PER_PAGE = 8
 _FRAMES = 11
 _THUMBNAIL = 128
@@ -47,9 +48,11 @@ def draw_page(served: Sequence[Opened]) -> None:
     )
     for note in opened.notes:
         st.info(note)
-    look, sample = st.tabs(["One image and its counterfactual", "Samples of a class"])
+    look, fill, sample = st.tabs(["One image and its counterfactual", "Fill in a part", "Samples of a class"])
     with look:
-        _look(opened)
+        chosen = _look(opened)
+    with fill:
+        draw_filling(opened, chosen)
     with sample:
         _sample(opened)
 
@@ -64,7 +67,8 @@ def _forget() -> None:
 # One image.
 
 
-def _look(opened: Opened) -> None:
+def _look(opened: Opened) -> Tensor | None:
+    """Draws the tab; returns the image that was chosen in it."""
     left, right = st.columns([2, 3], gap="large")
     with left:
         st.subheader("Image", anchor=False)
@@ -73,22 +77,23 @@ def _look(opened: Opened) -> None:
         with right:
             st.subheader("Reading", anchor=False)
             st.write("Choose an image, and this side says what the network makes of it.")
-        return
+        return None
     image, caption, small = found
     key = hashlib.sha256(image.numpy().tobytes()).hexdigest()
     with left:
         st.html(markup.figures([(markup.picture(image), caption, small)], 240, stretch=True))
     with right:
         st.subheader("Reading", anchor=False)
-        reading = _guarded(lambda: _kept("reading", key, lambda: opened.explorer.classify(image)))
+        reading = guarded(lambda: kept("reading", key, lambda: opened.explorer.classify(image)))
         if reading is None:
-            return
+            return None
         names = opened.explorer.class_names
         sure = markup.number(float(reading.probabilities.max()), 4)
-        st.markdown(f"Read as **{_plain(names[reading.prediction])}**, with p = {sure}. Low energy means likely.")
+        st.markdown(f"Read as **{plain(names[reading.prediction])}**, with p = {sure}. Low energy means likely.")
         st.html(markup.class_table(reading, names))
     st.divider()
     _turn(opened, image, key, reading)
+    return image
 
 
 def _choose_image(opened: Opened) -> tuple[Tensor, str, str] | None:
@@ -110,7 +115,7 @@ def _example(opened: Opened) -> tuple[Tensor, str, str] | None:
     first = place - place % _PER_PAGE
     st.caption(f"Test images {first + 1} to {min(first + _PER_PAGE, len(examples))} of {len(examples)}, shuffled")
     shown = range(first, min(first + _PER_PAGE, len(examples)))
-    thumbnails = _kept("thumbnails", str(first), lambda: [_thumbnail(examples, other) for other in shown])
+    thumbnails = kept("thumbnails", str(first), lambda: [_thumbnail(examples, other) for other in shown])
     with st.container(horizontal=True, gap="small"):
         for other, png in zip(shown, thumbnails, strict=True):
             with st.container(width=72, gap=None):
@@ -149,7 +154,7 @@ def _uploaded(explorer: Explorer) -> tuple[Tensor, str, str] | None:
     invert = st.checkbox("Swap light and dark", key="invert", help="For dark strokes on light paper")
     if file is None:
         return None
-    upload = _guarded(lambda: read_upload(file.getvalue(), file.name, explorer.image_shape, invert))
+    upload = guarded(lambda: read_upload(file.getvalue(), file.name, explorer.image_shape, invert))
     if upload is None:
         return None
     return upload.image, file.name, "; ".join(upload.notes)
@@ -177,7 +182,7 @@ def _turn(opened: Opened, image: Tensor, key: str, reading: Reading) -> None:
         size = columns[3].number_input("Step size", 0.0, 1000.0, None, placeholder="2.5 ε / steps", key="walk size")
         asked = st.form_submit_button("Find the counterfactual", type="primary")
     if asked or (opened.at_once and "walk" not in st.session_state):
-        walk = _with_bar("Climbing", lambda watch: explorer.counterfactual(image, target, eps, int(steps), size, watch))
+        walk = with_bar("Climbing", lambda watch: explorer.counterfactual(image, target, eps, int(steps), size, watch))
         st.session_state["walk"] = (key, walk)
         st.session_state.pop("step", None)
     at, walk = st.session_state.get("walk", ("", None))
@@ -204,11 +209,11 @@ def _show_walk(explorer: Explorer, walk: Walk) -> None:
     with left:
         st.html(markup.figures(entries, 240, stretch=True))
         st.caption("The way there")
-        kept = sorted({round(k * total / (_FRAMES - 1)) for k in range(_FRAMES)})
-        frames = [(markup.picture(walk.images[k], _THUMBNAIL), str(k), "") for k in kept]
-        st.html(markup.figures(frames, 40, current=kept.index(step) if step in kept else None))
+        steps = sorted({round(k * total / (_FRAMES - 1)) for k in range(_FRAMES)})
+        frames = [(markup.picture(walk.images[k], _THUMBNAIL), str(k), "") for k in steps]
+        st.html(markup.figures(frames, 40, current=steps.index(step) if step in steps else None))
     with right:
-        st.markdown(f"At step {step} read as **{_plain(names[now.prediction])}**; the target is **{_plain(target)}**.")
+        st.markdown(f"At step {step} read as **{plain(names[now.prediction])}**; the target is **{plain(target)}**.")
         st.html(markup.class_table(now, names, (walk.target,)))
     _show_curves(walk, step, target)
 
@@ -266,7 +271,7 @@ def _sample(opened: Opened) -> None:
         seed = columns[4].number_input("Seed", 0, _MAX_SEED, 0)
         asked = st.form_submit_button("Generate", type="primary")
     if asked or (opened.at_once and "samples" not in st.session_state):
-        st.session_state["samples"] = _with_bar(
+        st.session_state["samples"] = with_bar(
             "Generating",
             lambda watch: explorer.generate(target, int(count), int(steps), size, int(seed), watch, opened.rule),
         )
@@ -279,7 +284,7 @@ def _show_samples(explorer: Explorer, samples: Samples) -> None:
     name = explorer.class_names[samples.target]
     readings = [Reading(row) for row in samples.logits]
     hits = sum(reading.prediction == samples.target for reading in readings)
-    st.markdown(f"Samples of class **{_plain(name)}**; the network reads {hits} of {len(readings)} as that.")
+    st.markdown(f"Samples of class **{plain(name)}**; the network reads {hits} of {len(readings)} as that.")
     ends = [
         (
             markup.picture(image),
@@ -295,38 +300,3 @@ def _show_samples(explorer: Explorer, samples: Samples) -> None:
                 [(markup.picture(image, _THUMBNAIL), str(k + 1), "") for k, image in enumerate(samples.starts)], 72
             )
         )
-
-
-# Parts.
-
-
-def _guarded(compute: Callable[[], _T]) -> _T | None:
-    """What is computed; a sentence on the page in place of an error about the input, and the page goes on."""
-    try:
-        return compute()
-    except ValueError as error:
-        st.error(_plain(str(error)))
-        return None
-
-
-def _with_bar(text: str, compute: Callable[[Callable[[int, int], None]], _T]) -> _T | None:
-    bar = st.progress(0.0, text)
-    try:
-        return _guarded(lambda: compute(lambda done, total: bar.progress(done / total, f"{text}: {done} of {total}")))
-    finally:
-        bar.empty()
-
-
-def _kept(name: str, key: str, compute: Callable[[], _T]) -> _T:
-    """What was computed for the same key last time, or else what is now."""
-    known, value = st.session_state.get(name, ("", None))
-    if known != key:
-        value = compute()
-        st.session_state[name] = (key, value)
-    result: _T = value
-    return result
-
-
-def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is."""
-    return "".join(f"\\{character}" if character in "\\`*_{}[]()<>#+-.!|$~:" else character for character in text)

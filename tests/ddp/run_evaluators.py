@@ -10,7 +10,7 @@ import torch
 
 from dat_lightning import CorruptImageError, PGDSampler, ThreatModel
 from dat_lightning.data import SizedDataset, UniformNoise
-from dat_lightning.evaluation import Calibration, EnergyStatistics, OODDetection
+from dat_lightning.evaluation import Calibration, Denoising, Editing, EnergyStatistics, Inpainting, OODDetection
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 from tests.ddp.uneven import uneven_digits
@@ -38,6 +38,8 @@ def main(devices: int, folder: Path) -> None:
         Calibration(dirpath=kept),
         OODDetection(datasets, attack=attack, batch_size=7, dirpath=kept),
         EnergyStatistics(num_images=33, batch_size=7, dirpath=kept),
+        # Fewer parts than some ranks.
+        Editing([Inpainting(num_steps=2), Denoising(num_steps=1)], max_images=50, batch_size=20, dirpath=kept),
     ]
     sampler = PGDSampler(num_samples=15, num_steps=[1, 2], step_size=0.5, batch_size=10)
     trainer = tiny.trainer(folder, [*evaluators, sampler], devices=devices, strategy=strategy(devices))

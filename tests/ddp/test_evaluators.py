@@ -21,7 +21,8 @@ def figures(folder: Path, time: int, rank: int, kind: str = "figures") -> dict[s
 def test_the_figures_of_several_processes_are_those_of_one(tmp_path: Path) -> None:
     run("run_evaluators", tmp_path)
     expected = figures(tmp_path / "1", 0, 0)
-    assert len(expected) == 7 + 2 * 3 * 2 * 2 + 2 * 6
+    assert len(expected) == 7 + 2 * 3 * 2 * 2 + 2 * 6 + 2 * 2 * 4
+    assert expected["edit_denoising_0.2_psnr_unknown"][1] == 50
     assert expected["ood_auroc_one_logsumexp"][1] == NUM_TEST + 1
     assert expected["ood_auroc_one_logsumexp"][2]["num_skipped"] == 2
     assert figures(tmp_path / "1", 1, 0) == expected

@@ -14,8 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 from dat_lightning import DigitsDataModule
+from dat_lightning.core import Ascent, targeted_logit, unbounded_ascent
 from dat_lightning.core.energy import EnergyModel
-from dat_lightning.explore import open_checkpoint
+from dat_lightning.explore import Explorer, open_checkpoint
 from tests.explore.conftest import climb, network
 from tests.explore.server import CHROMIUM, chromium, serving, visit
 
@@ -206,8 +207,10 @@ def test_samples_of_a_class_come_from_the_seed(page: Any, checkpoint: Path) -> N
     figures = page.locator(".dat-samples figure")
     assert figures.count() == 3
     seeds, model = DigitsDataModule().held_out_seeds(), network(checkpoint)
+    chain = Ascent(targeted_logit, unbounded_ascent(0.3, 7), open_checkpoint(checkpoint).rule)
     for k in range(3):
-        end = climb(model, seeds(4 * 64 + k)[0], 6, 7, 0.3)[-1]
+        seed, draw = seeds(4 * 64 + k)[0].unsqueeze(0), torch.tensor([4 * 64 + k])
+        end = chain(model, seed, torch.tensor([6]), draws=draw)[0]
         torch.testing.assert_close(
             pixels(figures.nth(k).locator("img").get_attribute("src")), end, atol=1.5 / 255, rtol=0
         )
@@ -216,6 +219,40 @@ def test_samples_of_a_class_come_from_the_seed(page: Any, checkpoint: Path) -> N
         caption = figures.nth(k).locator("figcaption").inner_text()
         shown = [value(number) for number in re.findall(r"[−\d]\d*\.\d+", caption)]
         assert shown == pytest.approx([float(p), float(energy)], abs=3e-3)
+
+
+def test_what_the_brush_paints_over_is_filled_in_and_nothing_else(page: Any, checkpoint: Path) -> None:
+    image, _ = example(checkpoint, 0)
+    page.get_by_role("tab", name="Fill in a part").click()
+    canvas = page.locator("canvas[width='320']")
+    canvas.wait_for()
+    page.get_by_role("button", name="Start over").click()
+    box = canvas.bounding_box()
+    heights = [box["y"] + box["height"] * share for share in (0.3, 0.6)]
+    page.mouse.move(box["x"] + box["width"] * 0.5, heights[0])
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, heights[1], steps=20)
+    page.mouse.up()
+    choose(page, "Class, if known", "6")
+    panel = page.get_by_role("tabpanel").filter(has=canvas)
+    panel.get_by_label("Steps", exact=True).fill("5")
+    panel.get_by_label("Step size", exact=True).fill("0.4")
+    panel.get_by_role("button", name="Fill in", exact=True).click()
+    panel.get_by_text("Filled in 5 steps").wait_for()
+    original, left, filled = (pixels(panel.locator("img").nth(k).get_attribute("src")) for k in range(3))
+    torch.testing.assert_close(original, image, atol=0.6 / 255, rtol=0)
+    # A stroke of the brush down the middle: a pixel counts if its centre is as near to the way as the radius.
+    radius, mask = 16 / 12, torch.zeros(16, 16, dtype=torch.bool)
+    for i, j in np.ndindex(16, 16):
+        y = min(max(i + 0.5, 0.3 * 16), 0.6 * 16)
+        mask[i, j] = bool(np.hypot(i + 0.5 - y, j + 0.5 - 8) <= radius)
+    assert int(mask.sum()) > 12
+    assert torch.equal(left[:, ~mask], original[:, ~mask])
+    torch.testing.assert_close(left[:, mask], torch.full_like(left[:, mask], 0.5), atol=1 / 255, rtol=0)
+    assert torch.equal(filled[:, ~mask], original[:, ~mask])
+    rule = open_checkpoint(checkpoint).rule
+    expected = Explorer(network(checkpoint), (1, 16, 16)).fill(image, mask, 6, 5, 0.4, rule=rule).images[5]
+    torch.testing.assert_close(filled, expected, atol=1.5 / 255, rtol=0)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

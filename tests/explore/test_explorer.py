@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dat_lightning import EnergyModel, RandomLength, SmallResNet
-from dat_lightning.core import normal_noise
+from dat_lightning.core import harmonic, normal_noise
 from dat_lightning.explore import Explorer
 from dat_lightning.explore.explorer import MAX_IMAGES
 from tests import tiny
@@ -67,6 +67,28 @@ def test_by_default_a_walk_could_go_two_and_a_half_radii(explorer: Explorer) -> 
 def test_a_walk_of_no_radius_stays(explorer: Explorer) -> None:
     walk = explorer.counterfactual(NOISE[0], 4, 0.0, num_steps=3)
     assert torch.equal(walk.images, NOISE[0].expand(4, -1, -1, -1))
+
+
+@pytest.mark.parametrize("target", [4, None])
+def test_a_filling_is_the_ascent_of_the_hidden_rows_alone(explorer: Explorer, target: int | None) -> None:
+    """The network as a function of these rows, the others fixed, climbed by the formula."""
+    mask = torch.zeros(16, 16, dtype=torch.bool)
+    mask[5:9] = True
+    walk = explorer.fill(NOISE[0], mask, target, num_steps=6, step_size=0.3)
+    start = harmonic(NOISE[:1], mask)[0]
+    assert torch.equal(walk.images[0], start)
+
+    class OfRows(torch.nn.Module):
+        def forward(self, rows: Tensor) -> Tensor:
+            logits: Tensor = explorer.model(torch.cat([NOISE[:1, :, :5], rows, NOISE[:1, :, 9:]], 2))
+            return logits if target is not None else logits.logsumexp(1, keepdim=True)
+
+    expected = climb(OfRows(), start[:, 5:9], target or 0, 6, 0.3)  # type: ignore[arg-type]
+    torch.testing.assert_close(walk.images[:, :, 5:9], torch.stack(expected), atol=1e-4, rtol=0)
+    assert torch.equal(walk.images[..., :5, :], NOISE[:1, :, :5].expand(7, -1, -1, -1))
+    assert torch.equal(walk.images[..., 9:, :], NOISE[:1, :, 9:].expand(7, -1, -1, -1))
+    assert walk.target == (walk.reading(6).prediction if target is None else target)
+    assert float((walk.images[6] - start).abs().max()) > 0.05
 
 
 def test_samples_are_the_unbounded_ascent_from_the_seeds() -> None:
@@ -170,6 +192,12 @@ def test_colour_images_and_other_sizes_work() -> None:
         (lambda e: e.counterfactual(NOISE[0], 1, float("inf")), r"eps must be a finite radius of at least 0, got inf"),
         (lambda e: e.counterfactual(NOISE[0], 1, 1.0, 0), r"num_steps must lie in 1 … 500, got 0"),
         (lambda e: e.counterfactual(NOISE[0], 1, 1.0, step_size=-1.0), r"step_size must be .* got -1"),
+        (lambda e: e.fill(NOISE[0], torch.ones(16, 15) > 0), r"mask must be of 16×16 pixels, .* got \(16, 15\)"),
+        (lambda e: e.fill(NOISE[0], torch.zeros(16, 16) > 0), r"some of them true"),
+        (lambda e: e.fill(NOISE[0], torch.ones(16, 16)), r"mask must be of type bool"),
+        (lambda e: e.fill(NOISE[0], torch.ones(16, 16) > 0, 10), r"target must be a class in 0 … 9, got 10"),
+        (lambda e: e.fill(NOISE[0] * 2, torch.ones(16, 16) > 0), r"image must lie in \[0, 1\], got"),
+        (lambda e: e.fill(NOISE[0], torch.ones(16, 16) > 0, 1, 0), r"num_steps must lie in 1 … 500, got 0"),
         (lambda e: e.generate(-1), r"target must be a class in 0 … 9, got -1"),
         (lambda e: e.generate(1, 65), r"num_images must lie in 1 … 64, got 65"),
         (lambda e: e.generate(1, seed=-1), r"seed must be at least 0, got -1"),

@@ -25,6 +25,8 @@ FOLDER = Path(__file__).resolve().parent
 ROOT = FOLDER.parents[1]
 VALUES = FOLDER / "values.json"
 RESOLVED = FOLDER / "resolved.json"
+# Names of configurations that are added after one that trains.
+ADDED = ("evaluate", "editing")
 
 
 def environment() -> dict[str, str]:
@@ -164,7 +166,7 @@ def recipes() -> dict[str, list[Path]]:
     """Returns the configurations that a user gives to ``fit``, each with the files that make it."""
     folders = ("cifar10", "cifar100", "cifar10_small", "cifar10_cpu", "imagenet", "digits", "fashion_mnist")
     paths = [path for folder in folders for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
-    return {f"{path.parent.name}/{path.stem}": [path] for path in paths if path.stem != "evaluate"}
+    return {f"{path.parent.name}/{path.stem}": [path] for path in paths if path.stem not in ADDED}
 
 
 def values() -> dict[str, Any]:

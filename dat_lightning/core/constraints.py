@@ -1,0 +1,162 @@
+"""What an edit of images keeps: pixels outside of a mask, or what a smaller image shows of them; and steps that do."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
+
+from dat_lightning.core.errors import InputError, require_kind
+from dat_lightning.core.update_rules import STEEPEST, State, Step, UpdateRule
+
+
+class Constraint(ABC):
+    """A set of images given by linear equations, of which an ascent sees the part in [0, 1]."""
+
+    @abstractmethod
+    def tangent(self, direction: Tensor) -> Tensor:
+        """Returns the part of directions (N, C, H, W) along which the equations go on to hold: the nearest such."""
+
+    @abstractmethod
+    def nearest(self, x: Tensor) -> Tensor:
+        """Returns the points of the set and of [0, 1] nearest to images (N, C, H, W) in L2."""
+
+
+@dataclass(frozen=True, eq=False)
+class FixedPixels(Constraint):
+    """Images whose pixels outside of a mask are those of given ones, bit for bit.
+
+    Attributes:
+        known: The given images, (N, C, H, W), in [0, 1].
+        mask: What may change, bool, of a shape that broadcasts to theirs, such as (H, W) or (N, 1, H, W).
+
+    Raises:
+        InputError: If the mask is of another type or shape.
+    """
+
+    known: Tensor
+    mask: Tensor
+
+    def __post_init__(self) -> None:
+        if self.mask.dtype != torch.bool:
+            raise InputError(f"mask must be of type bool, true where pixels may change, got {self.mask.dtype}")
+        shape = tuple(self.known.shape)
+        if not _broadcasts(tuple(self.mask.shape), shape):
+            raise InputError(f"mask must have a shape that broadcasts to {shape}, got {tuple(self.mask.shape)}")
+
+    def tangent(self, direction: Tensor) -> Tensor:
+        """Returns directions that are zero outside of the mask."""
+        return torch.where(self.mask, direction, 0)
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Returns images clipped to [0, 1] inside the mask, and the given pixels outside."""
+        return torch.where(self.mask, x.clamp(0, 1), self.known)
+
+
+@dataclass(frozen=True, eq=False)
+class PooledPixels(Constraint):
+    """Images whose average over blocks of ``factor`` × ``factor`` pixels are given: what smaller images show of them.
+
+    Attributes:
+        pooled: The smaller images, (N, C, h, w), in [0, 1].
+        factor: Side of a block, 1 at least.
+
+    Raises:
+        InputError: If the factor is less than 1, or the smaller images are outside [0, 1], which no average is.
+    """
+
+    pooled: Tensor
+    factor: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise InputError(f"factor must be at least 1, got {self.factor}")
+        if self.pooled.dim() != 4 or not bool(((self.pooled >= 0) & (self.pooled <= 1)).all()):
+            raise InputError(f"pooled must be images (N, C, h, w) in [0, 1], got the shape {tuple(self.pooled.shape)}")
+
+    def tangent(self, direction: Tensor) -> Tensor:
+        """Returns directions less their mean over each block."""
+        blocks = self._blocks(direction)
+        return self._image(blocks - blocks.mean(2, keepdim=True))
+
+    def nearest(self, x: Tensor) -> Tensor:
+        """Returns the nearest images in [0, 1] with the given averages.
+
+        Those of a block are clip(x − τ) to [0, 1] with the one number τ at which their mean is right (the conditions of
+        Karush, Kuhn and Tucker). The mean falls with τ, in pieces that are linear between the points where some pixel
+        begins or ends to be clipped, so that τ follows from the two points around it.
+        """
+        blocks, wanted = self._blocks(x), self.pooled.unsqueeze(2).to(x)
+        corners = torch.cat([blocks - 1, blocks], 2).sort(2).values
+        means = (blocks.unsqueeze(3) - corners.unsqueeze(2)).clamp(0, 1).mean(2)
+        # The last corner whose mean is not too small; at the first, the mean is 1.
+        left = (means >= wanted).sum(2, keepdim=True).clamp_min(1) - 1
+        right = (left + 1).clamp_max(corners.shape[2] - 1)
+        (low, high), (more, less) = ([t.gather(2, at) for at in (left, right)] for t in (corners, means))
+        fraction = (more - wanted) / torch.where(more > less, more - less, 1)
+        return self._image((blocks - (low + fraction * (high - low))).clamp(0, 1))
+
+    def _blocks(self, x: Tensor) -> Tensor:
+        """The pixels of each block, (N, C, factor², h, w)."""
+        shape = (*self.pooled.shape[:2], *(side * self.factor for side in self.pooled.shape[2:]))
+        if tuple(x.shape) != shape:
+            raise InputError(f"images must be {self.factor} times as large as pooled, {shape}, got {tuple(x.shape)}")
+        blocks: Tensor = pixel_unshuffle(x, self.factor).unflatten(1, (x.shape[1], -1))
+        return blocks
+
+    def _image(self, blocks: Tensor) -> Tensor:
+        return pixel_shuffle(blocks.flatten(1, 2), self.factor)
+
+
+@dataclass(frozen=True)
+class Constrained(UpdateRule):
+    """Moves as another rule does, along a constraint: its gradients are those along it, and it ends on it.
+
+    The ball of a threat model with norm L2 around a point of the set keeps its images in the set; so does any without
+    a ball. Tensors are compared by identity, so that this rule is for walks, not for configurations.
+
+    Attributes:
+        constraint: What to keep; of the images that walk, in their order.
+        rule: The other rule, by default the steepest.
+
+    Raises:
+        InputError: If one of them is of another kind.
+    """
+
+    constraint: Constraint
+    rule: UpdateRule = STEEPEST
+
+    def __post_init__(self) -> None:
+        require_kind(Constraint, constraint=self.constraint)
+        require_kind(UpdateRule, rule=self.rule)
+
+    @property
+    def gradients_per_step(self) -> int:  # type: ignore[override]
+        """Those of the other rule."""
+        return self.rule.gradients_per_step
+
+    def move(self, step: Step, state: State) -> tuple[Tensor, State]:
+        """Returns the way to the point of the constraint nearest to where the other rule leads, and its state."""
+
+        def gradient(x: Tensor) -> Tensor:
+            return self.constraint.tangent(step.gradient(x))
+
+        moved, state = self.rule.move(replace(step, gradient=gradient), state)
+        return self.constraint.nearest(step.x + moved) - step.x, state
+
+
+def pooled(x: Tensor, factor: int) -> Tensor:
+    """Returns images (N, C, H, W) averaged over blocks of ``factor`` × ``factor`` pixels, (N, C, H/factor, W/factor).
+
+    Raises:
+        InputError: If the factor is less than 1 or does not divide height and width.
+    """
+    if factor < 1 or x.shape[-2] % factor or x.shape[-1] % factor:
+        raise InputError(f"factor must divide the images' sides {x.shape[-2]} and {x.shape[-1]}, got {factor}")
+    return avg_pool2d(x, factor)
+
+
+def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether a tensor of one shape takes the other by repetition alone."""
+    return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))
