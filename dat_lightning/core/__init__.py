@@ -15,6 +15,7 @@ from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels,
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.editing import Edit, denoising, harmonic, inpainting, super_resolution
 from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_bce, energy_gradient_norm, is_right, r1_penalty, robust_cross_entropy
 from dat_lightning.core.objectives import (
     Objective,
@@ -78,6 +79,7 @@ __all__ = [
     "inpainting",
     "input_gradient",
     "is_right",
+    "jacobian_norm",
     "joint_energy",
     "marginal_energy",
     "negative_marginal_energy",

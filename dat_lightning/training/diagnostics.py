@@ -14,7 +14,8 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
-from dat_lightning.core.errors import InputError, TrainingFailureError
+from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least
+from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
 from dat_lightning.training.pace import Pace, Step
@@ -39,7 +40,8 @@ class Diagnostics(Callback):
     :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
     is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
     training; the row on OOD seeds is for data of others.
-    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in modules that train an energy (``trains_energy``).
+    Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in modules that train an energy (``trains_energy``); there
+    ``train/jacobian_norm`` too, if it is asked for: the mean of ‖∂f/∂x‖₂ by :func:`~dat_lightning.core.jacobian_norm`.
 
     Args:
         every_n_steps: Training steps between looks; each costs a host synchronisation and one input gradient.
@@ -47,9 +49,11 @@ class Diagnostics(Callback):
         max_energy: Largest absolute mean energy.
         max_gradient: Largest mean of ‖∇ₓE(x)‖².
         action: What to do about an explosion that is still finite.
+        jacobian_images: Of how many images of ``x_gen`` the Jacobian's norm is logged, the first of each rank's batch;
+            0 for none. A look at one costs as much as about thirty training passes of it.
 
     Raises:
-        InputError: If a number is not positive.
+        InputError: If a number is not positive, or ``jacobian_images`` is negative.
         TrainingFailureError: In training, as said above.
 
     Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
@@ -62,16 +66,19 @@ class Diagnostics(Callback):
         max_energy: float = 1e4,
         max_gradient: float = 1e8,
         action: Literal["stop", "warn"] = "stop",
+        jacobian_images: int = 0,
     ) -> None:
         limits = {"every_n_steps": every_n_steps, "patience": patience, "max_energy": max_energy}
         for name, value in {**limits, "max_gradient": max_gradient}.items():
             if not value > 0:
                 raise InputError(f"{name} must be positive, got {value}")
+        require_at_least(0, jacobian_images=jacobian_images)
         self.every_n_steps = every_n_steps
         self.patience = patience
         self.max_energy = max_energy
         self.max_gradient = max_gradient
         self.action = action
+        self.jacobian_images = jacobian_images
         self._warned_stuck = False
         self._last_look = 0
         self._stale: dict[str, Tensor] = {}
@@ -143,7 +150,11 @@ class Diagnostics(Callback):
         if isinstance(batch, dict) and getattr(pl_module, "trains_energy", False) and "x_gen" in batch:
             with torch.enable_grad(), no_trace(pl_module):
                 values[_GRADIENT] = energy_gradient_norm(pl_module, batch["x_gen"]).mean()
-            pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
+                pl_module.log("train/r1", values[_GRADIENT], sync_dist=False)
+                if self.jacobian_images:
+                    # Not the module, which may run a compiled graph: that has no second derivatives.
+                    network, x = getattr(pl_module, "energy_model", pl_module), batch["x_gen"][: self.jacobian_images]
+                    pl_module.log("train/jacobian_norm", jacobian_norm(network, x).mean(), sync_dist=False)
         if not values:
             return {}
         # NaN has no place in an order.

@@ -1,3 +1,5 @@
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -5,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dat_lightning import SmallResNet
-from dat_lightning.backbones.small import Activation, PreActivationBlock
+from dat_lightning import EnergyModel, SmallResNet, architecture_of, build_architecture
+from dat_lightning.backbones.small import Activation, Normalization, PreActivationBlock
+from dat_lightning.core import batch_norm_layers
 
 
 def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
@@ -15,6 +18,17 @@ def batch_norm(layer: nn.BatchNorm2d, x: Tensor) -> Tensor:
     scale = layer.weight / (layer.running_var + layer.eps).sqrt()
     shift = layer.bias - layer.running_mean * scale
     return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+
+def layer_norm(layer: nn.Module, x: Tensor) -> Tensor:
+    assert isinstance(layer, nn.GroupNorm)
+    mean = x.mean((1, 2, 3), keepdim=True)
+    variance = (x - mean).square().mean((1, 2, 3), keepdim=True)
+    normal = (x - mean) / (variance + layer.eps).sqrt()
+    return normal * layer.weight.view(1, -1, 1, 1) + layer.bias.view(1, -1, 1, 1)
+
+
+NORMS: list[Any] = [("batch", batch_norm), ("layer", layer_norm)]
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -39,9 +53,12 @@ def test_the_output_has_a_logit_per_class(
     assert SmallResNet(**arguments)(torch.rand(shape)).shape == logits
 
 
+@pytest.mark.parametrize(("norm", "normalized"), NORMS)
 @pytest.mark.parametrize(("in_channels", "out_channels", "pool"), [(2, 2, False), (2, 2, True), (2, 3, True)])
-def test_a_block_equals_its_equation(in_channels: int, out_channels: int, pool: bool) -> None:
-    block = randomized(PreActivationBlock(in_channels, out_channels, pool, "silu"))
+def test_a_block_equals_its_equation(
+    in_channels: int, out_channels: int, pool: bool, norm: Normalization, normalized: Callable[..., Tensor]
+) -> None:
+    block = randomized(PreActivationBlock(in_channels, out_channels, pool, "silu", norm))
     assert isinstance(block, PreActivationBlock)
     x = torch.rand(2, in_channels, 4, 4, dtype=torch.float64)
 
@@ -52,10 +69,10 @@ def test_a_block_equals_its_equation(in_channels: int, out_channels: int, pool: 
     def silu(z: Tensor) -> Tensor:
         return z / (1 + torch.exp(-z))
 
-    h = silu(batch_norm(block.bn1, x))
+    h = silu(normalized(block.bn1, x))
     same = in_channels == out_channels
     shortcut = halve(x) if same else F.conv2d(halve(h), block.state_dict()["shortcut.weight"])
-    h = silu(batch_norm(block.bn2, F.conv2d(halve(h), block.conv1.weight, padding=1)))
+    h = silu(normalized(block.bn2, F.conv2d(halve(h), block.conv1.weight, padding=1)))
     torch.testing.assert_close(block(x), shortcut + F.conv2d(h, block.conv2.weight, padding=1), rtol=1e-12, atol=0)
 
 
@@ -80,11 +97,12 @@ def test_the_stem_averages_over_squares() -> None:
     torch.testing.assert_close(seen[0], squares)
 
 
-def test_the_head_averages_over_all_places() -> None:
-    network = randomized(SmallResNet(widths=(4,)))
+@pytest.mark.parametrize(("norm", "normalized"), NORMS)
+def test_the_head_averages_over_all_places(norm: Normalization, normalized: Callable[..., Tensor]) -> None:
+    network = randomized(SmallResNet(widths=(4,), norm=norm))
     assert isinstance(network, SmallResNet)
     x = torch.rand(2, 1, 4, 4, dtype=torch.float64)
-    h = batch_norm(network.norm, network.blocks(network.stem(x)))
+    h = normalized(network.norm, network.blocks(network.stem(x)))
     pooled = (h / (1 + torch.exp(-h))).sum((2, 3)) / 16
     expected = pooled @ network.fc.weight.T + network.fc.bias
     torch.testing.assert_close(network(x), expected, rtol=1e-12, atol=0)
@@ -96,6 +114,36 @@ def test_all_nonlinearities_are_the_one_asked_for(activation: Activation, layer:
     assert kinds == {layer}
 
 
+def test_layer_norm_is_each_images_own() -> None:
+    network = SmallResNet(widths=(4, 8), norm="layer")
+    assert not batch_norm_layers(network)
+    assert not list(network.buffers())
+    x = torch.rand(3, 1, 8, 8)
+    alone = torch.cat([network(image[None]) for image in x])
+    torch.testing.assert_close(network.train()(x), alone, rtol=1e-4, atol=1e-6)
+    # Scale and level of an image's features are gone after a layer.
+    features = torch.rand(3, 4, 8, 8)
+    first = PreActivationBlock(4, 4, False, "silu", "layer").bn1
+    torch.testing.assert_close(first(5 * features + 2), first(features), rtol=0, atol=1e-3)
+
+
+def test_a_network_with_layer_norm_is_described_and_read_back(tmp_path: Path) -> None:
+    model = EnergyModel(SmallResNet(widths=(4, 8), norm="layer"), mean=[0.3], std=[0.35]).eval()
+    assert (architecture_of(model.backbone) or {})["arguments"]["norm"] == "layer"
+    model.save_pretrained(tmp_path)
+    x = torch.rand(2, 1, 8, 8)
+    assert torch.equal(EnergyModel.from_pretrained(tmp_path).eval()(x), model(x))
+
+
+def test_a_description_from_before_the_choice_is_of_batch_norm() -> None:
+    old = {"name": "SmallResNet", "arguments": {"widths": [4, 8]}}
+    expected = SmallResNet(widths=(4, 8)).state_dict()
+    assert {name: v.shape for name, v in build_architecture(old).state_dict().items()} == {
+        name: value.shape for name, value in expected.items()
+    }
+    assert "norm.running_mean" in expected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -105,6 +153,7 @@ def test_all_nonlinearities_are_the_one_asked_for(activation: Activation, layer:
         ({"widths": ()}, r"widths=\[\]"),
         ({"stem_pool": 0}, "stem_pool=0"),
         ({"activation": "tanh"}, "activation .* 'tanh'"),
+        ({"norm": "group"}, "norm must be 'batch' or 'layer', got 'group'"),
     ],
 )
 def test_values_outside_their_range_are_refused_by_name(arguments: dict[str, Any], message: str) -> None:

@@ -230,5 +230,7 @@ def test_what_cannot_be_folded_says_so() -> None:
         FoldedNetwork(Branching())
     with pytest.raises(ValueError, match="Linear has no batch norm to fold"):
         FoldedNetwork(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="SmallResNet has no batch norm to fold"):
+        FoldedNetwork(SmallResNet(widths=(4,), norm="layer"))
     with pytest.raises(ValueError, match="no running statistics"):
         FoldedNetwork(nn.Sequential(nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2, track_running_stats=False)))

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
+from dat_lightning.core import jacobian_norm
 from dat_lightning.data import SizedDataset
 from dat_lightning.data.digits import digits, split_indices
 from dat_lightning.training import TrainingFailureError
@@ -36,6 +37,35 @@ def test_a_healthy_run_passes_and_logs_the_gradient(tmp_path: Path) -> None:
     expected = gradient.square().flatten(1).sum(1).mean()
     assert float(trainer.callback_metrics["train/r1"]) == pytest.approx(float(expected), rel=1e-4)
     assert all(p.requires_grad for p in module.parameters())
+
+
+def test_the_jacobians_norm_is_logged_if_asked_for(tmp_path: Path) -> None:
+    module = tiny.stage2(optimizer=partial(torch.optim.SGD, lr=0.0))
+    trainer = fit(tmp_path, module, jacobian_images=3)
+    data = tiny.digits()
+    data.setup("fit")
+    x = list(data.train_dataloader())[5]["x_gen"][:3]
+    iterated = float(jacobian_norm(module.eval().energy_model, x).mean())
+    module.double()
+    expected = []
+    for image in x.double():
+        jacobian = torch.autograd.functional.jacobian(module.energy_model, image[None])
+        expected.append(float(torch.linalg.svdvals(jacobian.flatten(2)[0])[0]))
+    found = float(trainer.callback_metrics["train/jacobian_norm"])
+    assert found == pytest.approx(iterated, rel=1e-5)
+    assert found == pytest.approx(sum(expected) / 3, rel=0.02)
+    assert all(p.requires_grad for p in module.parameters())
+    assert "train/jacobian_norm" not in fit(tmp_path, tiny.stage2()).callback_metrics
+
+
+def test_looking_at_the_jacobian_changes_no_weight(tmp_path: Path) -> None:
+    runs = []
+    for count in (0, 3):
+        torch.manual_seed(0)
+        runs.append(tiny.stage2())
+        fit(tmp_path, runs[-1], jacobian_images=count)
+    for one, other in zip(*(run.state_dict().values() for run in runs), strict=True):
+        assert torch.equal(one, other)
 
 
 class Thawed(DualAdversarialModule):
@@ -138,6 +168,8 @@ def test_a_second_run_is_warned_anew(tmp_path: Path) -> None:
 def test_limits_must_be_positive() -> None:
     with pytest.raises(ValueError, match="patience must be positive, got 0"):
         Diagnostics(patience=0)
+    with pytest.raises(ValueError, match="jacobian_images must be at least 0, got -1"):
+        Diagnostics(jacobian_images=-1)
 
 
 class Sparse(LightningModule):
