@@ -64,6 +64,7 @@ __all__ = [
     "SmallResNet",
     "Steepest",
     "ThreatModel",
+    "ThriftyDATModule",
     "TinyImages",
     "TorchFidelityFeatures",
     "TorchFidelityLayers",
@@ -149,6 +150,7 @@ _ROOMS = {
     "JEMModule": "modules",
     "RATIOModule": "modules",
     "RobustClassifierModule": "modules",
+    "ThriftyDATModule": "modules",
     "TradesModule": "modules",
     "EvaluationReport": "pages",
     "Figure": "results",
@@ -236,6 +238,7 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         JEMModule,
         RATIOModule,
         RobustClassifierModule,
+        ThriftyDATModule,
         TradesModule,
     )
     from dat_lightning.pages import EvaluationReport

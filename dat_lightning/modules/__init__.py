@@ -1,4 +1,4 @@
-"""LightningModules, one per way of training: Stage 1 in three ways, DAT in two, JEM, AT-EBM, and what they share."""
+"""LightningModules, one per way of training: Stage 1 in three ways, DAT in three, JEM, AT-EBM, and what they share."""
 
 from dat_lightning.modules.at_ebm import ATEBMModule
 from dat_lightning.modules.base import EnergyModule
@@ -7,6 +7,7 @@ from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointL
 from dat_lightning.modules.jem import JEMModule
 from dat_lightning.modules.ratio import RATIOModule
 from dat_lightning.modules.robust_classifier import RobustClassifierModule
+from dat_lightning.modules.thrifty import ThriftyDATModule
 from dat_lightning.modules.trades import TradesModule
 
 __all__ = [
@@ -18,5 +19,6 @@ __all__ = [
     "JointLogits",
     "RATIOModule",
     "RobustClassifierModule",
+    "ThriftyDATModule",
     "TradesModule",
 ]
