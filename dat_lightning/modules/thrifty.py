@@ -34,11 +34,6 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
     **Warm attacks.** The classification attack of an image begins at the perturbation in which its last one ended,
     carried through the shifts and flips of both draws. All ranks have all perturbations.
 
-    **Growing attacks.** The attack has ``first_attack_steps``, and one more after every ``attack_growth`` training
-    steps, up to those of ``threat_model``.
-
-    **Chains of random length.** Each training step's chains walk 1 … T steps, alike probable.
-
     Besides the buffer, a checkpoint has the perturbations; files of weights alone have neither.
 
     Args:
@@ -46,11 +41,8 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
         restart_share: Share of chains that begin anew; with 1 there is no buffer.
         continued_steps: Steps of a chain that goes on, T at most.
         buffer_size: Images in the buffer, over all classes and ranks.
-        first_attack_steps: Steps of the attack in the beginning; ``None`` for those of ``threat_model`` throughout.
-        attack_growth: Training steps after which it has one more.
         warm_attacks: Whether an attack begins where the last one on the same image ended. The data have to be a
             :class:`~dat_lightning.data.PairedDataModule`, whose augmentation of ``clf`` moves or covers pixels alone.
-        random_length: Whether chains are of random length.
         shared: The arguments of :class:`DualAdversarialModule`.
 
     Raises:
@@ -58,8 +50,7 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
             buffer cannot be shared evenly by classes and ranks, or ``warm_attacks`` has other data.
 
     Source: DAT (arXiv 2510.13872), of whose open questions it is one; JEM (arXiv 1912.03263) and JEM++ (arXiv
-    2109.09032) for chains that go on, ATTA (arXiv 1912.11969) for warm attacks, DEAT (arXiv 2103.03076) for growing
-    ones.
+    2109.09032) for chains that go on, ATTA (arXiv 1912.11969) for warm attacks.
     """
 
     def __init__(
@@ -68,22 +59,18 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
         restart_share: float = 1.0,
         continued_steps: int = 1,
         buffer_size: int = 200,
-        first_attack_steps: int | None = None,
-        attack_growth: int = 50,
         warm_attacks: bool = False,
-        random_length: bool = False,
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
         if not 0 <= restart_share <= 1:
             raise InputError(f"restart_share must lie in [0, 1], got {restart_share}")
-        require_at_least(0, continued_steps=continued_steps, first_attack_steps=first_attack_steps or 0)
-        require_at_least(1, buffer_size=buffer_size, attack_growth=attack_growth)
+        require_at_least(0, continued_steps=continued_steps)
+        require_at_least(1, buffer_size=buffer_size)
         if warm_attacks and self.threat_model.random_start:
             raise InputError("warm_attacks and threat_model.random_start exclude each other: an attack has one start")
         self.restart_share, self.continued_steps, self.buffer_size = restart_share, continued_steps, buffer_size
-        self.first_attack_steps, self.attack_growth = first_attack_steps, attack_growth
-        self.warm_attacks, self.random_length = warm_attacks, random_length
+        self.warm_attacks = warm_attacks
         self.perturbations: Tensor | None = None  # (images, C, H·W) of the clf stream; like the buffer no buffer
         self._clf_stream: DrawStream | None = None
         self._anew: Tensor | None = None
@@ -91,23 +78,10 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
 
     # One method per equation.
 
-    def chain_length(self) -> int:
-        """Returns how many steps chains that begin anew walk in this training step: T, or a random number up to T."""
-        steps = self.curriculum.steps_on_host()
-        if not self.random_length or steps == 0:
-            return steps
-        return int(torch.randint(1, steps + 1, (), generator=stream_generator(self.seed, "length", self.global_step)))
-
-    def attack_length(self) -> int:
-        """Returns how many steps the classification attack has in this training step."""
-        if self.first_attack_steps is None:
-            return self.threat_model.num_steps
-        return min(self.threat_model.num_steps, self.first_attack_steps + self.global_step // self.attack_growth)
-
     @override
     def contrastive_samples(self, x_ood: Tensor, y_gen: Tensor, draws: Tensor | None = None) -> Tensor:
         """Returns the ends of chains that began at ``x_ood`` or in the buffer, (N, C, H, W), detached."""
-        steps = self.chain_length()
+        steps = self.curriculum.steps_on_host()
         if self.restart_share == 1:
             return self._walked(x_ood, y_gen, draws, steps)
         buffer, numbers = self._buffer_of(x_ood), torch.tensor(self._draws(draws, len(x_ood)))
@@ -137,22 +111,23 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
 
     @override
     def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Returns the images that an attack of :meth:`attack_length` reaches, which with ``warm_attacks`` goes on."""
-        threat_model = replace(self.threat_model, num_steps=self.attack_length())
-        attack = Ascent(self.attack_objective, threat_model, self.attack_rule)
+        """Returns the attacked images (N, C, H, W), detached; with ``warm_attacks`` the attack goes on."""
         if not self.warm_attacks:
-            return self.ascend(attack, x, y, mode=self.attack_mode, draws=draws)
+            return super().adversarial_examples(x, y, draws)
         if draws is None:
             raise InputError("warm_attacks needs numbered draws: the batches of a PairedDataModule have them")
         stream, numbers = self._stream(), draws.tolist()
         height, width = get_size(image_of(stream.dataset[0]))
-        if self.perturbations is None:
-            self.perturbations = x.new_zeros(stream.size, x.shape[1], height * width)
+        shape = (stream.size, x.shape[1], height * width)
+        if self.perturbations is None or self.perturbations.shape != shape:
+            self.perturbations = x.new_zeros(shape)
+        self.perturbations = self.perturbations.to(x)  # those of a checkpoint are elsewhere
         indices = torch.tensor([stream.index(number) for number in numbers], device=x.device)
         # Where a pixel has no place it begins and ends in one behind the others.
         places = pixel_places(stream, numbers, (height, width)).to(x.device).unsqueeze(1).expand(-1, x.shape[1], -1)
         padded = torch.nn.functional.pad(self.perturbations[indices], (0, 1))
         places = torch.where(places < 0, padded.shape[2] - 1, places)
+        attack = Ascent(self.attack_objective, self.threat_model, self.attack_rule)
         x_adv = self.ascend(attack, x, y, start=x + padded.gather(2, places).view_as(x), draws=draws)
         ends = padded.scatter(2, places, (x_adv - x).flatten(2))[:, :, :-1]
         self._keep(self.perturbations, indices, ends)

@@ -12,7 +12,7 @@ from tests import tiny
 from tests.ddp.ranks import launch, strategy
 
 NUM_STEPS, STOP = 9, 5  # of 128 images: each of the 437 comes twice at least
-WARM: dict[str, Any] = {"warm_attacks": True, "random_length": True, "first_attack_steps": 1, "attack_growth": 3}
+WARM: dict[str, Any] = {"warm_attacks": True}
 CHAINS: dict[str, Any] = {**WARM, "restart_share": 0.4, "buffer_size": 40}
 
 

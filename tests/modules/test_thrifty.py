@@ -19,14 +19,7 @@ from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
 
 ROOT = Path(__file__).resolve().parents[2]
-ALL: dict[str, Any] = {
-    "restart_share": 0.4,
-    "buffer_size": 40,
-    "first_attack_steps": 1,
-    "attack_growth": 4,
-    "warm_attacks": True,
-    "random_length": True,
-}
+ALL: dict[str, Any] = {"restart_share": 0.4, "buffer_size": 40, "warm_attacks": True}
 
 
 def started(path: Path, kind: type[DualAdversarialModule] = ThriftyDATModule, steps: int = 2, **kwargs: Any) -> Any:
@@ -88,25 +81,21 @@ def test_chains_that_go_on_are_those_of_a_plain_loop(tmp_path: Path) -> None:
     assert not any("replay" in name or "perturb" in name for name in module.state_dict())
 
 
-def test_the_loss_is_that_of_a_plain_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In float64: two steps, with chains that go on in the second, and an attack that has one step more in it."""
-    module = started(tmp_path, restart_share=0.0, buffer_size=10, first_attack_steps=1, attack_growth=1)
-    module.double().train()
+def test_the_loss_is_that_of_a_plain_loop(tmp_path: Path) -> None:
+    """In float64: two steps, in the second of which all chains go on."""
+    module = started(tmp_path, restart_share=0.0, buffer_size=10, energy_weight=2.0).double().train()
     net, batch = copy.deepcopy(module.energy_model).eval(), by_hand.batch()
     batch["y_gen"] = torch.tensor([7, 2, 0, 6, 4, 1])  # of one class each, whose places cannot be swapped
     before = batch["x_ood"]
-    for steps in (1, 2):
-        monkeypatch.setattr(ThriftyDATModule, "global_step", steps - 1)
+    x_adv = by_hand.walk(net, batch["x_clf"], tiny.ATTACK, "cross-entropy", batch["y_clf"])
+    for steps in (2, 1):
         loss = module.training_step(batch, 0)
-        x_contrast = by_hand.walk(net, before, unbounded_ascent(0.4, 3 - steps), "logit", batch["y_gen"])
-        threat = ThreatModel(eps=1.0, step_size=0.5, num_steps=steps)
-        x_adv = by_hand.walk(net, batch["x_clf"], threat, "cross-entropy", batch["y_clf"])
-        real, fake = net(batch["x_gen"]).logsumexp(1), net(x_contrast).logsumexp(1)
+        before = by_hand.walk(net, before, unbounded_ascent(0.4, steps), "logit", batch["y_gen"])
+        real, fake = net(batch["x_gen"]).logsumexp(1), net(before).logsumexp(1)
         bce = -(real.sigmoid().log().sum() + (1 - fake.sigmoid()).log().sum()) / 12
-        expected = bce + by_hand.negative_log_likelihood(net(x_adv), batch["y_clf"])
+        expected = 2.0 * bce + by_hand.negative_log_likelihood(net(x_adv), batch["y_clf"])
         torch.testing.assert_close(loss, expected, rtol=1e-9, atol=1e-10)
-        before = x_contrast
-    assert module.network_evaluations == 6 * ((2 * 2 + 2 * 1 + 9) + (2 * 1 + 2 * 2 + 9))
+    assert module.network_evaluations == 6 * ((2 * 2 + 2 * 2 + 9) + (2 * 1 + 2 * 2 + 9))
 
 
 def test_chains_begin_anew_by_their_share_and_their_draws(tmp_path: Path) -> None:
@@ -212,24 +201,6 @@ def test_of_an_image_twice_in_a_batch_the_last_perturbation_is_kept(tmp_path: Pa
     assert table[:, 0, 0].tolist() == [0.0, 4.0, 0.0, 8.0, 0.0]
 
 
-def test_lengths_are_functions_of_the_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    module = started(tmp_path, first_attack_steps=1, attack_growth=3, random_length=True, steps=6)
-    module.threat_model = ThreatModel(num_steps=4)
-    attacks, lengths = [], []
-    for step in range(600):
-        monkeypatch.setattr(ThriftyDATModule, "global_step", step)
-        attacks.append(module.attack_length())
-        lengths.append(module.chain_length())
-    assert attacks[:14] == [1, 1, 1, 2, 2, 2, 3, 3, 3, 4, 4, 4, 4, 4]
-    monkeypatch.setattr(ThriftyDATModule, "global_step", 5)
-    assert module.chain_length() == lengths[5]
-    counts = torch.tensor(lengths).bincount(minlength=7).tolist()
-    assert counts[0] == 0
-    assert all(70 < count < 130 for count in counts[1:])
-    module.curriculum.num_steps.zero_()
-    assert module.chain_length() == 0
-
-
 class Keeper(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.state = [pl_module.replay_buffer.clone(), pl_module.perturbations.clone()]
@@ -270,8 +241,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
         ({"restart_share": 1.5}, r"restart_share must lie in \[0, 1\], got 1.5"),
         ({"continued_steps": -1}, "continued_steps must be at least 0, got -1"),
         ({"buffer_size": 0}, "buffer_size must be at least 1, got 0"),
-        ({"first_attack_steps": -2}, "first_attack_steps must be at least 0, got -2"),
-        ({"attack_growth": 0}, "attack_growth must be at least 1, got 0"),
         ({"warm_attacks": True, "threat_model": ThreatModel(random_start=True)}, "warm_attacks and .*random_start"),
     ]
     for arguments, message in wrong:
