@@ -6,6 +6,7 @@ from dat_lightning.modules.dat_ratio import DATRatioModule
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.jem import JEMModule
 from dat_lightning.modules.ratio import RATIOModule
+from dat_lightning.modules.replay_buffer import ReplayBufferModule
 from dat_lightning.modules.robust_classifier import RobustClassifierModule
 from dat_lightning.modules.thrifty import ThriftyDATModule
 from dat_lightning.modules.trades import TradesModule
@@ -18,6 +19,7 @@ __all__ = [
     "JEMModule",
     "JointLogits",
     "RATIOModule",
+    "ReplayBufferModule",
     "RobustClassifierModule",
     "ThriftyDATModule",
     "TradesModule",
