@@ -203,4 +203,5 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
             indices, ends = (cast(Tensor, self.all_gather(part)).flatten(0, 1) for part in (indices, ends))
         # At the end of a pass a batch may have an image twice: its last one counts, on all devices.
         rows = {index: row for row, index in enumerate(indices.tolist())}
-        perturbations[list(rows)] = ends[list(rows.values())]
+        # What is not finite, in a step that a guard skips, would come back in each pass.
+        perturbations[list(rows)] = ends[list(rows.values())].nan_to_num(0.0, 0.0, 0.0)

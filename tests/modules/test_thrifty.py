@@ -195,10 +195,12 @@ def test_warm_attacks_go_on_through_the_shifts_of_both_draws(tmp_path: Path) -> 
 
 
 def test_of_an_image_twice_in_a_batch_the_last_perturbation_is_kept(tmp_path: Path) -> None:
+    """And nothing that is not finite."""
     module = started(tmp_path, warm_attacks=True)
-    table = torch.zeros(5, 1, 4)
-    module._keep(table, torch.tensor([3, 1, 3]), torch.arange(12.0).view(3, 1, 4))
-    assert table[:, 0, 0].tolist() == [0.0, 4.0, 0.0, 8.0, 0.0]
+    table, ends = torch.ones(5, 1, 4), torch.arange(12.0).view(3, 1, 4)
+    ends[2, 0, 1:] = torch.tensor([torch.nan, torch.inf, 7.0])
+    module._keep(table, torch.tensor([3, 1, 3]), ends)
+    assert table[:, 0].tolist() == [[1.0] * 4, [4.0, 5.0, 6.0, 7.0], [1.0] * 4, [8.0, 0.0, 0.0, 7.0], [1.0] * 4]
 
 
 class Keeper(Callback):
