@@ -181,10 +181,6 @@ class Editing(Evaluator):
         Of what became of them it is (N, T + 1), after each number of steps, as ``{task}_{known or unknown}_{measure}``.
         """
         x, y, index = batch["x"], batch["y"], batch["index"]
-        if x.dim() != 4 or min(x.shape[2:]) < _LEAST_SIDE:
-            raise InputError(
-                f"Editing needs images of at least {_LEAST_SIDE}×{_LEAST_SIDE} pixels, got {tuple(x.shape)}"
-            )
         with torch.no_grad(), no_trace(pl_module):
             self.check_logits(logits_of(pl_module, x, "Editing"), y)
         values: Values = {} if self.judge is None else {"original_agreement": self.read(x) == y}
@@ -220,9 +216,16 @@ class Editing(Evaluator):
     @override
     def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
         """Keeps those images that are chosen; they are edited after the last batch."""
-        indices = batch["index"].tolist()
+        x, indices = batch["x"], batch["index"].tolist()
+        if x.dim() != 4 or min(x.shape[2:]) < _LEAST_SIDE:
+            raise InputError(
+                f"Editing needs images of at least {_LEAST_SIDE}×{_LEAST_SIDE} pixels, got {tuple(x.shape)}"
+            )
+        for task in self.tasks:
+            # What does not fit a task is refused now, not after the last batch.
+            task.degraded(x[:1], indices[:1], self.seed)
         keys = [stream_seed(self.seed, "edited image", index) for index in indices]
-        self._chosen.add(keys, indices, {"x": batch["x"], "y": batch["y"]})
+        self._chosen.add(keys, indices, {"x": x, "y": batch["y"]})
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

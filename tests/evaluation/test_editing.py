@@ -341,8 +341,16 @@ def test_mistakes_cost_a_sentence(wrong: Callable[[], object], message: str) -> 
 
 
 def test_images_that_do_not_fit_a_task_are_refused(tmp_path: Path) -> None:
+    """With the first batch, not after a module's own long test."""
+    seen: list[int] = []
+
+    class Slow(Linear):
+        def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            seen.append(batch_idx)
+
     with pytest.raises(InputError, match="factor must divide the images' sides 16 and 16, got 3"):
-        run(tmp_path, Editing([SuperResolution(factor=3)]))
+        run(tmp_path, Editing([SuperResolution(factor=3)]), Slow())
+    assert seen == [0]
     small = {"x": torch.rand(4, 1, 5, 8), "y": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
     with pytest.raises(InputError, match=r"at least 6×6 pixels, got \(4, 1, 5, 8\)"):
         tiny.trainer(tmp_path, [Editing(TASKS)]).test(Linear(), DataLoader([small], batch_size=None), verbose=False)  # type: ignore[arg-type]
