@@ -173,10 +173,8 @@ class Ascent:
             if isinstance(logits, nn.Module):
                 stack.enter_context(no_trace(logits, mode))
             if autocast_dtype is not None:
-                enabled = autocast_dtype != torch.float32
-                stack.enter_context(
-                    torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
-                )
+                lower = None if autocast_dtype == torch.float32 else autocast_dtype
+                stack.enter_context(torch.autocast(x.device.type, dtype=lower, enabled=lower is not None))
             center, y = x.detach().clone(), y.clone()
             streams = _Streams(center, draws, seed)
             if start is not None:
