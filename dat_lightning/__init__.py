@@ -73,6 +73,7 @@ __all__ = [
     "SmallResNet",
     "Steepest",
     "ThreatModel",
+    "ThriftyDATModule",
     "TinyImages",
     "TorchFidelityFeatures",
     "TorchFidelityLayers",
@@ -167,6 +168,7 @@ _ROOMS = {
     "JEMModule": "modules",
     "RATIOModule": "modules",
     "RobustClassifierModule": "modules",
+    "ThriftyDATModule": "modules",
     "TradesModule": "modules",
     "EvaluationReport": "pages",
     "Figure": "results",
@@ -263,6 +265,7 @@ if TYPE_CHECKING:  # the same for type checkers, editors and the reference
         JEMModule,
         RATIOModule,
         RobustClassifierModule,
+        ThriftyDATModule,
         TradesModule,
     )
     from dat_lightning.pages import EvaluationReport

@@ -1,4 +1,4 @@
-"""LightningModules, one per way of training: Stage 1 in three ways, DAT in five, JEM, AT-EBM, and what they share."""
+"""LightningModules, one per way of training: Stage 1 in three ways, DAT in six, JEM, AT-EBM, and what they share."""
 
 from dat_lightning.modules.at_ebm import ATEBMModule
 from dat_lightning.modules.base import EnergyModule
@@ -9,7 +9,9 @@ from dat_lightning.modules.dat_ratio import DATRatioModule
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.jem import JEMModule
 from dat_lightning.modules.ratio import RATIOModule
+from dat_lightning.modules.replay_buffer import ReplayBufferModule
 from dat_lightning.modules.robust_classifier import RobustClassifierModule
+from dat_lightning.modules.thrifty import ThriftyDATModule
 from dat_lightning.modules.trades import TradesModule
 
 __all__ = [
@@ -23,6 +25,8 @@ __all__ = [
     "JEMModule",
     "JointLogits",
     "RATIOModule",
+    "ReplayBufferModule",
     "RobustClassifierModule",
+    "ThriftyDATModule",
     "TradesModule",
 ]
