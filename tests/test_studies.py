@@ -24,8 +24,8 @@ from tests.frozen.record import ROOT
 STUDIES = ROOT / "configs" / "studies"
 PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
-NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
-NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper"]
+NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/rivals_tuning", "digits/ratio"]
+NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "cifar10_small/precision"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
