@@ -24,7 +24,7 @@ from tests.recipes import write_folders
 ROOT = Path(__file__).resolve().parents[1]
 # tests/test_configs.py has the others; some are added after one of these.
 CONFIGS = sorted(p for p in (ROOT / "configs" / "digits").glob("*.yaml") if p.stem not in ADDED)
-STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"stage{n}.yaml") for n in (1, 2))
+STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"{name}.yaml") for name in ("stage1", "dat"))
 STEP_SIZE = yaml.safe_load(Path(STAGE2).read_text("utf-8"))["model"]["init_args"]["contrastive_step_size"]
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 
@@ -148,7 +148,7 @@ def test_a_run_that_dies_has_the_checkpoint_of_its_last_whole_epoch(config: Path
 
 def test_what_tensorboard_shows(tmp_path: Path) -> None:
     main(["fit", "--config", STAGE2, "--config", TINY, "--trainer.log_every_n_steps", "1"])
-    (folder,) = (tmp_path / "runs" / "digits" / "stage2" / "logs").iterdir()
+    (folder,) = (tmp_path / "runs" / "digits" / "dat" / "logs").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     names = set(events.Tags()["scalars"])
     train = ("loss", "energy_loss", "classification_loss", "robust_accuracy", "energy_real", "energy_contrast")

@@ -24,8 +24,9 @@ from tests.frozen.record import ROOT
 STUDIES = ROOT / "configs" / "studies"
 PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
-NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/rivals_tuning", "digits/ratio"]
-NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "cifar10_small/precision"]
+NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
+NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "digits/rare", "density/plane", "digits/cost"]
+NAMES += ["digits/rivals_tuning"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -106,6 +107,14 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
         known.add(f"robust_accuracy_{t['norm']}_{t['eps']:g}_{t['num_steps']}x{t['step_size']:g}")
     for score in callbacks.get("OODDetection", {}).get("scores", []):
         known |= {f"ood_auroc_held_out_{score}{end}" for end in ("", "_attacked")}
+    if "RelativeDensity" in callbacks:
+        known |= {"rank_correlation", "rank_correlation_balanced", "rank_correlation_within"}
+        for share in ("1", "0.1", "0.01"):
+            known |= {f"{what}_share_{share}" for what in ("score", "class_score", "accuracy", "rarity_auroc")}
+    if "Landscape" in callbacks:
+        known |= {"kl", "energy_scale"}
+    if "SampleSupport" in callbacks:
+        known.add("sample_support")
     if "Calibration" in callbacks:
         known.add("ece")
     search = callbacks.get("Counterfactuals", {})

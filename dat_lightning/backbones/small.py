@@ -9,7 +9,7 @@ from dat_lightning.backbones.architectures import register_architecture
 from dat_lightning.core.errors import InputError
 
 Activation = Literal["relu", "silu", "gelu"]
-_ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
+ACTIVATIONS: dict[Activation, type[nn.Module]] = {"relu": nn.ReLU, "silu": nn.SiLU, "gelu": nn.GELU}
 Normalization = Literal["batch", "layer"]
 
 
@@ -37,7 +37,7 @@ class PreActivationBlock(nn.Module):
         same = in_channels == out_channels
         self.shortcut = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1, bias=False)
         self.pool = nn.AvgPool2d(2) if pool else nn.Identity()
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns features of shape (N, out_channels, H', W')."""
@@ -83,8 +83,8 @@ class SmallResNet(nn.Module):
             raise InputError(
                 f"sizes must be positive: {num_classes=}, {in_channels=}, widths={list(widths)}, {stem_pool=}"
             )
-        if activation not in _ACTIVATIONS:
-            raise InputError(f"activation must be one of {sorted(_ACTIVATIONS)}, got {activation!r}")
+        if activation not in ACTIVATIONS:
+            raise InputError(f"activation must be one of {sorted(ACTIVATIONS)}, got {activation!r}")
         if norm not in get_args(Normalization):
             raise InputError(f"norm must be 'batch' or 'layer', got {norm!r}")
         self.stem = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
@@ -93,7 +93,7 @@ class SmallResNet(nn.Module):
         sizes = enumerate(zip(ins, widths, strict=True))
         self.blocks = nn.Sequential(*(PreActivationBlock(i, o, n > 0, activation, norm) for n, (i, o) in sizes))
         self.norm = _normalization(norm, widths[-1])
-        self.activation = _ACTIVATIONS[activation]()
+        self.activation = ACTIVATIONS[activation]()
         self.fc = nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:

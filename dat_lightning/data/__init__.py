@@ -15,6 +15,8 @@ from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
 from dat_lightning.data.paired import PairedDataModule
 from dat_lightning.data.pixels import CorruptImageError, to_uint8_rgb
+from dat_lightning.data.plane import PlaneDataModule, PlaneDensity, plane_density
+from dat_lightning.data.rare import RareDigitsDataModule
 from dat_lightning.data.tiny_images import TinyImages
 
 __all__ = [
@@ -32,12 +34,16 @@ __all__ = [
     "MixedStream",
     "PairedDataModule",
     "PhotographCrops",
+    "PlaneDataModule",
+    "PlaneDensity",
     "RandomSlice",
+    "RareDigitsDataModule",
     "SizedDataset",
     "TinyImages",
     "Transform",
     "UniformNoise",
     "Unlabelled",
+    "plane_density",
     "read_image",
     "shared_images",
     "to_uint8_rgb",

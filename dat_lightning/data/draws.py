@@ -1,6 +1,7 @@
 """Data order and augmentation as pure functions of (seed, draw number): the basis of exact resume on any rank count."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -82,18 +83,29 @@ class DrawStream:
     def __call__(self, draw: int) -> tuple[Tensor, int | None]:
         """Returns image (C, H, W) in [0, 1] and label, ``None`` where the data set has no labels."""
         index, entry = self._entry(draw)
-        state = torch.get_rng_state()
-        # The CPU generator alone: torch.manual_seed would reset those of all devices.
-        torch.default_generator.manual_seed(stream_seed(self.seed, self.name, "augmentation", draw))
-        try:
+        with self._random_numbers_of(draw):
             return self.images.transformed(index, entry, self.transform)
-        finally:
-            torch.set_rng_state(state)
+
+    def replayed(self, draw: int, image: Any) -> Tensor:
+        """Returns another image, augmented as that of the draw is."""
+        with self._random_numbers_of(draw):
+            return self.transform(image)
 
     @property
     def size(self) -> int:
         """Number of images in a pass."""
         return len(self.dataset)
+
+    @contextmanager
+    def _random_numbers_of(self, draw: int) -> Iterator[None]:
+        """Gives torch's generator the state of a draw's augmentation, and its own back."""
+        state = torch.get_rng_state()
+        # The CPU generator alone: torch.manual_seed would reset those of all devices.
+        torch.default_generator.manual_seed(stream_seed(self.seed, self.name, "augmentation", draw))
+        try:
+            yield
+        finally:
+            torch.set_rng_state(state)
 
     def _entry(self, draw: int) -> tuple[int, Any]:
         """Place and content of the data set's entry of a draw."""

@@ -197,8 +197,9 @@ class ImageDataModule(PairedDataModule):
         """Returns all training images, validation images among them, as ``x_gen`` without flips."""
         return EvaluationBatches(self.train_images, augmentations.evaluation_resize(self.image_size))
 
-    def _stream(self, name: Stream) -> DrawSource:
-        real = super()._stream(name)
+    def training_stream(self, name: Stream) -> DrawSource:
+        """Returns the endless draws of a stream; ``clf`` with its share of generated images."""
+        real = super().training_stream(name)
         if name != "clf" or self.generated is None:
             return real
         generated = self._draws(self.generated, self.transform("clf"), "generated")

@@ -145,6 +145,10 @@ class PairedDataModule(LightningDataModule):
         """How held-out images become seeds, as figures of samples have it among their settings."""
         return {"seed_transform": self._seed_transform}
 
+    def training_stream(self, name: Stream) -> DrawSource:
+        """Returns the endless draws of a stream, as training batches have them."""
+        return self._draws(self._dataset(name), self.transform(name), name)
+
     def held_out_seeds(self) -> DrawStream:
         """Returns the endless stream of OOD seeds for generation: seed i is a pure function of i.
 
@@ -187,7 +191,7 @@ class PairedDataModule(LightningDataModule):
                 f"trainer.overfit_batches={overfit} cannot work with an endless stream of draws; use a data set of"
                 " a few images, or trainer.limit_train_batches"
             )
-        streams: dict[str, DrawSource] = {name: self._stream(name) for name in self.streams}
+        streams: dict[str, DrawSource] = {name: self.training_stream(name) for name in self.streams}
         self._note_sizes(streams)
         sampler = DrawBatches(self.batch_size, self.num_batches, lambda: self.draws_consumed, *self._rank())
         return self._loader(PairedDraws(streams), sampler)
@@ -281,9 +285,6 @@ class PairedDataModule(LightningDataModule):
 
     def _dataset(self, name: Stream) -> SizedDataset:
         return self._require_ood("train") if name == "ood" else self.in_distribution("train")
-
-    def _stream(self, name: Stream) -> DrawSource:
-        return self._draws(self._dataset(name), self.transform(name), name)
 
     def _draws(self, dataset: SizedDataset, transform: Transform, name: str) -> DrawStream:
         return DrawStream(dataset, transform, self.seed, name, self.max_skipped_share)

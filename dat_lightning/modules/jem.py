@@ -1,7 +1,7 @@
 """JEM: a classifier whose energy is trained by maximum likelihood, with Langevin chains from a replay buffer."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.random_streams import normal_noise, stream_generator, uniform_noise
 from dat_lightning.core.update_rules import Langevin
-from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.replay_buffer import ReplayBufferModule
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
@@ -22,7 +22,7 @@ from dat_lightning.weights.hub import EnergyModel
 _CHECK_EVERY = 10
 
 
-class JEMModule(EnergyModule):
+class JEMModule(ReplayBufferModule):
     """Minimises CE(f(x), y) + E_data[E(x)] − E_q[E(x)], with q by Langevin chains that go on from a replay buffer: JEM.
 
     The buffer begins as uniform noise. Each rank keeps its share of it, on its device; a checkpoint has the whole.
@@ -77,13 +77,14 @@ class JEMModule(EnergyModule):
         self.chain = Ascent(negative_marginal_energy, unbounded_ascent(step_size, num_steps), Langevin(noise))
         self.buffer_size, self.restart_share = buffer_size, restart_share
         self.data_noise, self.energy_weight, self.max_energy_gap = data_noise, energy_weight, max_energy_gap
-        # No buffer of nn.Module's: those are averaged, sent from rank zero to all, and part of files of weights.
-        self.replay_buffer: Tensor | None = None
-        self._restored_buffer: Tensor | None = None
-        self._collected_buffer: Tensor | None = None
         self.energy_model.freeze_batch_norm()
 
     # One method per equation.
+
+    @override
+    def first_images(self, places: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Returns uniform noise, (N, *shape), from a stream of each place."""
+        return uniform_noise(self.seed, "buffer", places, shape)
 
     def noised(self, x: Tensor, draws: Sequence[int], name: str) -> Tensor:
         """Returns training images with noise, (N, C, H, W), from streams named by each draw's number."""
@@ -116,7 +117,7 @@ class JEMModule(EnergyModule):
             TrainingFailureError: If the energies of images and samples are too far apart, on any rank.
         """
         x_gen, x_clf, y_clf = (self.part(batch, key) for key in ("x_gen", "x_clf", "y_clf"))
-        draws = self._draws(batch, len(x_gen))
+        draws = self._draws(batch.get("draw"), len(x_gen))
         samples = self.chain_samples(self._buffer_of(x_gen), draws)
         energy_real = marginal_energy(self(self.noised(x_gen, draws, "gen")))
         energy_samples = marginal_energy(self(samples))
@@ -136,61 +137,7 @@ class JEMModule(EnergyModule):
         self._check_divergence(energy_loss.detach())
         return loss
 
-    @override
-    def on_validation_start(self) -> None:
-        """Loads the initial weights, and collects the buffer: a signal in validation has rank zero alone save."""
-        super().on_validation_start()
-        self._collected_buffer = self._gathered() if self.trainer.state.fn == "fit" else None
-
-    @override
-    def on_validation_end(self) -> None:
-        """Gives the collected buffer's memory back."""
-        self._collected_buffer = None
-
-    @override
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the whole buffer, unless it is a file of weights alone; every rank takes part."""
-        super().on_save_checkpoint(checkpoint)
-        if "optimizer_states" in checkpoint:
-            collected = self._collected_buffer
-            checkpoint["replay_buffer"] = self._gathered() if collected is None else collected
-
-    @override
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the whole buffer, of which the next step keeps this rank's share."""
-        super().on_load_checkpoint(checkpoint)
-        self.replay_buffer, self._restored_buffer = None, checkpoint.get("replay_buffer")
-
     # Parts.
-
-    def _draws(self, batch: Batch, size: int) -> Sequence[int]:
-        """The numbers of this batch's draws, counted by steps where the data do not number them."""
-        if "draw" in batch:
-            draws: list[int] = batch["draw"].tolist()
-            return draws
-        first = (self.global_step * self.trainer.world_size + self.trainer.global_rank) * size
-        return range(first, first + size)
-
-    def _buffer_of(self, x: Tensor) -> Tensor:
-        """This rank's share of the buffer, made or taken from a checkpoint at the first step."""
-        if self.replay_buffer is None:
-            rank, world_size, whole = self.trainer.global_rank, self.trainer.world_size, self._restored_buffer
-            if self.buffer_size % world_size or (whole is not None and len(whole) != self.buffer_size):
-                kept = "" if whole is None else f", and be {len(whole)} as in the checkpoint"
-                raise InputError(
-                    f"buffer_size must be a multiple of the number of processes, {world_size}{kept}; got"
-                    f" {self.buffer_size}"
-                )
-            indices, shape = range(rank, self.buffer_size, world_size), tuple(x.shape[1:])
-            share = uniform_noise(self.seed, "buffer", indices, shape) if whole is None else whole[rank::world_size]
-            self.replay_buffer, self._restored_buffer = share.to(x, copy=True), None
-        return self.replay_buffer
-
-    def _gathered(self) -> Tensor | None:
-        if self.replay_buffer is None:
-            return self._restored_buffer
-        shares = cast(Tensor, self.all_gather(self.replay_buffer))
-        return (shares if self.trainer.world_size == 1 else shares.transpose(0, 1).flatten(0, 1)).cpu()
 
     def _check_divergence(self, gap: Tensor) -> None:
         if self.global_step % _CHECK_EVERY:

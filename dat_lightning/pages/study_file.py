@@ -51,12 +51,14 @@ class Variant:
         base: Name of its base; without arguments of its own it is that base.
         arguments: Those that differ.
         value: The number that is varied, for plots against it.
+        group: Name of the curve, if any, that ``scatter`` joins it to others by.
     """
 
     name: str
     base: str
     arguments: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
+    group: str | None = None
 
     @property
     def folder(self) -> str:
@@ -99,9 +101,9 @@ class Plot:
 
     Attributes:
         name: Of its file, without suffix.
-        kind: ``steps``: a figure against the number of sampling steps; ``scatter``: against figure ``x``; ``curve``: a
-            logged scalar against the training step; ``radii``: the figures ``{figure}_eps{ε}`` against ε; ``values``:
-            a figure against the variants' ``value``.
+        kind: ``steps``: a figure against the number of sampling steps; ``scatter``: against figure ``x``, variants of a
+            ``group`` as a curve; ``curve``: a logged scalar against the training step; ``radii``: the figures
+            ``{figure}_eps{ε}`` against ε; ``values``: a figure against the variants' ``value``.
         figure: Name of the figure or of the scalar.
         x: Figure on the horizontal axis.
         words: What stands at the vertical axis; by default the name.

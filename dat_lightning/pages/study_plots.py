@@ -150,15 +150,26 @@ def _values(axes: Any, line: Line) -> None:
 
 def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence[Result]) -> None:
     names, points, colors = [], [], []
-    for k, variant in enumerate(study.variants):
+    groups: dict[str, list[tuple[float, float]]] = {}
+    order = list(dict.fromkeys(variant.group or variant.name for variant in study.variants))
+    for variant in study.variants:
         figures = summaries(results, variant.name)
         if plot.x in figures and plot.figure in figures and variant.name in (plot.variants or [variant.name]):
             x, y = figures[str(plot.x)], figures[plot.figure]
             if math.isfinite(x.mean) and math.isfinite(y.mean):
-                colors.append(PALETTE[k % len(PALETTE)])
-                axes.errorbar(x.mean, y.mean, yerr=y.sd, xerr=x.sd, fmt="o", color=colors[-1], ms=7, lw=1, capsize=2)
+                color = PALETTE[order.index(variant.group or variant.name) % len(PALETTE)]
+                axes.errorbar(x.mean, y.mean, yerr=y.sd, xerr=x.sd, fmt="o", color=color, ms=7, lw=1, capsize=2)
+                if variant.group is not None:
+                    groups.setdefault(variant.group, []).append((x.mean, y.mean))
+                    continue
+                colors.append(color)
                 names.append(label(variant.name))
                 points.append((x.mean, y.mean))
+    for name, places in groups.items():
+        color = PALETTE[order.index(name) % len(PALETTE)]
+        axes.plot(*zip(*sorted(places), strict=True), color=color, lw=1.5, label=label(name))
+    if groups:
+        axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes.margins(0.15)
     write_beside(figure, axes, points, names, colors)
 

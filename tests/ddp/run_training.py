@@ -18,6 +18,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dat_lightning import (
     AUCCurriculum,
+    DATBalancedModule,
+    DATLikelihoodModule,
+    DATNoiseContrastiveModule,
     DATRatioModule,
     EnergyModule,
     ExponentialMovingAverage,
@@ -32,6 +35,7 @@ NUM_STEPS, STOP = 10, 5
 Precision = Literal["64-true", "32-true"]
 
 RANDOM_START = ThreatModel(eps=1.0, step_size=0.5, num_steps=2, random_start=True)
+DAT: dict[str, Any] = {"optimizer": tiny.SGD, "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
 STAGES: dict[str, Callable[..., EnergyModule]] = {
     "stage1": partial(tiny.stage1, threat_model=RANDOM_START),
     # Statistics of the whole batch inside the attack as well.
@@ -39,13 +43,16 @@ STAGES: dict[str, Callable[..., EnergyModule]] = {
     "trades": partial(TradesModule, optimizer=tiny.SGD, threat_model=tiny.ATTACK),
     "ratio": partial(RATIOModule, optimizer=tiny.SGD, threat_model=tiny.ATTACK, ood_threat_model=tiny.ATTACK),
     "stage2": partial(tiny.stage2, threat_model=RANDOM_START, r1_weight=0.1),
-    "dat_ratio": partial(
-        DATRatioModule,
-        optimizer=tiny.SGD,
-        threat_model=tiny.ATTACK,
-        contrastive_step_size=0.4,
-        ood_threat_model=RANDOM_START,
+    "dat_ratio": partial(DATRatioModule, **DAT, ood_threat_model=RANDOM_START),
+    "dat_nce": partial(
+        DATNoiseContrastiveModule,
+        **DAT,
+        proposal="gaussians",
+        data_noise=0.2,
+        nce_scale=10.0,
     ),
+    "dat_likelihood": partial(DATLikelihoodModule, **DAT, likelihood_steps=2, likelihood_step_size=0.1),
+    "dat_balanced": partial(DATBalancedModule, **DAT),
 }
 
 
@@ -134,7 +141,7 @@ def fit(case: Case, folder: Path) -> None:
     fresh = case.resumed_from is None
     origin = replace(case, num_ranks=case.resumed_from or 1, resumed_from=None)
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=64)
-    more = {"curriculum": curriculum} if case.stage in ("stage2", "dat_ratio") else {}
+    more = {"curriculum": curriculum} if case.stage == "stage2" or case.stage.startswith("dat_") else {}
     module = STAGES[case.stage](energy_model=tiny.energy_model(seed=0 if fresh else 1), **more)
     recorder = StepRecorder()
     saver = ModelCheckpoint(dirpath=here, filename="{step}", every_n_train_steps=STOP, save_top_k=-1)

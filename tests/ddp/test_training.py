@@ -108,7 +108,7 @@ def test_a_run_that_starts_says_nothing(runs: Runs) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_stage_and_change_of_ranks(tmp_path: Path) -> None:
-    """TRADES, RATIO, DAT with its term, and attacks that see the statistics of the whole batch, too."""
+    """TRADES, RATIO, DAT with other terms, and attacks that see the statistics of the whole batch, too."""
     every = trained(True, tmp_path)
     compared = [case for case in itertools.chain(*cases(every=True)) if case.num_ranks > 1 or case.resumed_from]
     assert {case.stage for case in compared} == set(STAGES)

@@ -164,7 +164,7 @@ def resolved(configs: list[Path]) -> dict[str, Any]:
 
 def recipes() -> dict[str, list[Path]]:
     """Returns the configurations that a user gives to ``fit``, each with the files that make it."""
-    folders = ("cifar10", "cifar100", "cifar10_small", "cifar10_cpu", "imagenet", "digits", "fashion_mnist")
+    folders = ("cifar10", "cifar100", "cifar10_small", "cifar10_cpu", "imagenet", "digits", "density", "fashion_mnist")
     paths = [path for folder in folders for path in sorted((ROOT / "configs" / folder).glob("*.yaml"))]
     return {f"{path.parent.name}/{path.stem}": [path] for path in paths if path.stem not in ADDED}
 

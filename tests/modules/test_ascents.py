@@ -182,7 +182,7 @@ def test_rules_are_named_in_a_configuration(tmp_path: Path, monkeypatch: pytest.
             - class_path: tests.modules.test_ascents.Recorded
         """
     )
-    files = ["configs/digits/stage2.yaml", "tests/conf/tiny.yaml"]
+    files = ["configs/digits/dat.yaml", "tests/conf/tiny.yaml"]
     configs = [f"--config={ROOT / file}" for file in files] + ["--config=rules.yaml"]
     main(["fit", *configs, "--trainer.limit_val_batches=0"])
     expected = {"attack": Momentum(0.5, nesterov=True), "contrastive": Langevin(0.02), "sampler": PixelAdam((0.5, 0.9))}

@@ -380,6 +380,22 @@ def test_what_is_drawn_is_what_the_lines_say(tmp_path: Path) -> None:
         draw(found, each, [result("short", 0)])
 
 
+def test_variants_of_a_group_are_a_curve(tmp_path: Path) -> None:
+    """In the order of the other figure, which is not that of the file; those without a group keep their names."""
+    given = [("a", "plain", 3.0, 0.5), ("b", None, 2.0, 0.4), ("c", "plain", 1.0, 0.9), ("d", "plain", 2.0, 0.7)]
+    variants = [{"name": name, "base": "first", "group": group} for name, group, _, _ in given]
+    plots = [{"name": "p", "kind": "scatter", "figure": "hits", "x": "cost"}]
+    found = study(tmp_path, {"variants": variants, "plots": plots})
+    rows = [result(name, 0, figures={"cost": cost, "hits": hits}) for name, _, cost, hits in given]
+    axes = draw(found, found.plots[0], rows).axes[0]
+    curves = {str(line.get_label()): line for line in axes.lines if len(line.get_xdata()) > 1}
+    assert list(curves) == ["plain"]
+    assert list(zip(*curves["plain"].get_data(), strict=True)) == [(1.0, 0.9), (2.0, 0.7), (3.0, 0.5)]
+    assert {text.get_text() for text in axes.texts} == {"b"}
+    points = {(line.get_xdata()[0], line.get_ydata()[0]) for line in axes.lines if line.get_marker() == "o"}
+    assert points == {(cost, hits) for _, _, cost, hits in given}
+
+
 @pytest.mark.parametrize(
     ("mean", "sd", "percent", "text"),
     [

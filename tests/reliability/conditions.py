@@ -17,7 +17,7 @@ from torch.utils.data import Dataset, get_worker_info
 from tests.recipes import write_folders
 
 ROOT = Path(__file__).resolve().parents[2]
-STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"stage{n}.yaml") for n in (1, 2))
+STAGE1, STAGE2 = (str(ROOT / "configs" / "digits" / f"{name}.yaml") for name in ("stage1", "dat"))
 TINY = str(ROOT / "tests" / "conf" / "tiny.yaml")
 
 

@@ -23,7 +23,7 @@ from tests.reliability.conditions import ROOT, TINY
 # Whatever a value makes libraries warn of is no error here.
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-DIGITS = ["digits/stage1", "digits/stage2"]
+DIGITS = ["digits/stage1", "digits/dat"]
 IMAGES = ["cifar10/stage2_T40", "cifar10/stage1_trades", "imagenet/resnet50_T30", "imagenet/convnext_l_T110"]
 
 NOTHING = object()

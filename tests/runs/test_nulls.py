@@ -65,7 +65,7 @@ def test_what_may_be_none_or_is_not_known_passes() -> None:
 )
 def test_a_configuration_s_null_is_a_sentence(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Said by the parser, where it looks for itself, or by us."""
-    config = yaml.safe_load((ROOT / "configs/digits/stage2.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((ROOT / "configs/digits/dat.yaml").read_text(encoding="utf-8"))
     part: Any = config
     *places, last = name.split(".")
     for place in places:

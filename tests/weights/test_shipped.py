@@ -144,7 +144,7 @@ def test_the_command_line_tests_a_model(tmp_path: Path) -> None:
     short = ["--trainer.callbacks=[]", "--trainer.logger=false", "--model.eval_threat_model.num_steps=1"]
     # The configuration's own initial weights are not those that are tested.
     main(["test", "--config", STAGE2, *short, "--model.init_from", "nowhere.ckpt", "--ckpt_path", "digits"])
-    evaluation = read_evaluation(tmp_path / "runs" / "digits" / "stage2" / "evaluation.json")
+    evaluation = read_evaluation(tmp_path / "runs" / "digits" / "dat" / "evaluation.json")
     assert evaluation.provenance["checkpoint"] == {"path": "digits", "sha256": None}
     accuracy = evaluation.entry("accuracy")
     assert accuracy is not None

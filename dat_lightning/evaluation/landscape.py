@@ -1,0 +1,187 @@
+"""Energies over the unit square beside a density that is known there: a picture, a divergence, where samples lie."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.evaluation.evaluator import Evaluator
+from dat_lightning.evaluation.relative_density import density_of
+from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.measurement import Measurement
+from dat_lightning.results.pictures import pictures_wanted, show_picture
+from dat_lightning.sampling.pgd_sampler import SampleConsumer
+from dat_lightning.sampling.picture_grids import Tile, captioned_grid
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
+from dat_lightning.sampling.sweep import over_sweep
+
+# From dark blue over green to yellow: lightness rises all the way.
+_RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64)
+_BANDS = 32
+# Scales between which the best is looked for.
+_LOWEST_SCALE, _HIGHEST_SCALE = 1e-3, 1e3
+
+
+class Landscape(Evaluator):
+    """Measures how far exp(−s E(x)) is from a density of the unit square, and pictures both.
+
+    | figure | definition |
+    |---|---|
+    | ``kl`` | Kullback–Leibler divergence of exp(−s E)/Z from p, in nats, at the best s |
+    | ``energy_scale`` | that s: nats of log p for a unit of energy; near 0 if E has nothing to say |
+
+    p is that of :class:`~dat_lightning.data.PlaneDataModule`. The mean over p is that over the test points, Z the sum
+    over the middles of a grid. The uniform density, which s = 0 is, has the ``kl`` in ``details["kl_uniform"]``.
+
+    Logged: ``test/{figure}``. The picture shows log p and −E over the square in bands of equal height, each from its
+    upper quartile on the grid, dark, to its largest value; loggers that take images get it as ``test/landscape``.
+
+    Args:
+        cells: Cells of the grid in each direction.
+        picture: PNG file of the picture; ``None`` writes none.
+        dirpath: See :class:`Evaluator`.
+
+    Raises:
+        InputError: If the grid has no cell; in a test, if the DataModule knows no density, or logits are not finite.
+    """
+
+    def __init__(self, cells: int = 400, picture: str | None = None, dirpath: str | None = None) -> None:
+        super().__init__(dirpath)
+        require_at_least(1, cells=cells)
+        self.cells = cells
+        self.picture = None if picture is None else Path(picture)
+
+    @override
+    def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns −E(x) and log p(x)."""
+        data = density_of(pl_module.trainer, type(self).__name__)
+        log_p = data.log_density(batch["x"], batch["y"]).cpu()
+        return {"score": scores(pl_module, batch["x"]), "log_density": log_p}
+
+    @override
+    def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:
+        """Returns divergence and scale, and draws the picture."""
+        middles = (torch.arange(self.cells, dtype=torch.float64) + 0.5) / self.cells
+        grid = torch.cartesian_prod(middles, middles).view(-1, 2, 1, 1)
+        on_grid = torch.cat([scores(pl_module, part.float().to(pl_module.device)) for part in grid.split(20_000)])
+        at_points = values["score"]
+        scale = best_scale(at_points, on_grid)
+        kl = float(values["log_density"].mean() - scale * at_points.mean() + log_mean_exp(scale * on_grid))
+        pictures = []
+        if pictures_wanted(trainer, self.picture):
+            data = density_of(trainer, type(self).__name__)
+            log_p = torch.cat([data.log_density(part, part[:, 0]) for part in grid.split(20_000)])
+            tiles = [Tile(_painted(each, self.cells), name) for each, name in ((log_p, "log p"), (on_grid, "-E"))]
+            show_picture(trainer, "test/landscape", captioned_grid([tiles], type(pl_module).__name__), self.picture)
+            pictures = [] if self.picture is None else [str(self.picture)]
+        details = {"kl_uniform": float(values["log_density"].mean()), "pictures": pictures}
+        words = "Kullback–Leibler divergence of exp(−s E)/Z from p at the best s, in nats"
+        settings = {"cells": self.cells}
+        return [
+            Measurement("kl", kl, words, len(at_points), details, "lower", settings),
+            Measurement("energy_scale", scale, "the s of the least divergence", len(at_points), {}, None, settings),
+        ]
+
+
+class SampleSupport(SampleConsumer):
+    """Measures the share of samples that lie where the density of the data is not small.
+
+    That is where log p is above the quantile of test points that ``left_out`` says, so that of points of p the share
+    1 − ``left_out`` lies there. ``figures`` are ``sample_support``, after the best number of sampling steps, and
+    ``sample_support_{steps}_steps``. Samples are of all classes alike, however common these are.
+
+    Args:
+        left_out: The quantile, in (0, 1).
+
+    Raises:
+        InputError: If the quantile is outside its range; in a test, if the DataModule knows no density.
+    """
+
+    stages = ("test",)
+
+    def __init__(self, left_out: float = 0.01) -> None:
+        if not 0 < left_out < 1:
+            raise InputError(f"left_out must lie in (0, 1), got {left_out}")
+        self.left_out = left_out
+        self.figures: list[Measurement] = []
+        self._samples: dict[int, list[Values]] = {}
+
+    @override
+    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
+        """Starts anew."""
+        self.figures, self._samples = [], {steps: [] for steps in plan.num_steps}
+
+    @override
+    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
+        """Keeps log p of the batch."""
+        data = density_of(trainer, type(self).__name__)
+        for steps, images in batch.images.items():
+            log_p = data.log_density(images, batch.labels).cpu()
+            self._samples[steps].append({"index": batch.indices.cpu(), "log_density": log_p})
+
+    @override
+    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Makes the figures."""
+        data: Any = density_of(trainer, type(self).__name__)
+        x, y = zip(*(data.in_distribution("test")[k] for k in range(len(data.in_distribution("test")))), strict=True)
+        threshold = float(data.log_density(torch.stack(x), torch.stack(y)).quantile(self.left_out))
+        words = f"share of samples where log p is above its {self.left_out:g}-quantile of test points"
+        made = {}
+        for steps, mine in self._samples.items():
+            above = gather(mine, "no samples were generated")["log_density"] >= threshold
+            details, size = {"num_steps": steps, "threshold": threshold}, len(above)
+            share, plan = float(above.double().mean()), self.plan.settings
+            made[steps] = [Measurement("sample_support", share, words, size, details, "higher", plan)]
+        best = max(made, key=lambda steps: made[steps][0].value)
+        self._samples, self.figures = {}, over_sweep(made, made[best])
+
+
+def scores(pl_module: LightningModule, x: Tensor) -> Tensor:
+    """Returns −E(x), (N,), float64, on the CPU."""
+    with torch.no_grad():
+        logits = logits_of(pl_module, x, "Landscape").cpu().double()
+    require_finite(logits, "Landscape")
+    return -marginal_energy(logits)
+
+
+def best_scale(at_points: Tensor, on_grid: Tensor) -> float:
+    """Returns the s of the least mean of −s·score + log Z(s) over points, between 0.001 and 1 000, by bisection.
+
+    The mean is convex in s, and its slope is the mean score under exp(s·score)/Z less that over the points.
+
+    Args:
+        at_points: Scores −E of points of the data, (N,).
+        on_grid: Those of the whole space, (M,), in cells of equal size.
+    """
+    low, high, mean = _LOWEST_SCALE, _HIGHEST_SCALE, at_points.mean()
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        expected = ((middle * on_grid).softmax(0) * on_grid).sum()
+        low, high = (middle, high) if expected < mean else (low, middle)
+    return math.sqrt(low * high)
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    """Returns log of the mean of exp, a scalar: log Z over a box of volume one."""
+    return values.logsumexp(0) - math.log(len(values))
+
+
+def _painted(values: Tensor, cells: int) -> Tensor:
+    """Values on the grid, (cells²,), as a picture from their upper quartile to the largest, uint8 (3, cells, cells)."""
+    finite = values[values.isfinite()]
+    low, high = (float(finite.quantile(0.75)), float(finite.max())) if len(finite) else (0.0, 0.0)
+    share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1)
+    band = (_BANDS * share).floor().clamp_max(_BANDS - 1).long()
+    places, ends = np.linspace(0, 1, _BANDS), np.linspace(0, 1, len(_RAMP))
+    colors = np.stack([np.interp(places, ends, channel) for channel in _RAMP.T]).round().astype(np.uint8)
+    # The first coordinate goes to the right, the second upwards.
+    return torch.from_numpy(colors)[:, band].view(3, cells, cells).transpose(1, 2).flip(1)

@@ -1,0 +1,203 @@
+"""DAT with a noise-contrastive term: the energy also tells data from a proposal whose density is known."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.random_streams import normal_noise, uniform_noise
+from dat_lightning.data.draws import EvaluationBatches
+from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
+from dat_lightning.modules.ranks import of_all_ranks
+from dat_lightning.modules.trained import Batch
+from dat_lightning.weights.hub import EnergyModel
+
+
+@dataclass(frozen=True)
+class TiedGaussians:
+    """A mixture of Gaussians with one covariance, whose log q has a closed form.
+
+    Attributes:
+        weights: Of the components, (K,), which sum to 1.
+        means: Their means, (K, D).
+        factor: Lower triangular L with the covariance L Lᵀ, (D, D).
+    """
+
+    weights: Tensor
+    means: Tensor
+    factor: Tensor
+
+    @classmethod
+    def fitted(cls, images: Tensor, labels: Tensor, noise: float) -> "TiedGaussians":
+        """Returns a component for each class of images (N, C, H, W) with labels (N,), in float64.
+
+        The covariance is the mean one within the classes, plus ``noise``² on its diagonal.
+        """
+        x, classes = images.flatten(1).double(), labels.unique()
+        means = torch.stack([x[labels == label].mean(0) for label in classes])
+        spread = x - means[torch.searchsorted(classes, labels)]
+        covariance = spread.T @ spread / len(x) + noise**2 * torch.eye(x.shape[1], dtype=torch.float64)
+        shares = torch.stack([(labels == label).double().mean() for label in classes])
+        return cls(shares, means, torch.linalg.cholesky(covariance))
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Returns log q, (N,), of images (N, C, H, W), in their precision."""
+        means, factor = self.means.to(x), self.factor.to(x)
+        apart = x.flatten(1).unsqueeze(1) - means
+        white = torch.linalg.solve_triangular(factor, apart.flatten(0, 1).T, upper=False).T.view_as(apart)
+        constant = factor.diagonal().log().sum() + 0.5 * apart.shape[2] * math.log(2 * math.pi)
+        log_q: Tensor = (self.weights.to(x).log() - 0.5 * white.square().sum(2)).logsumexp(1) - constant
+        return log_q
+
+    def sample(self, uniform: Tensor, normal: Tensor) -> Tensor:
+        """Returns samples of the shape of standard normal noise (N, C, H, W); uniform (N,) choose components."""
+        ends = self.weights.cumsum(0).to(uniform)[:-1]
+        component = (uniform.unsqueeze(1) >= ends).sum(1)
+        moved = normal.flatten(1) @ self.factor.to(normal).T
+        return (self.means.to(normal)[component] + moved).view_as(normal)
+
+
+class DATNoiseContrastiveModule(DualAdversarialModule):
+    """Minimises the loss of DAT + λ · min over c of BCE(−s E(x) − log q(x) + c): data against a known proposal q.
+
+    DAT's own optimum has equal energy wherever there are data. That of the term is −s E = log p + constant, with p the
+    density of the data, so that E knows common from rare; s says how many nats a unit of energy stands for, and with
+    it how far the two pull apart. c, the log of what exp(−s E) would have to be divided by, is the one that is best for
+    the batch, of all ranks; it is no parameter.
+
+    ``uniform`` proposals lie in the box [0, 1]^D, where q = 1; they are far from images of more than a few pixels, and
+    teach nothing there. ``gaussians`` have one component for each class, with a common covariance, fitted to the
+    training images of the DataModule when a fit starts, and images get the noise that this covariance has too: without
+    noise every image lies in a subspace that no sample of q ever meets.
+
+    Override points: :meth:`proposals`, :meth:`proposal_log_density`, :meth:`noise_contrastive_loss`, and those of
+    :class:`DualAdversarialModule`.
+
+    Logged besides: ``train/nce_loss``, unless λ is 0.
+
+    Args:
+        energy_model: The network.
+        nce_weight: λ; 0 leaves the term out, which is DAT.
+        nce_scale: s, nats of log p per unit of energy.
+        proposal: q.
+        data_noise: Standard deviation of the noise on images of this term, in units of [0, 1] pixels.
+        shared: The arguments of :class:`DualAdversarialModule`.
+
+    Raises:
+        InputError: If a number is outside its range or the proposal unknown; when a fit starts, if there is no
+            DataModule to fit Gaussians to.
+
+    Source: Gutmann & Hyvärinen 2010, Eq. 3, for noise-contrastive estimation; DAT (arXiv 2510.13872), among its open
+    questions.
+    """
+
+    def __init__(
+        self,
+        energy_model: EnergyModel,
+        nce_weight: float = 1.0,
+        nce_scale: float = 1.0,
+        proposal: Literal["uniform", "gaussians"] = "uniform",
+        data_noise: float = 0.0,
+        **shared: Any,
+    ) -> None:
+        super().__init__(energy_model=energy_model, **shared)
+        require_at_least(0, nce_weight=nce_weight, data_noise=data_noise)
+        if not nce_scale > 0:
+            raise InputError(f"nce_scale must be positive, got {nce_scale}")
+        if proposal not in ("uniform", "gaussians") or (proposal == "gaussians" and data_noise == 0):
+            raise InputError(
+                f"proposal must be 'uniform', or 'gaussians' with data_noise, got {proposal!r} and {data_noise}"
+            )
+        self.nce_weight, self.nce_scale = nce_weight, nce_scale
+        self.proposal, self.data_noise = proposal, data_noise
+        # Not in checkpoints: a fit that goes on has the same from the same data.
+        self.gaussians: TiedGaussians | None = None
+
+    # One method per equation.
+
+    def proposals(self, draws: Sequence[int], like: Tensor) -> Tensor:
+        """Returns images of q, shape of ``like`` (N, C, H, W), from streams named by each draw's number."""
+        shape = tuple(like.shape[1:])
+        if self.gaussians is None:
+            return uniform_noise(self.seed, "proposal", draws, shape).to(like)
+        component = uniform_noise(self.seed, "proposal component", draws, ())
+        return self.gaussians.sample(component.to(like), normal_noise(self.seed, "proposal", draws, shape).to(like))
+
+    def proposal_log_density(self, x: Tensor) -> Tensor:
+        """Returns log q, (N,), of images (N, C, H, W)."""
+        return x.new_zeros(len(x)) if self.gaussians is None else self.gaussians.log_prob(x)
+
+    def noise_contrastive_loss(self, logits_data: Tensor, logits_proposal: Tensor) -> Tensor:
+        """Returns the BCE that tells data from proposals at the best c, a scalar.
+
+        Args:
+            logits_data: −s E − log q of images, (N,).
+            logits_proposal: The same of proposals, (M,).
+        """
+        c = best_offset(*of_all_ranks(torch.stack([logits_data.detach(), logits_proposal.detach()])))
+        # By the envelope theorem the gradient needs no derivative of c.
+        return 0.5 * (F.softplus(-logits_data - c).mean() + F.softplus(logits_proposal + c).mean())
+
+    @override
+    def loss_terms(self, logits: JointLogits, batch: Batch) -> dict[str, tuple[float, Tensor]]:
+        """Returns weight and value of each term: those of DAT, and the noise-contrastive one."""
+        terms = super().loss_terms(logits, batch)
+        if self.nce_weight > 0:
+            x = self.part(batch, "x_gen")
+            draws = batch["draw"].tolist() if "draw" in batch else range(len(x))
+            logits_gen = logits.gen
+            if self.data_noise > 0:
+                x = x + self.data_noise * normal_noise(self.seed, "data noise", draws, tuple(x.shape[1:])).to(x)
+                logits_gen = self(x)
+            x_q = self.proposals(draws, x)
+            data, proposal = (
+                -self.nce_scale * marginal_energy(f) - self.proposal_log_density(images)
+                for f, images in ((logits_gen, x), (self(x_q), x_q))
+            )
+            terms["nce_loss"] = (self.nce_weight, self.noise_contrastive_loss(data, proposal))
+        return terms
+
+    # Lightning's hooks.
+
+    @override
+    def on_fit_start(self) -> None:
+        """Loads the initial weights, and fits the Gaussians.
+
+        Raises:
+            InputError: If there is no DataModule with training images to fit them to.
+        """
+        super().on_fit_start()
+        if self.proposal == "gaussians" and self.nce_weight > 0:
+            self.gaussians = TiedGaussians.fitted(*self._training_images(), self.data_noise)
+
+    def _training_images(self) -> tuple[Tensor, Tensor]:
+        data: Any = getattr(self.trainer, "datamodule", None)
+        if data is None or not hasattr(data, "in_distribution"):
+            raise InputError(f"{type(self).__name__} fits Gaussians to the training images of a PairedDataModule")
+        images = EvaluationBatches(data.in_distribution("train"), data.evaluation_transform())
+        batch = images[range(len(images.dataset))]
+        if "y" not in batch:
+            raise InputError(f"{type(self).__name__} fits Gaussians to classes, and the training images have none")
+        return batch["x"], batch["y"]
+
+
+def best_offset(logits_data: Tensor, logits_noise: Tensor) -> Tensor:
+    """Returns the c of the least BCE of logits + c, a scalar: where as much is taken for data as there are data.
+
+    Found by bisection. Of logits that separate the two without error c is the middle of the gap.
+    """
+    both = torch.cat([logits_data, logits_noise]).detach().double()
+    low, high = -both.max() - 40, -both.min() + 40
+    # The mean probability of "data" rises with c; equally many of both make it one half.
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_low = (both + middle).sigmoid().mean() < 0.5
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return ((low + high) / 2).to(logits_data)

@@ -1,0 +1,86 @@
+"""A buffer of images that chains go on from: each rank has its share, a checkpoint the whole."""
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+from torch import Tensor
+from typing_extensions import override
+
+from dat_lightning.core.errors import InputError
+from dat_lightning.modules.base import EnergyModule
+
+
+class ReplayBufferModule(EnergyModule):
+    """Keeps images from step to step, each rank its share of them, on its device; a checkpoint has the whole.
+
+    A subclass sets :attr:`buffer_size`, and says by :meth:`first_images` what the buffer begins as.
+
+    Attributes:
+        buffer_size: Images in the buffer, over all ranks.
+        replay_buffer: This rank's share (N, C, H, W), places rank, rank + ranks, … of the whole; ``None`` before the
+            first step.
+    """
+
+    buffer_size: int
+    # No buffer of nn.Module's: those are averaged, sent from rank zero to all, and part of files of weights.
+    replay_buffer: Tensor | None = None
+    _restored_buffer: Tensor | None = None
+    _collected_buffer: Tensor | None = None
+
+    def first_images(self, places: Sequence[int], shape: tuple[int, ...]) -> Tensor:
+        """Returns what the buffer begins as at the given places of the whole, (N, *shape)."""
+        raise NotImplementedError
+
+    @override
+    def on_validation_start(self) -> None:
+        """Loads the initial weights, and collects the buffer: a signal in validation has rank zero alone save."""
+        super().on_validation_start()
+        self._collected_buffer = self._gathered() if self.trainer.state.fn == "fit" else None
+
+    @override
+    def on_validation_end(self) -> None:
+        """Gives the collected buffer's memory back."""
+        self._collected_buffer = None
+
+    @override
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds the whole buffer, unless it is a file of weights alone; every rank takes part."""
+        super().on_save_checkpoint(checkpoint)
+        if "optimizer_states" in checkpoint:
+            collected = self._collected_buffer
+            checkpoint["replay_buffer"] = self._gathered() if collected is None else collected
+
+    @override
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes the whole buffer, of which the next step keeps this rank's share."""
+        super().on_load_checkpoint(checkpoint)
+        self.replay_buffer, self._restored_buffer = None, checkpoint.get("replay_buffer")
+
+    def _buffer_of(self, x: Tensor) -> Tensor:
+        """This rank's share of the buffer, made or taken from a checkpoint at the first step."""
+        if self.replay_buffer is None:
+            rank, world_size, whole = self.trainer.global_rank, self.trainer.world_size, self._restored_buffer
+            if self.buffer_size % world_size or (whole is not None and len(whole) != self.buffer_size):
+                kept = "" if whole is None else f", and be {len(whole)} as in the checkpoint"
+                raise InputError(
+                    f"buffer_size must be a multiple of the number of processes, {world_size}{kept}; got"
+                    f" {self.buffer_size}"
+                )
+            places, shape = range(rank, self.buffer_size, world_size), tuple(x.shape[1:])
+            share = self.first_images(places, shape) if whole is None else whole[rank::world_size]
+            self.replay_buffer, self._restored_buffer = share.to(x, copy=True), None
+        return self.replay_buffer
+
+    def _gathered(self) -> Tensor | None:
+        if self.replay_buffer is None:
+            return self._restored_buffer
+        shares = cast(Tensor, self.all_gather(self.replay_buffer))
+        return (shares if self.trainer.world_size == 1 else shares.transpose(0, 1).flatten(0, 1)).cpu()
+
+    def _draws(self, draws: Tensor | None, size: int) -> Sequence[int]:
+        """The numbers of this batch's draws, counted by steps where the data do not number them."""
+        if draws is not None:
+            numbers: list[int] = draws.tolist()
+            return numbers
+        first = (self.global_step * self.trainer.world_size + self.trainer.global_rank) * size
+        return range(first, first + size)

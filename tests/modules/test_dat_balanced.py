@@ -1,0 +1,99 @@
+"""DAT with contrastive samples of all classes alike: chains by hand, which classes those are, and what it learns."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dat_lightning import AUCCurriculum, DATBalancedModule
+from dat_lightning.cli import DATCLI, main
+from dat_lightning.core import unbounded_ascent
+from dat_lightning.core.random_streams import stream_seed
+from dat_lightning.modules import JointLogits
+from tests import tiny
+from tests.modules import by_hand
+from tests.modules.resumed import check_resumed_after_an_epoch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def started(**kwargs: Any) -> Any:
+    """A module with T = 2, which does not move."""
+    curriculum = AUCCurriculum(max_steps=4, auc_threshold=1.0)
+    curriculum.num_steps.fill_(2)
+    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
+    module = DATBalancedModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **kwargs})
+    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+    return module
+
+
+def test_the_loss_is_that_of_chains_to_classes_of_their_own() -> None:
+    """In float64; the labels of the images enter nowhere, and the curriculum's AUC compares −E(x)."""
+    module = started(energy_weight=2.0).double().train()
+    net, batch = copy.deepcopy(module.energy_model).eval(), by_hand.batch()
+    logged: dict[str, float] = {}
+    module.log = lambda name, value, **_: logged.update({name: float(value)})
+    loss = module.training_step({**batch, "y_gen": torch.zeros(6, dtype=torch.long)}, 0)
+    loss.backward()
+
+    labels = torch.tensor([stream_seed(0, "contrastive class", k) % 10 for k in batch["draw"].tolist()])
+    assert len(labels.unique()) > 2
+    x_contrast = by_hand.walk(net, batch["x_ood"], unbounded_ascent(0.4, 2), "logit", labels)
+    x_adv = by_hand.walk(net, batch["x_clf"], tiny.ATTACK, "cross-entropy", batch["y_clf"])
+    real, fake = net(batch["x_gen"]).logsumexp(1), net(x_contrast).logsumexp(1)
+    bce = -(real.sigmoid().log().sum() + (1 - fake.sigmoid()).log().sum()) / 12
+    expected = 2.0 * bce + by_hand.negative_log_likelihood(net(x_adv), batch["y_clf"])
+    expected.backward()
+    torch.testing.assert_close(loss.detach(), expected.detach(), rtol=1e-9, atol=1e-10)
+    for ours, theirs in zip(module.energy_model.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-6, atol=1e-9)
+    wins = sum((float(a > b) + 0.5 * float(a == b)) / 36 for a in real for b in fake)
+    assert logged["train/auc"] == pytest.approx(wins, rel=1e-6)
+
+
+def test_classes_come_equally_often_whatever_their_number() -> None:
+    module = started()
+    seen: list[torch.Tensor] = []
+    module.ascend = lambda ascent, x, y, draws: seen.append(y) or x  # type: ignore[func-returns-value]
+    module.contrastive_samples(torch.zeros(6000, 1, 1, 1), torch.zeros(6000).long(), torch.arange(6000))
+    for count in (2, 10):
+        found = torch.bincount(seen[0] % count, minlength=count).double() / 6000
+        assert float((found - 1 / count).abs().max()) < 0.02
+        logits = torch.randn(6000, count)
+        chosen = module.contrastive_objective(logits, seen[0])
+        assert torch.equal(chosen, logits[torch.arange(6000), seen[0] % count])
+
+
+def test_its_optimum_knows_how_common_classes_are() -> None:
+    """Two places, one for each class, where chains arrive: energies that minimise the BCE are −log K p(y)."""
+    module, shares = started(), torch.tensor([0.8, 0.2], dtype=torch.float64)
+    energy = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    n = 1000
+    real = torch.repeat_interleave(torch.arange(2), (shares * n).long())
+    optimizer = torch.optim.LBFGS([energy], max_iter=100, line_search_fn="strong_wolfe", tolerance_grad=1e-12)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        gen, contrast = (-energy[place].unsqueeze(1) for place in (real, torch.arange(n) % 2))
+        loss: torch.Tensor = module.energy_loss(JointLogits(gen, contrast, gen[:0]))
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    torch.testing.assert_close(-energy.detach(), (2 * shares).log(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
+def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[Any] = []
+    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
+    given = [str(ROOT / "configs" / "digits" / "dat_balanced.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
+    arguments = ["fit", *(word for path in given for word in ("--config", path))]
+    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
+    main([*arguments, "--trainer.max_epochs=1"])
+    assert made[0].global_step == 2
+    assert isinstance(made[0].lightning_module, DATBalancedModule)
+    check_resumed_after_an_epoch(arguments)
