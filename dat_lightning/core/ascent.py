@@ -153,11 +153,14 @@ class Ascent:
             Steps → images, shape of ``x``, detached.
 
         Raises:
-            InputError: If there are no steps or one number is negative, a start has another shape than ``x``, or there
-                is one although the threat model asks for a random start.
+            InputError: If there are no steps or one number is negative, there is not one label for each image, a start
+                has another shape than ``x``, or there is one although the threat model asks for a random start.
         """
         if not steps or min(steps) < 0:
             raise InputError(f"snapshots must be step counts of at least 0, got {sorted(steps)}")
+        if y.shape[:1] != x.shape[:1]:
+            # Images without a label would stay where they are, in silence.
+            raise InputError(f"y must have one label for each of {len(x)} images, got the shape {tuple(y.shape)}")
         if start is not None and start.shape != x.shape:
             raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         if start is not None and self.threat_model.random_start:
@@ -170,10 +173,8 @@ class Ascent:
             if isinstance(logits, nn.Module):
                 stack.enter_context(no_trace(logits, mode))
             if autocast_dtype is not None:
-                enabled = autocast_dtype != torch.float32
-                stack.enter_context(
-                    torch.autocast(x.device.type, dtype=autocast_dtype if enabled else None, enabled=enabled)
-                )
+                lower = None if autocast_dtype == torch.float32 else autocast_dtype
+                stack.enter_context(torch.autocast(x.device.type, dtype=lower, enabled=lower is not None))
             center, y = x.detach().clone(), y.clone()
             streams = _Streams(center, draws, seed)
             if start is not None:
@@ -196,7 +197,8 @@ class Ascent:
         for number in range(steps):
             noise = partial(streams.normal, f"noise of step {number}")
             moved, state = self.rule.move(Step(x, gradient, noise, self.threat_model), state)
-            x = project(x + moved, center, self.threat_model.norm, self.threat_model.eps)
+            # A rule may have met images that want gradients, such as those of a constraint.
+            x = project(x + moved.detach(), center, self.threat_model.norm, self.threat_model.eps)
             yield x
 
 

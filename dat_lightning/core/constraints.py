@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
 
-from dat_lightning.core.errors import InputError, require_kind
+from dat_lightning.core.errors import InputError, require_counts, require_kind
 from dat_lightning.core.update_rules import STEEPEST, State, Step, UpdateRule
 
 
@@ -29,21 +29,28 @@ class FixedPixels(Constraint):
 
     Attributes:
         known: The given images, (N, C, H, W), in [0, 1].
-        mask: What may change, bool, of a shape that broadcasts to theirs, such as (H, W) or (N, 1, H, W).
+        mask: What may change, bool, (H, W) or four dimensions that broadcast to theirs, such as (N, 1, H, W); it is
+            brought to their device.
 
     Raises:
-        InputError: If the mask is of another type or shape.
+        InputError: If the images or the mask are of another type or shape, or what is fixed is outside of [0, 1].
     """
 
     known: Tensor
     mask: Tensor
 
     def __post_init__(self) -> None:
+        check_images(known=self.known)
+        require_kind(Tensor, mask=self.mask)
         if self.mask.dtype != torch.bool:
             raise InputError(f"mask must be of type bool, true where pixels may change, got {self.mask.dtype}")
-        shape = tuple(self.known.shape)
-        if not _broadcasts(tuple(self.mask.shape), shape):
-            raise InputError(f"mask must have a shape that broadcasts to {shape}, got {tuple(self.mask.shape)}")
+        shape, wanted = tuple(self.mask.shape), tuple(self.known.shape)
+        # Of three dimensions the first would be taken for channels, and may have been meant for images.
+        if len(shape) not in (2, 4) or not broadcasts(shape, wanted):
+            raise InputError(f"mask must be (H, W), or four dimensions that broadcast to {wanted}, got {shape}")
+        object.__setattr__(self, "mask", self.mask.to(self.known.device))
+        # What the mask hides may be anything.
+        check_pixels(known=torch.where(self.mask, 0, self.known))
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions that are zero outside of the mask."""
@@ -63,17 +70,16 @@ class PooledPixels(Constraint):
         factor: Side of a block, 1 at least.
 
     Raises:
-        InputError: If the factor is less than 1, or the smaller images are outside [0, 1], which no average is.
+        InputError: If the factor is no whole number or less than 1, or the smaller images are none, or outside [0, 1],
+            which no average is.
     """
 
     pooled: Tensor
     factor: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise InputError(f"factor must be at least 1, got {self.factor}")
-        if self.pooled.dim() != 4 or not bool(((self.pooled >= 0) & (self.pooled <= 1)).all()):
-            raise InputError(f"pooled must be images (N, C, h, w) in [0, 1], got the shape {tuple(self.pooled.shape)}")
+        require_counts(1, factor=self.factor)
+        check_pixels(pooled=self.pooled)
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions less their mean over each block."""
@@ -89,11 +95,18 @@ class PooledPixels(Constraint):
         """
         blocks, wanted = self._blocks(x), self.pooled.unsqueeze(2).to(x)
         corners = torch.cat([blocks - 1, blocks], 2).sort(2).values
-        means = (blocks.unsqueeze(3) - corners.unsqueeze(2)).clamp(0, 1).mean(2)
-        # The last corner whose mean is not too small; at the first, the mean is 1.
-        left = (means >= wanted).sum(2, keepdim=True).clamp_min(1) - 1
-        right = (left + 1).clamp_max(corners.shape[2] - 1)
-        (low, high), (more, less) = ([t.gather(2, at) for at in (left, right)] for t in (corners, means))
+
+        def corner(number: Tensor) -> tuple[Tensor, Tensor]:
+            tau = corners.gather(2, number)
+            return tau, (blocks - tau).clamp(0, 1).mean(2, keepdim=True)
+
+        # By halving: the last corner whose mean is not too small. At the first, the mean is 1.
+        left = torch.zeros_like(wanted, dtype=torch.long)
+        last = corners.shape[2] - 1
+        for power in reversed(range(last.bit_length())):
+            further = (left + 2**power).clamp_max(last)
+            left = torch.where(corner(further)[1] >= wanted, further, left)
+        (low, more), (high, less) = corner(left), corner((left + 1).clamp_max(last))
         fraction = (more - wanted) / torch.where(more > less, more - less, 1)
         return self._image((blocks - (low + fraction * (high - low))).clamp(0, 1))
 
@@ -102,7 +115,7 @@ class PooledPixels(Constraint):
         shape = (*self.pooled.shape[:2], *(side * self.factor for side in self.pooled.shape[2:]))
         if tuple(x.shape) != shape:
             raise InputError(f"images must be {self.factor} times as large as pooled, {shape}, got {tuple(x.shape)}")
-        blocks: Tensor = pixel_unshuffle(x, self.factor).unflatten(1, (x.shape[1], -1))
+        blocks: Tensor = pixel_unshuffle(x, self.factor).unflatten(1, (x.shape[1], self.factor**2))
         return blocks
 
     def _image(self, blocks: Tensor) -> Tensor:
@@ -150,13 +163,32 @@ def pooled(x: Tensor, factor: int) -> Tensor:
     """Returns images (N, C, H, W) averaged over blocks of ``factor`` × ``factor`` pixels, (N, C, H/factor, W/factor).
 
     Raises:
-        InputError: If the factor is less than 1 or does not divide height and width.
+        InputError: If the images are no float tensor of four dimensions, or the factor is no whole number of at least 1
+            that divides height and width.
     """
-    if factor < 1 or x.shape[-2] % factor or x.shape[-1] % factor:
-        raise InputError(f"factor must divide the images' sides {x.shape[-2]} and {x.shape[-1]}, got {factor}")
+    check_images(x=x)
+    require_counts(1, factor=factor)
+    if x.shape[2] % factor or x.shape[3] % factor:
+        raise InputError(f"factor must divide the images' sides {x.shape[2]} and {x.shape[3]}, got {factor}")
     return avg_pool2d(x, factor)
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
-    """Whether a tensor of one shape takes the other by repetition alone."""
+def check_images(**images: Tensor) -> None:
+    """Raises an InputError that names the argument unless it is a float tensor (N, C, H, W)."""
+    for name, x in images.items():
+        require_kind(Tensor, **{name: x})
+        if x.dim() != 4 or not x.is_floating_point():
+            raise InputError(f"{name} must be float images (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}")
+
+
+def check_pixels(**images: Tensor) -> None:
+    """Raises an InputError as :func:`check_images` does, and unless all values lie in [0, 1]; waits for the device."""
+    check_images(**images)
+    for name, x in images.items():
+        if not bool(((x >= 0) & (x <= 1)).all()):
+            raise InputError(f"{name} must be images in [0, 1], got values in [{float(x.min()):g}, {float(x.max()):g}]")
+
+
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Returns whether a tensor of one shape takes the other by repetition alone."""
     return len(shape) <= len(to) and all(a in (1, b) for a, b in zip(shape[::-1], to[::-1], strict=False))

@@ -9,8 +9,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate, pad
 
 from dat_lightning.core.ascent import Ascent, Logits
-from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels, PooledPixels
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.constraints import (
+    Constrained,
+    Constraint,
+    FixedPixels,
+    PooledPixels,
+    broadcasts,
+    check_images,
+    check_pixels,
+)
+from dat_lightning.core.errors import InputError, require_kind
 
 # Keeps divisions finite.
 _TINY = 1e-30
@@ -25,27 +33,40 @@ class Edit:
     :func:`~dat_lightning.core.negative_marginal_energy` is climbed.
 
     Attributes:
-        start: The images to begin with, (N, C, H, W), in [0, 1].
-        keeps: What the result has in common with them, exactly.
-        eps: Radius of the L2 ball around them, in units of [0, 1] pixels, if the ascent's own is not smaller.
+        start: The images to begin with, (N, C, H, W), in [0, 1]; with a constraint, the nearest to those given on which
+            it holds.
+        constraint: What all states of the walk have in common, exactly.
+        eps: Radius of the L2 ball around ``start``, in units of [0, 1] pixels, if the ascent's own is not smaller.
+
+    Raises:
+        InputError: If the images are no float tensor of that shape or outside [0, 1], or the constraint is none.
     """
 
     start: Tensor
-    keeps: Constraint | None = None
+    constraint: Constraint | None = None
     eps: float = math.inf
+
+    def __post_init__(self) -> None:
+        check_images(start=self.start)
+        if self.constraint is not None:
+            require_kind(Constraint, constraint=self.constraint)
+            object.__setattr__(self, "start", self.constraint.nearest(self.start))
+        check_pixels(start=self.start)
 
     def ascent(self, climb: Ascent) -> Ascent:
         """Returns an ascent from ``start`` that keeps what is to be kept.
 
         Raises:
-            InputError: If it starts at random, or has a ball that is none of L2: both would leave the constraint.
+            InputError: If it is none, starts at random, or has a ball that is none of L2: the last two would leave the
+                constraint.
         """
+        require_kind(Ascent, climb=climb)
         eps = min(self.eps, climb.threat_model.eps)
         if climb.threat_model.random_start:
             raise InputError("an edit begins at its images: threat_model.random_start must be false, got true")
         if climb.threat_model.norm != "L2" and math.isfinite(eps):
             raise InputError(f"an edit inside a ball needs norm L2, got {climb.threat_model.norm} and eps {eps:g}")
-        rule = climb.rule if self.keeps is None else Constrained(self.keeps, climb.rule)
+        rule = climb.rule if self.constraint is None else Constrained(self.constraint, climb.rule)
         return replace(climb, threat_model=replace(climb.threat_model, eps=eps), rule=rule)
 
     def snapshots(
@@ -69,8 +90,7 @@ class Edit:
         self, logits: Logits, y: Tensor, climb: Ascent, *, draws: Tensor | None = None, seed: int = 0
     ) -> Tensor:
         """Returns the end of the walk, shape of ``start``, detached; see :meth:`snapshots`."""
-        steps = climb.threat_model.num_steps
-        return self.snapshots(logits, y, climb, (steps,), draws=draws, seed=seed)[steps]
+        return self.ascent(climb)(logits, self.start, y, draws=draws, seed=seed)
 
 
 def inpainting(x: Tensor, mask: Tensor, fill: Tensor | float | None = None) -> Edit:
@@ -78,20 +98,22 @@ def inpainting(x: Tensor, mask: Tensor, fill: Tensor | float | None = None) -> E
 
     Args:
         x: Images (N, C, H, W) in [0, 1].
-        mask: What is to be filled, bool, of a shape that broadcasts to theirs, such as (H, W) or (N, 1, H, W).
+        mask: What is to be filled, bool, (H, W) or four dimensions that broadcast to theirs, such as (N, 1, H, W).
         fill: What the walk finds there, in [0, 1]: a number, or images; by default what :func:`harmonic` makes of the
             other pixels. What ``x`` has there is not looked at.
 
     Raises:
-        InputError: If the mask is of another type or shape, or the fill is outside of [0, 1].
+        InputError: If images, mask or fill are of another type or shape, or outside of [0, 1].
     """
-    keeps = FixedPixels(x, mask.to(x.device))
+    constraint = FixedPixels(x, mask)
     if fill is None:
-        return Edit(harmonic(x, keeps.mask), keeps)
+        return Edit(harmonic(x, constraint.mask), constraint)
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
+    if not broadcasts(tuple(fill.shape), tuple(x.shape)):
+        raise InputError(f"fill must have a shape that broadcasts to {tuple(x.shape)}, got {tuple(fill.shape)}")
     if not bool(((fill >= 0) & (fill <= 1)).all()):
         raise InputError(f"fill must lie in [0, 1], got {float(fill.min()):g} … {float(fill.max()):g}")
-    return Edit(torch.where(keeps.mask, fill, x), keeps)
+    return Edit(fill.expand_as(x), constraint)
 
 
 def denoising(x: Tensor, sigma: float) -> Edit:
@@ -102,10 +124,11 @@ def denoising(x: Tensor, sigma: float) -> Edit:
         sigma: Standard deviation of the Gaussian noise, in units of [0, 1] pixels.
 
     Raises:
-        InputError: If the deviation is negative or not finite.
+        InputError: If the deviation is outside of [0, 1], or the images are.
     """
-    if not 0 <= sigma < math.inf:
-        raise InputError(f"sigma must be a finite deviation of at least 0, got {sigma}")
+    if not 0 <= sigma <= 1:
+        raise InputError(f"sigma must lie in [0, 1], in units of [0, 1] pixels, got {sigma}")
+    check_pixels(x=x)
     return Edit(x, eps=sigma * math.sqrt(x.shape[1:].numel()))
 
 
@@ -119,10 +142,10 @@ def super_resolution(pooled: Tensor, factor: int) -> Edit:
         factor: How many times larger height and width become.
 
     Raises:
-        InputError: If the factor is less than 1, or the images are outside of [0, 1].
+        InputError: If the factor is no whole number of at least 1, or the images are outside of [0, 1].
     """
-    keeps = PooledPixels(pooled, factor)
-    return Edit(keeps.nearest(interpolate(pooled, scale_factor=factor, mode="bicubic")), keeps)
+    constraint = PooledPixels(pooled, factor)
+    return Edit(interpolate(pooled, scale_factor=factor, mode="bicubic"), constraint)
 
 
 def harmonic(x: Tensor, mask: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ class InputError(ValueError):
 
 
 _LONGEST = 2000  # characters of a message
+_LONGEST_VALUE = 200
 _UNCOUNTED = 2**62
 
 
@@ -51,7 +52,9 @@ def require_kind(kind: type[object], **values: object) -> None:
     """
     for name, value in values.items():
         if not isinstance(value, kind):
-            raise InputError(f"{name} must be of the class {kind.__name__}, got {value!r}")
+            # Arrays have many lines.
+            found = " ".join(repr(value).split())
+            raise InputError(f"{name} must be of the class {kind.__name__}, got {found[:_LONGEST_VALUE]}")
 
 
 class TrainingFailureError(InputError):

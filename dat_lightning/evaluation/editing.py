@@ -1,6 +1,5 @@
 """Editing: degraded test images restored by the ascent, compared with the originals, judged and pictured."""
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,11 +15,11 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import Ascent, no_trace, unbounded_ascent
 from dat_lightning.core.energy import first_weight
-from dat_lightning.core.errors import InputError, require_at_least, require_kind
+from dat_lightning.core.errors import InputError, require_counts, require_kind
 from dat_lightning.core.objectives import Objective, negative_marginal_energy, targeted_logit
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
-from dat_lightning.data.batches import logits_of
+from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import check_independent
@@ -38,6 +37,8 @@ _OBJECTIVES: Mapping[Knowledge, tuple[Objective, str]] = {
     "known": (targeted_logit, "f(x)[y]"),
     "unknown": (negative_marginal_energy, "logsumexp f(x)"),
 }
+# Rounding to eight bits has 59 dB. Without a bound one image that comes back exactly would make the mean infinite.
+_MOST_DECIBELS = 60.0
 # The windows of the structural similarity are 11 pixels wide, and images reflected at their border.
 _LEAST_SIDE = 6
 
@@ -47,7 +48,8 @@ class Editing(Evaluator):
 
     For each task, with the class of an image known (f(x)[y] is climbed) and unknown (logsumexp f(x) is):
 
-    - ``psnr``: mean over images of the peak signal-to-noise ratio of the whole image, in decibels;
+    - ``psnr``: mean over images of the peak signal-to-noise ratio of the whole image, in decibels, of each at most 60:
+      eight-bit images so near are equal;
     - ``ssim``: mean structural similarity;
     - ``agreement``: share that the judge reads as their label, if there is a judge.
 
@@ -73,7 +75,7 @@ class Editing(Evaluator):
 
     Raises:
         InputError: If an argument is outside its range; in a test, if images are too small or their sides no multiple
-            of a factor, labels do not fit the network's classes, or the judge is part of the network.
+            of a factor, labels do not fit the network's classes, or the judge is part of the network or gives NaN.
 
     Source: Santurkar et al. 2019 (arXiv 1906.09453), inpainting and super-resolution by a robust classifier; Wang et
         al. 2004 for the structural similarity.
@@ -106,7 +108,7 @@ class Editing(Evaluator):
         if not labels or set(labels) - set(get_args(Knowledge)):
             raise InputError(f"labels must be some of {get_args(Knowledge)}, got {list(labels)}")
         require_kind(UpdateRule, rule=rule)
-        require_at_least(1, max_images=max_images, num_pictures=num_pictures, batch_size=batch_size)
+        require_counts(1, max_images=max_images, num_pictures=num_pictures, batch_size=batch_size)
         self.tasks = tuple(tasks)
         self.labels: tuple[Knowledge, ...] = tuple(dict.fromkeys(labels))
         self.rule = rule
@@ -147,8 +149,9 @@ class Editing(Evaluator):
         """Returns how near images come to the originals, ``psnr``, ``ssim`` and ``agreement``, (N,) on the CPU."""
         # In float64, similarities would take longer than walks.
         found, true = images.detach().float(), x.float()
+        ratios = peak_signal_noise_ratio(found, true, data_range=1.0, reduction="none", dim=(1, 2, 3))
         values: Values = {
-            "psnr": peak_signal_noise_ratio(found, true, data_range=1.0, reduction="none", dim=(1, 2, 3)),
+            "psnr": ratios.clamp_max(_MOST_DECIBELS),
             # One tensor, as nothing else is asked for.
             "ssim": structural_similarity_index_measure(found, true, data_range=1.0, reduction="none"),  # type: ignore[dict-item]
         }
@@ -161,11 +164,15 @@ class Editing(Evaluator):
 
         Raises:
             RuntimeError: If there is no judge.
+            InputError: If its logits are not finite.
         """
         if self.judge is None:
             raise RuntimeError("there is no judge")
         with torch.no_grad():
-            return logits_of(self.judge, images, "Editing.judge").argmax(1)
+            logits = logits_of(self.judge, images, "Editing.judge")
+        # The largest of NaN is the first, which may be the label.
+        require_finite(logits, "Editing.judge")
+        return logits.argmax(1)
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
@@ -174,10 +181,6 @@ class Editing(Evaluator):
         Of what became of them it is (N, T + 1), after each number of steps, as ``{task}_{known or unknown}_{measure}``.
         """
         x, y, index = batch["x"], batch["y"], batch["index"]
-        if x.dim() != 4 or min(x.shape[2:]) < _LEAST_SIDE:
-            raise InputError(
-                f"Editing needs images of at least {_LEAST_SIDE}×{_LEAST_SIDE} pixels, got {tuple(x.shape)}"
-            )
         with torch.no_grad(), no_trace(pl_module):
             self.check_logits(logits_of(pl_module, x, "Editing"), y)
         values: Values = {} if self.judge is None else {"original_agreement": self.read(x) == y}
@@ -213,9 +216,16 @@ class Editing(Evaluator):
     @override
     def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
         """Keeps those images that are chosen; they are edited after the last batch."""
-        indices = batch["index"].tolist()
+        x, indices = batch["x"], batch["index"].tolist()
+        if x.dim() != 4 or min(x.shape[2:]) < _LEAST_SIDE:
+            raise InputError(
+                f"Editing needs images of at least {_LEAST_SIDE}×{_LEAST_SIDE} pixels, got {tuple(x.shape)}"
+            )
+        for task in self.tasks:
+            # What does not fit a task is refused now, not after the last batch.
+            task.degraded(x[:1], indices[:1], self.seed)
         keys = [stream_seed(self.seed, "edited image", index) for index in indices]
-        self._chosen.add(keys, indices, {"x": batch["x"], "y": batch["y"]})
+        self._chosen.add(keys, indices, {"x": x, "y": batch["y"]})
 
     @override
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -278,19 +288,18 @@ class Editing(Evaluator):
         rows = {"original": x, "degraded": degraded, "simple": task.simple(degraded)}
         for known in self.labels:
             rows[f"class {known}"] = self.restored(pl_module, task, known, degraded, y, index)[task.num_steps]
-        tiles = [self._row(images, x, y) for images in rows.values()]
+        tiles = [self._row(images, x, y, "class" if name == "original" else "psnr") for name, images in rows.items()]
         title = f"Test images {task.words}, and restored by {task.num_steps} steps of {task.step_size:g}."
         if self.judge is not None:
             title += " Red frame: the judge reads another class than the label."
         return captioned_grid(tiles, title, list(rows))
 
-    def _row(self, images: Tensor, x: Tensor, y: Tensor) -> list[Tile]:
+    def _row(self, images: Tensor, x: Tensor, y: Tensor, caption: Literal["class", "psnr"]) -> list[Tile]:
         measured = self.measure(images, x, y)
         read = None if self.judge is None else self.read(images).tolist()
         row = []
         for i, image in enumerate(to_uint8_rgb(images).cpu()):
-            psnr = float(measured["psnr"][i])
-            lines = [f"class {int(y[i])}" if math.isinf(psnr) else f"{psnr:.1f} dB"]
+            lines = [f"class {int(y[i])}" if caption == "class" else f"{float(measured['psnr'][i]):.1f} dB"]
             lines += [] if read is None else [f"judge: {read[i]}"]
             row.append(Tile(image, "\n".join(lines), read is not None and read[i] != int(y[i])))
         return row

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from dat_lightning.core.constraints import pooled
 from dat_lightning.core.editing import Edit, denoising, inpainting, super_resolution
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.core.random_streams import normal_noise
 
 Region = Literal["center", "bottom", "right"]
@@ -27,7 +27,7 @@ class Restoration(ABC):
         num_steps: How many of them.
 
     Raises:
-        InputError: If the step is negative or not finite, or there are no steps.
+        InputError: If the step is negative or not finite, or the number of steps no whole one of at least 1.
     """
 
     step_size: float
@@ -36,7 +36,7 @@ class Restoration(ABC):
     def __post_init__(self) -> None:
         if not 0 <= self.step_size < math.inf:
             raise InputError(f"step_size must be a finite length of at least 0, got {self.step_size}")
-        require_at_least(1, num_steps=self.num_steps)
+        require_counts(1, num_steps=self.num_steps)
 
     @property
     @abstractmethod
@@ -129,7 +129,7 @@ class Denoising(Restoration):
         blur: That of the filter, in pixels.
 
     Raises:
-        InputError: If one of them is not positive and finite.
+        InputError: If sigma is outside of (0, 1], or the filter's deviation is not positive and finite.
     """
 
     sigma: float = 0.2
@@ -139,9 +139,10 @@ class Denoising(Restoration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, value in (("sigma", self.sigma), ("blur", self.blur)):
-            if not 0 < value < math.inf:
-                raise InputError(f"{name} must be a finite deviation above 0, got {value}")
+        if not 0 < self.sigma <= 1:
+            raise InputError(f"sigma must lie in (0, 1], in units of [0, 1] pixels, got {self.sigma}")
+        if not 0 < self.blur < math.inf:
+            raise InputError(f"blur must be a finite deviation above 0, got {self.blur}")
 
     @property
     def name(self) -> str:
@@ -164,7 +165,9 @@ class Denoising(Restoration):
 
     def simple(self, degraded: Tensor) -> Tensor:
         """Returns filtered images."""
-        filtered: Tensor = gaussian_blur(degraded, [2 * math.ceil(2 * self.blur) + 1] * 2, [self.blur] * 2)
+        # Images are reflected at their border, once.
+        radius = min(math.ceil(2 * self.blur), min(degraded.shape[2:]) - 1)
+        filtered: Tensor = gaussian_blur(degraded, [2 * radius + 1] * 2, [self.blur] * 2)
         return filtered
 
 
@@ -176,7 +179,7 @@ class SuperResolution(Restoration):
         factor: Side of a block; it divides the images' sides.
 
     Raises:
-        InputError: If it is less than 2.
+        InputError: If it is no whole number of at least 2.
     """
 
     factor: int = 2
@@ -185,7 +188,7 @@ class SuperResolution(Restoration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_at_least(2, factor=self.factor)
+        require_counts(2, factor=self.factor)
 
     @property
     def name(self) -> str:

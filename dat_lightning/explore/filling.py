@@ -46,7 +46,7 @@ def draw_filling(opened: Opened, image: Tensor | None) -> None:
             )
             steps = columns[1].number_input("Steps", 1, MAX_STEPS, opened.num_steps, key="filling steps")
             size = columns[2].number_input(
-                "Step size", 0.0, 1000.0, round(opened.step_size / _SHARE, 2), 0.1, key="filling size"
+                "Step size", 0.0, 1000.0, _two_digits(opened.step_size / _SHARE), 0.1, "%g", "filling size"
             )
             asked = st.form_submit_button("Fill in", type="primary")
     if asked or (opened.at_once and "filling" not in st.session_state):
@@ -75,6 +75,11 @@ def _show_filling(explorer: Explorer, image: Tensor, hidden: Tensor, target: int
     asked = "no class was given" if target is None else f"it climbs to **{plain(names[target])}**"
     st.markdown(f"Filled in {step} steps, read as **{plain(names[now.prediction])}**; {asked}.")
     st.html(markup.class_table(now, names, () if target is None else (target,)))
+
+
+def _two_digits(value: float) -> float:
+    """Two significant ones, so that no step becomes 0."""
+    return float(f"{value:.2g}")
 
 
 def _center(height: int, width: int) -> list[int]:

@@ -25,6 +25,7 @@ from dat_lightning.core import (
     targeted_logit,
     unbounded_ascent,
 )
+from dat_lightning.core.errors import InputError
 
 MODES: tuple[AttackMode, ...] = ("eval", "train")
 NORMS: tuple[Norm, ...] = ("L2", "Linf")
@@ -547,6 +548,14 @@ def test_a_start_outside_the_ball_is_projected_onto_it(norm: Norm) -> None:
     steps = torch.linspace(0.05, 0.4, 12, dtype=torch.float64)
     expected = steps.clamp(max=0.2) if norm == "Linf" else steps * 0.2 / steps.square().sum().sqrt()
     torch.testing.assert_close(delta, expected)
+
+
+@pytest.mark.parametrize("labels", [2, 1, 4])
+def test_an_ascent_asks_for_one_label_per_image(labels: int) -> None:
+    """With fewer, the other images would stay where they are."""
+    x, y = torch.rand(3, 1, 2, 2), torch.zeros(labels, dtype=torch.long)
+    with pytest.raises(InputError, match=rf"y must have one label for each of 3 images, got the shape \({labels},\)"):
+        Ascent(targeted_logit, unbounded_ascent(0.1, 1))(lambda z: z.flatten(1), x, y)
 
 
 def test_a_start_that_cannot_be_is_refused() -> None:

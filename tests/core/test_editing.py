@@ -108,7 +108,9 @@ def test_what_the_mask_hides_is_not_looked_at() -> None:
     mask[:, 2:] = True
     other = torch.where(mask, 1 - x, x)
     model = network((1, 4, 4))
-    assert torch.equal(inpainting(x, mask)(model, y, climb()), inpainting(other, mask)(model, y, climb()))
+    expected = inpainting(x, mask)(model, y, climb())
+    for hidden in (other, torch.where(mask, math.nan, x)):
+        assert torch.equal(inpainting(hidden, mask)(model, y, climb()), expected)
     seeds = images(4, (1, 4, 4)).flip(0)
     assert torch.equal(inpainting(x, mask, seeds).start[..., 2:], seeds[..., 2:])
 
@@ -284,29 +286,73 @@ def test_constrained_steps_count_the_gradients_of_their_rule() -> None:
     edit = inpainting(images(2, (1, 4, 4)), torch.ones(4, 4, dtype=torch.bool))
     assert edit.ascent(climb(Twice())).network_evaluations() == 2 * 2 * 6
     # Rules are values by which samples are told apart.
-    assert edit.keeps is not None
-    assert hash(Constrained(edit.keeps)) == hash(Constrained(edit.keeps))
+    assert edit.constraint is not None
+    assert hash(Constrained(edit.constraint)) == hash(Constrained(edit.constraint))
+
+
+def test_an_edit_begins_where_its_constraint_holds() -> None:
+    """Whatever images it is given: a walk of no steps, and one inside a ball, have what is known as well."""
+    x, y, model = images(4, (1, 4, 4)), torch.arange(4) % CLASSES, network((1, 4, 4))
+    mask = torch.zeros(4, 4, dtype=torch.bool)
+    mask[:2] = True
+    fixed = Edit(1 - x, FixedPixels(x, mask), eps=0.3)
+    assert torch.equal(fixed.start, torch.where(mask, 1 - x, x))
+    averages = Edit(1 - x, PooledPixels(pooled(x, 2), 2), eps=0.3)
+    for steps in (0, 5):
+        edited = fixed(model, y, climb(num_steps=steps))
+        assert torch.equal(edited[:, :, 2:], x[:, :, 2:])
+        small = pooled(averages(model, y, climb(num_steps=steps)), 2)
+        torch.testing.assert_close(small, pooled(x, 2), rtol=0, atol=1e-14)
+
+
+def test_what_is_made_of_images_that_want_gradients_wants_none() -> None:
+    x, y = images(2, (1, 4, 4)).requires_grad_(), torch.tensor([0, 1])
+    for edit in (inpainting(x, MASK), super_resolution(x, 2)):
+        states = edit.snapshots(network(tuple(edit.start.shape[1:])), y, climb(), range(3))
+        assert not any(state.requires_grad for state in states.values())
 
 
 SMALL = images(2, (1, 4, 4))
+MASK = torch.zeros(4, 4, dtype=torch.bool)
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (lambda: inpainting(SMALL, torch.ones(4, 4)), "mask must be of type bool"),
-        (lambda: inpainting(SMALL, torch.ones(4, 5, dtype=torch.bool)), r"broadcasts to \(2, 1, 4, 4\), got \(4, 5\)"),
+        (lambda: inpainting(SMALL, None), "mask must be of the class Tensor, got None"),  # type: ignore[arg-type]
+        (lambda: inpainting(SMALL, torch.ones(4, 5, dtype=torch.bool)), r"broadcast to \(2, 1, 4, 4\), got \(4, 5\)"),
+        (
+            lambda: inpainting(SMALL, torch.ones(1, 4, 4, dtype=torch.bool)),
+            r"must be \(H, W\), .* got \(1, 4, 4\)",
+        ),
+        (lambda: inpainting(SMALL[0], MASK), r"must be float images \(N, C, H, W\) .*, got torch.float64 \(1, 4, 4\)"),
+        (lambda: inpainting((255 * SMALL).byte(), MASK), r"must be float images .* got torch.uint8"),
+        (lambda: inpainting(255 * SMALL, MASK), r"known must be images in \[0, 1\], got values in \[0, 255\]"),
+        (lambda: inpainting(SMALL * math.nan, MASK), r"known must be images in \[0, 1\], got values in \[nan, nan\]"),
+        (lambda: inpainting(SMALL, MASK, SMALL[:, :, :2]), r"broadcasts to \(2, 1, 4, 4\), got \(2, 1, 2, 4\)"),
         (lambda: inpainting(SMALL, torch.ones(1, 2, 1, 4, 4, dtype=torch.bool)), r"got \(1, 2, 1, 4, 4\)"),
         (lambda: inpainting(SMALL, torch.ones(3, 1, 4, 4, dtype=torch.bool)), r"got \(3, 1, 4, 4\)"),
         (lambda: inpainting(SMALL, torch.ones(4, 4, dtype=torch.bool), 1.5), r"fill must lie in \[0, 1\], got 1.5"),
-        (lambda: super_resolution(SMALL, 0), "factor must be at least 1, got 0"),
-        (lambda: super_resolution(SMALL + 0.5, 2), r"pooled must be images \(N, C, h, w\) in \[0, 1\]"),
-        (lambda: super_resolution(SMALL[0], 2), r"got the shape \(1, 4, 4\)"),
+        (lambda: super_resolution(SMALL, 0), "factor must be a whole number of at least 1, got 0"),
+        (lambda: super_resolution(SMALL, 2.0), "factor must be a whole number of at least 1, got 2.0"),  # type: ignore[arg-type]
+        (lambda: super_resolution(SMALL + 0.5, 2), r"pooled must be images in \[0, 1\], got values in \[0.5, 1.5\]"),
+        (lambda: super_resolution(SMALL[0], 2), r"pooled must be float images .* \(1, 4, 4\)"),
         (lambda: pooled(SMALL, 3), "factor must divide the images' sides 4 and 4, got 3"),
-        (lambda: pooled(SMALL, 0), "factor must divide the images' sides 4 and 4, got 0"),
+        (lambda: pooled(SMALL, 0), "factor must be a whole number of at least 1, got 0"),
+        (lambda: pooled(SMALL[0], 2), r"x must be float images .* \(1, 4, 4\)"),
         (lambda: PooledPixels(SMALL, 2).nearest(SMALL), r"images must be 2 times as large as pooled, \(2, 1, 8, 8\)"),
-        (lambda: denoising(SMALL, -0.1), "sigma must be a finite deviation of at least 0, got -0.1"),
+        (lambda: denoising(SMALL, -0.1), r"sigma must lie in \[0, 1\], in units of \[0, 1\] pixels, got -0.1"),
+        (lambda: denoising(SMALL, 25), r"sigma must lie in \[0, 1\], in units of \[0, 1\] pixels, got 25"),
         (lambda: denoising(SMALL, math.nan), "got nan"),
+        (lambda: denoising(255 * SMALL, 0.1), r"x must be images in \[0, 1\], got values in \[0, 255\]"),
+        (lambda: Edit(255 * SMALL), r"start must be images in \[0, 1\], got values in \[0, 255\]"),
+        (lambda: Edit(SMALL, "a mask"), "constraint must be of the class Constraint"),  # type: ignore[arg-type]
+        (lambda: Edit(SMALL).ascent(ThreatModel()), "climb must be of the class Ascent"),  # type: ignore[arg-type]
+        (
+            lambda: Edit(SMALL)(network((1, 4, 4)), torch.zeros(1).long(), climb()),
+            r"y must have one label for each of 2",
+        ),
         (lambda: Edit(SMALL).ascent(climb(eps=1.0, random_start=True)), "random_start must be false"),
         (lambda: denoising(SMALL, 0.1).ascent(climb(norm="Linf")), "needs norm L2, got Linf and eps 0.4"),
         (lambda: Constrained("a mask"), "constraint must be of the class Constraint"),  # type: ignore[arg-type]

@@ -17,9 +17,10 @@ from torch.utils.data import DataLoader
 from dat_lightning.cli import main
 from dat_lightning.core import Langevin
 from dat_lightning.core.errors import InputError
-from dat_lightning.evaluation import Denoising, Editing, Inpainting, Restoration, SuperResolution
+from dat_lightning.evaluation import Denoising, Editing, Inpainting, Restoration, SuperResolution, editing
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
+from dat_lightning.sampling.picture_grids import Tile, captioned_grid
 from tests import tiny
 from tests.frozen.record import printed
 
@@ -216,6 +217,58 @@ def test_agreement_is_what_the_judge_says(tmp_path: Path) -> None:
         assert figure.settings["judge"].startswith("Reads sha256:")
 
 
+class Broken(Reads):
+    """Reads nothing; the largest of NaN would be class 0."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images) * math.nan
+
+
+def test_a_judge_that_gives_nan_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Editing.judge needs finite logits, got NaN or infinite ones for 30 of 30"):
+        run(tmp_path, Editing(TASKS[:1], judge=Broken()))
+
+
+def test_an_image_that_comes_back_exactly_leaves_means_finite(tmp_path: Path) -> None:
+    """An even image is its own average: without a bound the ratio is infinite."""
+    task, rest = SuperResolution(factor=4), torch.from_numpy(grey_images(3)[0])
+    x = torch.cat([torch.full((1, 1, SIDE, SIDE), 0.25), rest])
+    batch = {"x": x, "y": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
+    evaluator = Editing([task])
+    loader: Any = DataLoader([batch], batch_size=None)  # type: ignore[arg-type]
+    tiny.trainer(tmp_path, [evaluator]).test(Linear(), dataloaders=loader, verbose=False)
+    found = {figure.name: figure.value for figure in evaluator.figures}
+    others = decibels(task.degraded(rest, range(3), 0)[:, 0].numpy(), rest[:, 0].numpy())
+    assert found["edit_super_resolution_4_psnr_degraded"] == pytest.approx((60 + 3 * others) / 4, abs=1e-4)
+
+
+def test_a_wide_filter_ends_at_the_border() -> None:
+    x = torch.rand(2, 3, 6, 9)
+    torch.testing.assert_close(Denoising(blur=50.0).simple(x).std((2, 3)), torch.zeros(2, 3), rtol=0, atol=0.05)
+
+
+def test_red_frames_are_where_the_judge_reads_another_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[list[list[Tile]]] = []
+
+    def drawing(tiles: list[list[Tile]], title: str, names: list[str]) -> Image.Image:
+        drawn.append(tiles)
+        return captioned_grid(tiles, title, names)
+
+    monkeypatch.setattr(editing, "captioned_grid", drawing)
+    figures = run(tmp_path, Editing(TASKS[:1], judge=Reads(), num_pictures=30, picture_dirpath=str(tmp_path)))
+    (rows,) = drawn
+    assert [len(row) for row in rows] == [30] * 5
+    for row, kind in zip(rows[1:], ("degraded", "simple", "known", "unknown"), strict=True):
+        agreement = figures[f"inpainting_center_agreement_{kind}"].value
+        assert sum(not tile.marked for tile in row) == round(30 * agreement)
+        ratios = [float(tile.caption.split(" dB\n")[0]) for tile in row]
+        assert np.mean(ratios) == pytest.approx(figures[f"inpainting_center_psnr_{kind}"].value, abs=0.05)
+    assert all(tile.caption.startswith("class ") for tile in rows[0])
+    for tile in rows[0]:
+        label, read = tile.caption.removeprefix("class ").split("\njudge: ")
+        assert tile.marked == (label != read)
+
+
 def test_pictures_show_the_chosen_images_whatever_comes_first(tmp_path: Path) -> None:
     for name, order in (("a", np.arange(30)), ("b", np.arange(30)[::-1].copy())):
         run(tmp_path, Editing(TASKS, judge=Reads(), num_pictures=3, picture_dirpath=str(tmp_path / name)), order=order)
@@ -271,13 +324,15 @@ def test_an_interrupted_test_goes_on_with_what_is_kept(tmp_path: Path) -> None:
         (lambda: Editing(labels=["guessed"]), "labels must be some of"),  # type: ignore[list-item]
         (lambda: Editing(labels=[]), "labels must be some of"),
         (lambda: Editing(rule=None), "rule must be of the class UpdateRule"),  # type: ignore[arg-type]
-        (lambda: Editing(max_images=0), "max_images must be at least 1, got 0"),
+        (lambda: Editing(max_images=0), "max_images must be a whole number of at least 1, got 0"),
         (lambda: Inpainting(region="top"), "region must be one of .*, got 'top'"),  # type: ignore[arg-type]
-        (lambda: Inpainting(num_steps=0), "num_steps must be at least 1, got 0"),
-        (lambda: Denoising(sigma=0), "sigma must be a finite deviation above 0, got 0"),
+        (lambda: Inpainting(num_steps=0), "num_steps must be a whole number of at least 1, got 0"),
+        (lambda: Inpainting(num_steps=2.5), "num_steps must be a whole number of at least 1, got 2.5"),  # type: ignore[arg-type]
+        (lambda: Denoising(sigma=0), r"sigma must lie in \(0, 1\], in units of \[0, 1\] pixels, got 0"),
+        (lambda: Denoising(sigma=25), r"sigma must lie in \(0, 1\], in units of \[0, 1\] pixels, got 25"),
         (lambda: Denoising(blur=math.inf), "blur must be a finite deviation above 0, got inf"),
         (lambda: Denoising(step_size=math.nan), "step_size must be a finite length of at least 0, got nan"),
-        (lambda: SuperResolution(factor=1), "factor must be at least 2, got 1"),
+        (lambda: SuperResolution(factor=1), "factor must be a whole number of at least 2, got 1"),
     ],
 )
 def test_mistakes_cost_a_sentence(wrong: Callable[[], object], message: str) -> None:
@@ -286,8 +341,16 @@ def test_mistakes_cost_a_sentence(wrong: Callable[[], object], message: str) -> 
 
 
 def test_images_that_do_not_fit_a_task_are_refused(tmp_path: Path) -> None:
+    """With the first batch, not after a module's own long test."""
+    seen: list[int] = []
+
+    class Slow(Linear):
+        def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+            seen.append(batch_idx)
+
     with pytest.raises(InputError, match="factor must divide the images' sides 16 and 16, got 3"):
-        run(tmp_path, Editing([SuperResolution(factor=3)]))
+        run(tmp_path, Editing([SuperResolution(factor=3)]), Slow())
+    assert seen == [0]
     small = {"x": torch.rand(4, 1, 5, 8), "y": torch.zeros(4, dtype=torch.long), "index": torch.arange(4)}
     with pytest.raises(InputError, match=r"at least 6×6 pixels, got \(4, 1, 5, 8\)"):
         tiny.trainer(tmp_path, [Editing(TASKS)]).test(Linear(), DataLoader([small], batch_size=None), verbose=False)  # type: ignore[arg-type]

@@ -41,16 +41,21 @@ def test_a_checkpoint_waits_until_it_is_asked(app: Any, checkpoint: Path, monkey
 
 def test_of_several_models_the_chosen_one_is_shown(app: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     first = open_checkpoint(MODELS / "digits")
-    monkeypatch.setattr(serving, "_served", [first, replace(first, name="other", num_steps=9, at_once=False)])
+    monkeypatch.setattr(
+        serving, "_served", [first, replace(first, name="other", num_steps=9, step_size=0.01, at_once=False)]
+    )
     app.run()
     app.button(key="example 3").click().run()
     assert any(element.value.startswith("`digits`") for element in app.caption)
     assert app.number_input(key="sample steps").value == 6
+    assert app.number_input(key="filling size").value == pytest.approx(first.step_size / 4, rel=0.05)
     (models,) = [group for group in app.get("button_group") if group.key == "model"]
     models.set_value("other").run()
     assert not app.exception
     assert any(element.value.startswith("`other`") for element in app.caption)
     assert app.number_input(key="sample steps").value == 9
+    # However small it is, a step is none of length 0.
+    assert app.number_input(key="filling size").value == 0.0025
     # Nothing of the first one is left.
     assert app.session_state["example"] == 0
     assert not any(text.startswith(("At step", "Samples of class")) for text in texts(app))
