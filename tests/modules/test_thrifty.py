@@ -271,7 +271,7 @@ def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     made: list[Any] = []
     monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "thrifty.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
+    given = [str(ROOT / "configs" / "digits" / "stage2.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
     arguments = ["fit", *(word for path in given for word in ("--config", path))]
     arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
     arguments += ["--model.restart_share=0.5", "--model.warm_attacks=true"]

@@ -56,7 +56,14 @@ def test_a_saved_model_gives_the_same_logits_in_eval_mode(tmp_path: Path, capsys
 
 def test_the_configuration_holds_the_arguments(tmp_path: Path) -> None:
     config = json.loads((saved(tmp_path) / "config.json").read_text())
-    arguments = {"num_classes": 3, "in_channels": 2, "widths": [4, 8], "activation": "silu", "stem_pool": 1}
+    arguments = {
+        "num_classes": 3,
+        "in_channels": 2,
+        "widths": [4, 8],
+        "activation": "silu",
+        "stem_pool": 1,
+        "norm": "batch",
+    }
     backbone = {"name": "SmallResNet", "arguments": arguments}
     assert config == {"backbone": backbone, "mean": [0.1, 0.2], "std": [0.5, 0.4]}
 
@@ -291,7 +298,9 @@ def test_the_card_says_what_it_is_and_leaves_nothing_to_fill_in(tmp_path: Path) 
     assert body.startswith("\n# digits\n")
     assert 'EnergyModel.from_pretrained(".")' in body
     assert "https://arxiv.org/abs/2510.13872" in body
-    assert "SmallResNet(num_classes=3, in_channels=2, widths=[4, 8], activation='silu', stem_pool=1)" in body
+    assert (
+        "SmallResNet(num_classes=3, in_channels=2, widths=[4, 8], activation='silu', stem_pool=1, norm='batch')" in body
+    )
     for placeholder in ("More Information Needed", "{{", "{%", "None"):
         assert placeholder not in card
 
