@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m dat_lightning.demo",
         description="Trains and tests both stages of Dual Adversarial Training on scikit-learn's digits, and writes"
-        " OUT/report.html. Takes two to three minutes on 2 CPU cores; nothing is downloaded. Run again after an"
+        " OUT/report.html. Takes about two minutes on 2 CPU cores; nothing is downloaded. Run again after an"
         " interruption, it goes on; to begin anew, remove OUT.",
         allow_abbrev=False,
     )
