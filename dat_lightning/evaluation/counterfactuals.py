@@ -23,7 +23,7 @@ from dat_lightning.data.batches import check_classes, logits_of, require_finite
 from dat_lightning.evaluation.class_distances import Target, class_distances
 from dat_lightning.evaluation.counterfactual_figures import Judge, Search, drawn_counterfactuals
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.evaluation.label_agreement import check_independent
+from dat_lightning.evaluation.label_agreement import check_independent, classes_read
 from dat_lightning.features.layers import extract_features
 from dat_lightning.results.digests import network_digest, network_identity
 from dat_lightning.results.gathering import Values
@@ -207,12 +207,11 @@ class Counterfactuals(Evaluator):
 
         Raises:
             RuntimeError: If there is no judge.
+            InputError: If its logits are not finite.
         """
         if self.judge is None:
             raise RuntimeError("there is no judge")
-        with torch.no_grad():
-            logits = logits_of(self.judge, images, "Counterfactuals.judge")
-        return logits.argmax(1)
+        return classes_read(self.judge, images, "Counterfactuals.judge")
 
     @override
     def settings(self) -> dict[str, Any]:

@@ -19,10 +19,10 @@ from dat_lightning.core.errors import InputError, require_counts, require_kind
 from dat_lightning.core.objectives import Objective, negative_marginal_energy, targeted_logit
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
-from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.data.batches import logits_of
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.evaluation.label_agreement import check_independent
+from dat_lightning.evaluation.label_agreement import check_independent, classes_read
 from dat_lightning.evaluation.restorations import Denoising, Inpainting, Restoration, SuperResolution
 from dat_lightning.results.digests import network_digest, network_identity
 from dat_lightning.results.gathering import Values
@@ -168,11 +168,7 @@ class Editing(Evaluator):
         """
         if self.judge is None:
             raise RuntimeError("there is no judge")
-        with torch.no_grad():
-            logits = logits_of(self.judge, images, "Editing.judge")
-        # The largest of NaN is the first, which may be the label.
-        require_finite(logits, "Editing.judge")
-        return logits.argmax(1)
+        return classes_read(self.judge, images, "Editing.judge")
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:

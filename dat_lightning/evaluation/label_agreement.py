@@ -2,12 +2,11 @@
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.core.losses import is_right
-from dat_lightning.data.batches import logits_of
+from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
@@ -73,8 +72,7 @@ class LabelAgreement(SampleConsumer):
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Reads a batch."""
         for steps, images in batch.images.items():
-            with torch.no_grad():
-                agree = is_right(logits_of(self.judge, images, "LabelAgreement.judge"), batch.labels).cpu()
+            agree = (classes_read(self.judge, images, "LabelAgreement.judge") == batch.labels).cpu()
             self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
 
     @override
@@ -89,3 +87,16 @@ def check_independent(judge: nn.Module, pl_module: LightningModule) -> None:
     """Raises an InputError if a judge is part of the network under test."""
     if any(judge is part for part in pl_module.modules()):
         raise InputError("judge must be independent of the network under test, got a part of it")
+
+
+def classes_read(judge: nn.Module, images: Tensor, name: str) -> Tensor:
+    """Returns the classes (N,) that a judge, called by a name, reads in images (N, C, H, W) in [0, 1].
+
+    Raises:
+        InputError: If its logits are not (N, K), or not finite.
+    """
+    with torch.no_grad():
+        logits = logits_of(judge, images, name)
+    # The largest of NaN is the first, which may be the label.
+    require_finite(logits, name)
+    return logits.argmax(1)

@@ -132,7 +132,8 @@ class SampleSupport(SampleConsumer):
     def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the figures."""
         data: Any = density_of(trainer, type(self).__name__)
-        x, y = zip(*(data.in_distribution("test")[k] for k in range(len(data.in_distribution("test")))), strict=True)
+        points = data.in_distribution("test")
+        x, y = zip(*(points[k] for k in range(len(points))), strict=True)
         threshold = float(data.log_density(torch.stack(x), torch.stack(y)).quantile(self.left_out))
         words = f"share of samples where log p is above its {self.left_out:g}-quantile of test points"
         made = {}

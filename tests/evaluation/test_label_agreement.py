@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning import DigitsFeatures, PGDSampler, SampleMetrics
+from dat_lightning.core.errors import InputError
 from dat_lightning.evaluation import LabelAgreement
+from dat_lightning.evaluation.label_agreement import classes_read
 from dat_lightning.features import DigitsJudge
 from dat_lightning.features.fidelity import FidelitySettings
 from tests.tiny import digits, stage1, trainer
@@ -73,3 +75,15 @@ def test_wrong_judges_are_a_sentence(tmp_path: Path) -> None:
     run = trainer(tmp_path, [PGDSampler(num_samples=4, num_steps=(1,)), LabelAgreement(module.energy_model)])
     with pytest.raises(ValueError, match="judge must be independent of the network under test"):
         run.test(module, datamodule=digits(), verbose=False)
+
+
+class Undecided(nn.Module):
+    """Gives NaN, of which the largest is the first."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.full((len(images), 3), torch.nan)
+
+
+def test_a_judge_that_gives_nan_reads_nothing() -> None:
+    with pytest.raises(InputError, match="a judge"):
+        classes_read(Undecided(), torch.rand(2, 1, 4, 4), "a judge")
