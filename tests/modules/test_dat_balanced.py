@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dat_lightning import AUCCurriculum, DATBalancedModule
+from dat_lightning import DATBalancedModule
 from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from dat_lightning.core.random_streams import stream_seed
@@ -15,18 +15,13 @@ from dat_lightning.modules import JointLogits
 from tests import tiny
 from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.two_steps import with_two_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(**kwargs: Any) -> Any:
-    """A module with T = 2, which does not move."""
-    curriculum = AUCCurriculum(max_steps=4, auc_threshold=1.0)
-    curriculum.num_steps.fill_(2)
-    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
-    module = DATBalancedModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **kwargs})
-    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return module
+    return with_two_steps(DATBalancedModule, **kwargs)
 
 
 def test_the_loss_is_that_of_chains_to_classes_of_their_own() -> None:

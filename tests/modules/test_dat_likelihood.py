@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dat_lightning import AUCCurriculum, DATLikelihoodModule, DualAdversarialModule, EnergyModel
+from dat_lightning import DATLikelihoodModule, DualAdversarialModule, EnergyModel
 from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from dat_lightning.core.errors import InputError
@@ -17,18 +17,13 @@ from dat_lightning.core.random_streams import stream_generator
 from tests import tiny
 from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.two_steps import with_two_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(kind: type[DualAdversarialModule] = DATLikelihoodModule, **kwargs: Any) -> Any:
-    """A module with T = 2, which does not move."""
-    curriculum = AUCCurriculum(max_steps=4, auc_threshold=1.0)
-    curriculum.num_steps.fill_(2)
-    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
-    module = kind(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **kwargs})
-    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return module
+    return with_two_steps(kind, **kwargs)
 
 
 def langevin(net: nn.Module, x: Tensor, draws: Tensor, steps: int, step_size: float, noise: float) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from scipy import optimize, stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dat_lightning import AUCCurriculum, DATNoiseContrastiveModule, DualAdversarialModule
+from dat_lightning import DATNoiseContrastiveModule, DualAdversarialModule
 from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from dat_lightning.core.errors import InputError
@@ -20,18 +20,13 @@ from dat_lightning.modules.dat_nce import TiedGaussians, best_offset
 from tests import tiny
 from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.two_steps import with_two_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(kind: type[DualAdversarialModule] = DATNoiseContrastiveModule, **kwargs: Any) -> Any:
-    """A module with T = 2, which does not move."""
-    curriculum = AUCCurriculum(max_steps=4, auc_threshold=1.0)
-    curriculum.num_steps.fill_(2)
-    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
-    module = kind(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **kwargs})
-    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return module
+    return with_two_steps(kind, **kwargs)
 
 
 def images(n: int = 40, side: int = 16) -> tuple[Tensor, Tensor]:

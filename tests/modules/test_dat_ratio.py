@@ -8,25 +8,20 @@ from typing import Any
 import pytest
 import torch
 
-from dat_lightning import AUCCurriculum, DATRatioModule, DualAdversarialModule, ThreatModel
+from dat_lightning import DATRatioModule, DualAdversarialModule, ThreatModel
 from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from tests import tiny
 from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.two_steps import with_two_steps
 
 ROOT = Path(__file__).resolve().parents[2]
 OOD_ATTACK = ThreatModel(eps=0.8, step_size=0.5, num_steps=3)
 
 
 def started(kind: type[DualAdversarialModule] = DATRatioModule, **kwargs: Any) -> Any:
-    """A module with T = 2, which does not move."""
-    curriculum = AUCCurriculum(max_steps=4, auc_threshold=1.0)
-    curriculum.num_steps.fill_(2)
-    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "contrastive_step_size": 0.4}
-    module = kind(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **kwargs})
-    module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    return module
+    return with_two_steps(kind, **kwargs)
 
 
 @pytest.mark.parametrize("merge", [True, False])
