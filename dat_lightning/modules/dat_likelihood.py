@@ -73,7 +73,7 @@ class DATLikelihoodModule(DualAdversarialModule):
         terms = super().loss_terms(logits, batch)
         if self.likelihood_weight > 0:
             x_gen, y_gen = self.part(batch, "x_gen"), self.part(batch, "y_gen")
-            energy_samples = marginal_energy(self(self.chain_samples(x_gen, y_gen, batch.get("draw"))))
+            energy_samples = marginal_energy(self(self.chain_samples(x_gen, y_gen, self.draws_of(batch))))
             likelihood_loss = self.likelihood_loss(marginal_energy(logits.gen), energy_samples)
             terms["likelihood_loss"] = (self.likelihood_weight, likelihood_loss)
         return terms

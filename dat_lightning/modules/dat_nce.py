@@ -151,7 +151,7 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         terms = super().loss_terms(logits, batch)
         if self.nce_weight > 0:
             x = self.part(batch, "x_gen")
-            draws = batch["draw"].tolist() if "draw" in batch else range(len(x))
+            draws = self.draws_of(batch).tolist()
             logits_gen = logits.gen
             if self.data_noise > 0:
                 x = x + self.data_noise * normal_noise(self.seed, "data noise", draws, tuple(x.shape[1:])).to(x)

@@ -60,7 +60,7 @@ class DATRatioModule(DualAdversarialModule):
         if self.ood_source == "chain":
             return logits.contrast
         x_ood = self.part(batch, "x_ood")
-        attacked: Tensor = self(confident_images(self, self.ood_threat_model, x_ood, batch.get("draw")))
+        attacked: Tensor = self(confident_images(self, self.ood_threat_model, x_ood, self.draws_of(batch)))
         return attacked
 
     def ood_loss(self, logits_ood: Tensor) -> Tensor:

@@ -117,7 +117,7 @@ class JEMModule(ReplayBufferModule):
             TrainingFailureError: If the energies of images and samples are too far apart, on any rank.
         """
         x_gen, x_clf, y_clf = (self.part(batch, key) for key in ("x_gen", "x_clf", "y_clf"))
-        draws = self._draws(batch.get("draw"), len(x_gen))
+        draws = self.draws_of(batch).tolist()
         samples = self.chain_samples(self._buffer_of(x_gen), draws)
         energy_real = marginal_energy(self(self.noised(x_gen, draws, "gen")))
         energy_samples = marginal_energy(self(samples))

@@ -87,8 +87,8 @@ class RATIOModule(EnergyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of clean, adversarial and attacked out-of-distribution images."""
         x, y, x_ood = (self.part(batch, key) for key in ("x_clf", "y_clf", "x_ood"))
-        x_adv = self.adversarial_examples(x, y, batch.get("draw"))
-        x_ood_adv = self.ood_adversarial_examples(x_ood, batch.get("draw"))
+        x_adv = self.adversarial_examples(x, y, self.draws_of(batch))
+        x_ood_adv = self.ood_adversarial_examples(x_ood, self.draws_of(batch))
         logits = self(torch.cat([x, x_adv, x_ood_adv]))
         logits_clean, logits_adv, logits_ood = logits.split([len(x), len(x), len(x_ood)])
         clean_loss = self.clean_loss(logits_clean, y)

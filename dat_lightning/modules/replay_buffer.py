@@ -76,11 +76,3 @@ class ReplayBufferModule(EnergyModule):
             return self._restored_buffer
         shares = cast(Tensor, self.all_gather(self.replay_buffer))
         return (shares if self.trainer.world_size == 1 else shares.transpose(0, 1).flatten(0, 1)).cpu()
-
-    def _draws(self, draws: Tensor | None, size: int) -> Sequence[int]:
-        """The numbers of this batch's draws, counted by steps where the data do not number them."""
-        if draws is not None:
-            numbers: list[int] = draws.tolist()
-            return numbers
-        first = (self.global_step * self.trainer.world_size + self.trainer.global_rank) * size
-        return range(first, first + size)

@@ -25,7 +25,7 @@ class RobustClassifierModule(EnergyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss at adversarial examples of ``x_clf``."""
         x, y = self.part(batch, "x_clf"), self.part(batch, "y_clf")
-        logits = self(self.adversarial_examples(x, y, batch.get("draw")))
+        logits = self(self.adversarial_examples(x, y, self.draws_of(batch)))
         loss = self.classification_loss(logits, y)
         robust_accuracy = is_right(logits, y).float().mean()
         scalars = {"loss": loss, "robust_accuracy": robust_accuracy}

@@ -84,7 +84,8 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
         steps = self.curriculum.steps_on_host()
         if self.restart_share == 1:
             return self._walked(x_ood, y_gen, draws, steps)
-        buffer, numbers = self._buffer_of(x_ood), torch.tensor(self._draws(draws, len(x_ood)))
+        buffer = self._buffer_of(x_ood)
+        numbers = torch.arange(len(x_ood)) if draws is None else draws.cpu()
         places, has_place = self._places(buffer, y_gen, int(numbers[0]))
         old = buffer[places]
         anew = uniform_noise(self.seed, "restart", numbers.tolist(), ()) < self.restart_share

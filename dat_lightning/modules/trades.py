@@ -95,7 +95,7 @@ class TradesModule(EnergyModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the loss of ``x_clf`` and of the adversarial examples around it."""
         x, y = self.part(batch, "x_clf"), self.part(batch, "y_clf")
-        x_adv = self.adversarial_examples(x, y, batch.get("draw"))
+        x_adv = self.adversarial_examples(x, y, self.draws_of(batch))
         logits_clean, logits_adv = self(x), self(x_adv)
         clean_loss = self.clean_loss(logits_clean, y)
         regularizer = self.robust_regularizer(logits_clean, logits_adv)

@@ -185,6 +185,19 @@ class TrainedModule(LightningModule):
         """
         return batch_part(batch, key, type(self).__name__)
 
+    def draws_of(self, batch: Batch) -> Tensor:
+        """Returns the global numbers of a training batch's examples, (N,), which name their random numbers.
+
+        Data that do not number them, as :class:`~dat_lightning.data.PairedDataModule` does, are counted: over the
+        batches of the run, also where it resumes, and its ranks, which need equally many examples.
+        """
+        if "draw" in batch:
+            return batch["draw"]
+        size = len(self.part(batch, self.training_parts[0]))
+        step = self.trainer.fit_loop.total_batch_idx if self._is_fitting() else 0
+        first = (step * number_of_ranks() + self.global_rank) * size
+        return torch.arange(first, first + size)
+
     def count_evaluations(self, x: Tensor, times: int) -> None:
         """Adds the evaluations of images (N, …), each so many times, to :attr:`network_evaluations`, in training."""
         if self.training:

@@ -2,16 +2,30 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
+from torch.utils.data import DataLoader
 
-from dat_lightning import EnergyModel, EnergyModule, SmallResNet, ThreatModel, ascend
+from dat_lightning import (
+    AUCCurriculum,
+    DATBalancedModule,
+    DATNoiseContrastiveModule,
+    EnergyModel,
+    EnergyModule,
+    SmallResNet,
+    ThreatModel,
+    ThriftyDATModule,
+    TradesModule,
+    ascend,
+)
 from dat_lightning.core import cross_entropy
 from tests import tiny
 
@@ -189,3 +203,62 @@ def test_a_cosine_schedule_that_would_rise_again_is_refused(tmp_path: Path) -> N
     with pytest.raises(ValueError, match="T_max=2, but training has 3 epochs"):
         tiny.trainer(tmp_path, max_epochs=3).fit(module, datamodule=tiny.digits())
     tiny.trainer(tmp_path, max_epochs=2).fit(module, datamodule=tiny.digits())
+
+
+_PARTS: dict[str, Any] = {"energy_model": tiny.energy_model, "optimizer": tiny.SGD, "threat_model": tiny.ATTACK}
+
+
+def _made(module: Callable[..., EnergyModule], **arguments: Any) -> EnergyModule:
+    return module(**{**_PARTS, "energy_model": tiny.energy_model(), **arguments})
+
+
+def _own_loader(numbered: bool, count: int = 6) -> Any:
+    """A loader of one's own, of batches of eight."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for first in range(0, 8 * count, 8):
+        images = {name: torch.rand(8, 1, 16, 16, generator=generator) for name in ("x_gen", "x_clf", "x_ood")}
+        labels = {name: torch.arange(8) % 10 for name in ("y_gen", "y_clf")}
+        batches.append({**images, **labels, **({"draw": torch.arange(first, first + 8)} if numbered else {})})
+    return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(tiny.stage1, threat_model=replace(tiny.ATTACK, random_start=True)),
+        partial(tiny.stage2, threat_model=replace(tiny.ATTACK, random_start=True)),
+        tiny.jem,
+        partial(_made, TradesModule),
+        partial(_made, DATBalancedModule, curriculum=AUCCurriculum(initial_steps=1)),
+        partial(_made, DATNoiseContrastiveModule),
+        partial(_made, ThriftyDATModule, restart_share=0.5, buffer_size=40),
+    ],
+)
+def test_examples_without_numbers_are_counted(make: Callable[..., EnergyModule], tmp_path: Path) -> None:
+    """As those of data that number them; where gradients are accumulated, too."""
+
+    def trained(numbered: bool) -> list[torch.Tensor]:
+        module = make()
+        trainer = tiny.trainer(tmp_path, limit_train_batches=4, accumulate_grad_batches=2)
+        trainer.fit(module, _own_loader(numbered))
+        return [p.detach() for p in module.parameters()]
+
+    assert all(map(torch.equal, trained(numbered=False), trained(numbered=True)))
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_the_count_of_examples_goes_on_in_a_resumed_run(tmp_path: Path) -> None:
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, i: int) -> None:
+            seen.append(int(pl_module.draws_of(batch)[0]))
+
+    last = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
+    trainer = tiny.trainer(tmp_path, [Watch(), last], max_epochs=2, enable_checkpointing=True)
+    trainer.fit(tiny.stage1(), _own_loader(numbered=False, count=3))
+    trainer = tiny.trainer(tmp_path, [Watch(), last], max_epochs=3, enable_checkpointing=True)
+    trainer.fit(tiny.stage1(), _own_loader(numbered=False, count=3), ckpt_path=str(tmp_path / "last.ckpt"))
+    assert seen == [*range(0, 48, 8), *range(48, 72, 8)]

@@ -8,7 +8,6 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dat_lightning import JEMModule
 from dat_lightning.core.errors import InputError, TrainingFailureError
@@ -111,25 +110,6 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
 
 
 _FC = "energy_model.backbone.fc.weight"
-
-
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
-def test_draws_without_numbers_are_counted(tmp_path: Path) -> None:
-    """A loader of one's own: as with those that number them."""
-
-    def trained(numbered: bool) -> list[Tensor]:
-        batches = [batch(8, first) for first in (0, 8, 16)]
-        for entries in batches:
-            entries.update({name: part.float() for name, part in entries.items() if name[0] == "x"})
-            if not numbered:
-                del entries["draw"]
-        module = tiny.jem()
-        loader: Any = DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
-        tiny.trainer(tmp_path, limit_train_batches=3).fit(module, loader)
-        assert module.replay_buffer is not None
-        return [module.replay_buffer, *module.parameters()]
-
-    assert all(map(torch.equal, trained(numbered=False), trained(numbered=True)))
 
 
 def test_divergence_is_a_sentence(tmp_path: Path) -> None:

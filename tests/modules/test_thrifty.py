@@ -257,9 +257,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
         InputError, match=r"warm_attacks needs data whose x_clf are draws of one data set.*got NoneType"
     ):
         module.training_step(batch, 0)
-    del batch["draw"]
     with pytest.raises(InputError, match="warm_attacks needs numbered draws"):
-        module.training_step(batch, 0)
+        module.adversarial_examples(batch["x_clf"], batch["y_clf"])
     trainer, _, _ = run(tmp_path, 2)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     with pytest.raises(InputError, match="and be 40 as in the checkpoint; got 80"):
