@@ -152,9 +152,8 @@ class DualAdversarialModule(EnergyModule):
         x_clf, y_clf = self.part(batch, "x_clf"), self.part(batch, "y_clf")
         # Someone may have called train() on a single layer.
         self.energy_model.freeze_batch_norm()
-        draws = self.draws_of(batch)
-        x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen, draws)
-        x_adv = self.adversarial_examples(x_clf, y_clf, draws)
+        x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen, self.draws_of(batch))
+        x_adv = self.adversarial_examples(x_clf, y_clf, self.draws_of(batch))
         logits = self.joint_logits(x_gen, x_contrast, x_adv)
         terms = self.loss_terms(logits, batch)
         loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
