@@ -157,7 +157,7 @@ class Counterfactuals(Evaluator):
         logits = _logits(pl_module, x)
         check_classes(y, logits, "Counterfactuals")
         chosen = {kind: self.choose_targets(kind, logits, y, batch["index"]) for kind in self.targets}
-        values: Values = {} if self.judge is None else {"original_read": self.read(x) == y}
+        values: Values = {} if self.judge is None else {"original_read": self.read(x, y) == y}
         total = len(self.eps) * sum(targets.shape[1] for targets in chosen.values())
         with tqdm(total=total, desc="Counterfactuals", leave=False, disable=self._silent) as progress:
             for kind, targets in chosen.items():
@@ -197,21 +197,21 @@ class Counterfactuals(Evaluator):
             "changed_pixels": moved.flatten(1).double().mean(1),
         }
         if self.judge is not None:
-            values["plausibility"] = (self.read(changed) == targets).cpu()
+            values["plausibility"] = (self.read(changed, targets) == targets).cpu()
         if self.extractor is not None:
             values["features"] = extract_features(self.extractor, changed).float().cpu()
         return values
 
-    def read(self, images: Tensor) -> Tensor:
-        """Returns the classes (N,) that the judge reads in images (N, C, H, W) in [0, 1].
+    def read(self, images: Tensor, wanted: Tensor) -> Tensor:
+        """Returns the classes (N,) that the judge reads in images (N, C, H, W) in [0, 1] meant to show ``wanted`` (N,).
 
         Raises:
             RuntimeError: If there is no judge.
-            InputError: If its logits are not finite.
+            InputError: If its logits are not finite, or a class wanted is none of its classes.
         """
         if self.judge is None:
             raise RuntimeError("there is no judge")
-        return classes_read(self.judge, images, "Counterfactuals.judge")
+        return classes_read(self.judge, images, wanted, "Counterfactuals.judge")
 
     @override
     def settings(self) -> dict[str, Any]:
@@ -294,7 +294,7 @@ class Counterfactuals(Evaluator):
         targets = targets.gather(1, places.unsqueeze(1)).squeeze(1)
         changed = self.change(pl_module, x, targets, search.eps)
         confidence = _logits(pl_module, changed).double().softmax(1).gather(1, targets.unsqueeze(1)).squeeze(1)
-        read = None if self.judge is None else self.read(changed)
+        read = None if self.judge is None else self.read(changed, targets)
         return drawn_counterfactuals(search, x, y, changed, targets, confidence, read)
 
 

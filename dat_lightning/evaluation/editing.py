@@ -156,19 +156,19 @@ class Editing(Evaluator):
             "ssim": structural_similarity_index_measure(found, true, data_range=1.0, reduction="none"),  # type: ignore[dict-item]
         }
         if self.judge is not None:
-            values["agreement"] = self.read(images) == y
+            values["agreement"] = self.read(images, y) == y
         return {name: value.cpu() for name, value in values.items()}
 
-    def read(self, images: Tensor) -> Tensor:
-        """Returns the classes (N,) that the judge reads in images (N, C, H, W) in [0, 1].
+    def read(self, images: Tensor, y: Tensor) -> Tensor:
+        """Returns the classes (N,) that the judge reads in images (N, C, H, W) in [0, 1] with labels ``y`` (N,).
 
         Raises:
             RuntimeError: If there is no judge.
-            InputError: If its logits are not finite.
+            InputError: If its logits are not finite, or a label is none of its classes.
         """
         if self.judge is None:
             raise RuntimeError("there is no judge")
-        return classes_read(self.judge, images, "Editing.judge")
+        return classes_read(self.judge, images, y, "Editing.judge")
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
@@ -179,7 +179,7 @@ class Editing(Evaluator):
         x, y, index = batch["x"], batch["y"], batch["index"]
         with torch.no_grad(), no_trace(pl_module):
             self.check_logits(logits_of(pl_module, x, "Editing"), y)
-        values: Values = {} if self.judge is None else {"original_agreement": self.read(x) == y}
+        values: Values = {} if self.judge is None else {"original_agreement": self.read(x, y) == y}
         for task in self.tasks:
             degraded = task.degraded(x, index.tolist(), self.seed)
             for name, images in (("degraded", degraded), ("simple", task.simple(degraded))):
@@ -292,7 +292,7 @@ class Editing(Evaluator):
 
     def _row(self, images: Tensor, x: Tensor, y: Tensor, caption: Literal["class", "psnr"]) -> list[Tile]:
         measured = self.measure(images, x, y)
-        read = None if self.judge is None else self.read(images).tolist()
+        read = None if self.judge is None else self.read(images, y).tolist()
         row = []
         for i, image in enumerate(to_uint8_rgb(images).cpu()):
             lines = [f"class {int(y[i])}" if caption == "class" else f"{float(measured['psnr'][i]):.1f} dB"]

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.data.batches import check_classes, logits_of, require_finite
 from dat_lightning.results.digests import network_identity
 from dat_lightning.results.gathering import Values, gather
 from dat_lightning.results.measurement import Measurement
@@ -27,7 +27,8 @@ class LabelAgreement(SampleConsumer):
         judge: An independent classifier, images in [0, 1] to logits (N, K).
 
     Raises:
-        InputError: When sampling starts, if the judge is part of the network.
+        InputError: When sampling starts, if the judge is part of the network; with a batch, if a class asked for is
+            none of the judge's.
     """
 
     def __init__(self, judge: nn.Module) -> None:
@@ -72,7 +73,7 @@ class LabelAgreement(SampleConsumer):
     def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
         """Reads a batch."""
         for steps, images in batch.images.items():
-            agree = (classes_read(self.judge, images, "LabelAgreement.judge") == batch.labels).cpu()
+            agree = (classes_read(self.judge, images, batch.labels, "LabelAgreement.judge") == batch.labels).cpu()
             self._agree[steps].append({"index": batch.indices.cpu(), "agree": agree})
 
     @override
@@ -89,14 +90,21 @@ def check_independent(judge: nn.Module, pl_module: LightningModule) -> None:
         raise InputError("judge must be independent of the network under test, got a part of it")
 
 
-def classes_read(judge: nn.Module, images: Tensor, name: str) -> Tensor:
-    """Returns the classes (N,) that a judge, called by a name, reads in images (N, C, H, W) in [0, 1].
+def classes_read(judge: nn.Module, images: Tensor, labels: Tensor, name: str) -> Tensor:
+    """Returns the classes (N,) that a judge reads in images.
+
+    Args:
+        judge: Maps images to logits (N, K).
+        images: Shape (N, C, H, W), in [0, 1].
+        labels: The classes (N,) that what it reads will be compared with.
+        name: What it is called in messages.
 
     Raises:
-        InputError: If its logits are not (N, K), or not finite.
+        InputError: If its logits are not (N, K), or not finite, or a label is none of its classes.
     """
     with torch.no_grad():
         logits = logits_of(judge, images, name)
+    check_classes(labels, logits, name, least=1)
     # The largest of NaN is the first, which may be the label.
     require_finite(logits, name)
     return logits.argmax(1)

@@ -83,7 +83,8 @@ def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
         for result in results:
             if result.variant == name:
                 mine = dict(_points(plot, result))
-                single.append(tuple(mine.values()))
+                if mine:
+                    single.append(tuple(mine.values()))
                 for x, y in mine.items():
                     points.setdefault(x, []).append(y)
         if points:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dat_lightning import DigitsFeatures
+from dat_lightning.core.errors import InputError
 from dat_lightning.data.digits import load_images, split_indices
 from dat_lightning.evaluation import Counterfactuals
 from dat_lightning.results.gathering import Values
@@ -268,6 +269,18 @@ def test_a_judge_that_is_the_network_agrees_with_it(tmp_path: Path) -> None:
     figures = run(tmp_path, Counterfactuals([0.2], num_steps=4, judge=Linear()))
     for kind in ("next", "uniform"):
         assert figures[f"plausibility_{kind}_eps0.2"].value == figures[f"success_{kind}_eps0.2"].value
+
+
+class Coarse(Reads):
+    """Lacks the last class."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)[:, :-1]
+
+
+def test_a_judge_with_fewer_classes_than_targets_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"Counterfactuals\.judge: labels must lie in 0 … 2, got \d … 3"):
+        run(tmp_path, Counterfactuals([0.2], num_steps=4, judge=Coarse(1)))
 
 
 def test_a_part_of_the_network_is_no_judge(tmp_path: Path) -> None:

@@ -229,6 +229,20 @@ def test_a_judge_that_gives_nan_is_refused(tmp_path: Path) -> None:
         run(tmp_path, Editing(TASKS[:1], judge=Broken()))
 
 
+class Coarse(Reads):
+    """Lacks the last class."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images)[:, :-1]
+
+
+def test_a_judge_with_fewer_classes_than_labels_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=rf"Editing\.judge: labels must lie in 0 … {CLASSES - 2}, got 0 … {CLASSES - 1}"
+    ):
+        run(tmp_path, Editing(TASKS[:1], judge=Coarse()))
+
+
 def test_an_image_that_comes_back_exactly_leaves_means_finite(tmp_path: Path) -> None:
     """An even image is its own average: without a bound the ratio is infinite."""
     task, rest = SuperResolution(factor=4), torch.from_numpy(grey_images(3)[0])

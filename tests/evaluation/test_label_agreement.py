@@ -86,4 +86,22 @@ class Undecided(nn.Module):
 
 def test_a_judge_that_gives_nan_reads_nothing() -> None:
     with pytest.raises(InputError, match="a judge"):
-        classes_read(Undecided(), torch.rand(2, 1, 4, 4), "a judge")
+        classes_read(Undecided(), torch.rand(2, 1, 4, 4), torch.tensor([0, 2]), "a judge")
+
+
+class Coarse(nn.Module):
+    """Knows five classes of the ten."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Brightness().forward(images)[:, :5]
+
+
+def test_a_judge_with_fewer_classes_than_labels_reads_nothing(tmp_path: Path) -> None:
+    """It could never agree where a label is none of its classes: 0 % would be no finding."""
+    with pytest.raises(InputError, match=r"LabelAgreement\.judge: labels must lie in 0 … 4, got 0 … 7"):
+        sampled(tmp_path, LabelAgreement(Coarse()))
+    images = torch.rand(3, 1, 4, 4)
+    labels = torch.tensor([0, 4, 2])
+    assert torch.equal(classes_read(Coarse(), images, labels, "a judge"), Coarse()(images).argmax(1))
+    with pytest.raises(InputError, match=r"a judge: labels must lie in 0 … 4, got 0 … 5"):
+        classes_read(Coarse(), images, labels + torch.tensor([0, 1, 0]), "a judge")

@@ -321,6 +321,9 @@ def test_curves_keep_each_seed(tmp_path: Path) -> None:
     rows = [result("short", s, curves={"train/r1": {"steps": [1.0], "values": [2.0 + s]}}) for s in range(2)]
     (line,) = lines(found, each, rows)
     assert (line.y, line.single) == ((2.5,), ((2.0,), (3.0,)))
+    # A seed that has not been run is no curve of another length.
+    (line,) = lines(found, each, [*rows, result("short", 2, done=False)])
+    assert (line.y, line.single) == ((2.5,), ((2.0,), (3.0,)))
 
 
 def test_radii_are_read_from_names(tmp_path: Path) -> None:
