@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Precision
-from dat_lightning.speed.hardware import has_bfloat16
+from dat_lightning.speed.hardware import prefers_bfloat16
 from dat_lightning.speed.network_forms import CompileMode
 
 
@@ -22,7 +22,7 @@ class Execution:
         fold_batch_norm: Whether ascents in eval mode climb a copy in which batch norm is part of the convolutions: the
             same function up to rounding, and faster.
         attack_precision: Precision of ascents' passes, in training and evaluation; by default the Trainer's. ``auto``
-            is bfloat16 on devices that compute in it by themselves.
+            is bfloat16 on devices that compute faster in it: on x86-64, processors with AMX.
     """
 
     memory_format: Literal["contiguous", "channels_last"] = "channels_last"
@@ -33,7 +33,7 @@ class Execution:
     def attack_dtype(self, device: torch.device) -> torch.dtype | None:
         """Returns the type of ascents' passes on a device, ``None`` for the surrounding one."""
         if self.attack_precision == "auto":
-            return torch.bfloat16 if has_bfloat16(device) else None
+            return torch.bfloat16 if prefers_bfloat16(device) else None
         return AUTOCAST_DTYPES[self.attack_precision]
 
 

@@ -22,10 +22,16 @@ def has_bfloat16(device: torch.device) -> bool:
     if device.type != "cpu":
         return True
     flags = cpu_flags()
-    x86 = platform.machine().lower() in {"x86_64", "amd64"}
-    if x86 and torch.backends.cpu.get_cpu_capability() in _WITHOUT:
+    if _is_x86() and torch.backends.cpu.get_cpu_capability() in _WITHOUT:
         return False
     return not flags or not flags.isdisjoint(_INSTRUCTIONS)
+
+
+def prefers_bfloat16(device: torch.device) -> bool:
+    """Returns whether a device computes faster in bfloat16 than in float32: not by AVX-512 alone, but by AMX."""
+    if device.type != "cpu" or not _is_x86():
+        return has_bfloat16(device)
+    return has_bfloat16(device) and "amx_bf16" in cpu_flags()
 
 
 def emulation_warning(precisions: Mapping[str, str | None], device: torch.device) -> str | None:
@@ -55,3 +61,7 @@ def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
     except OSError:
         return frozenset()
     return frozenset(found.partition(":")[2].split())
+
+
+def _is_x86() -> bool:
+    return platform.machine().lower() in {"x86_64", "amd64"}

@@ -5,7 +5,7 @@
 #
 # ARGUMENTS go to every command, such as
 #   --config configs/data/cifar10_folders.yaml    CIFAR-10 and seeds as folders of images, in place of downloads
-#   --trainer.precision bf16-mixed                a processor that computes in bfloat16
+#   --trainer.precision bf16-mixed                a processor with AMX, which computes faster in bfloat16
 # Stop it whenever you like: called again, it goes on.
 set -euo pipefail
 run() {

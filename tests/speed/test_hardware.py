@@ -38,23 +38,26 @@ def test_flags_as_linux_tells_them(text: str, flags: set[str], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ("flags", "machine", "kernels", "has"),
+    ("flags", "machine", "kernels", "has", "fast"),
     [
-        ("avx2 fma", "x86_64", "AVX2", False),
-        ("avx2 avx512f avx512bw", "x86_64", "AVX512", False),
-        ("avx2 avx512f avx512_bf16", "x86_64", "AVX512", True),
-        ("avx2 avx512f amx_tile amx_bf16", "x86_64", "AVX512", True),
+        ("avx2 fma", "x86_64", "AVX2", False, False),
+        ("avx2 avx512f avx512bw", "x86_64", "AVX512", False, False),
+        ("avx2 avx512f avx512_bf16", "x86_64", "AVX512", True, False),
+        ("avx2 avx512f amx_tile amx_bf16", "x86_64", "AVX512", True, True),
         # Restricted by ATEN_CPU_CAPABILITY.
-        ("avx2 avx512f avx512_bf16", "x86_64", "AVX2", False),
-        ("fp asimd", "aarch64", "DEFAULT", False),
-        ("fp asimd bf16", "aarch64", "DEFAULT", True),
-        ("", "arm64", "DEFAULT", True),  # not Linux: nothing is known
+        ("avx2 avx512f amx_tile amx_bf16", "x86_64", "AVX2", False, False),
+        ("fp asimd", "aarch64", "DEFAULT", False, False),
+        ("fp asimd bf16", "aarch64", "DEFAULT", True, True),
+        ("", "arm64", "DEFAULT", True, True),  # not Linux: nothing is known
+        ("", "AMD64", "AVX512", True, False),
     ],
 )
-def test_processors(flags: str, machine: str, kernels: str, has: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processors(
+    flags: str, machine: str, kernels: str, has: bool, fast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     processor(monkeypatch, flags, machine, kernels)
     assert has_bfloat16(CPU) is has
-    assert Execution(attack_precision="auto").attack_dtype(CPU) == (torch.bfloat16 if has else None)
+    assert Execution(attack_precision="auto").attack_dtype(CPU) == (torch.bfloat16 if fast else None)
     assert Execution().attack_dtype(CPU) is None
     assert Execution(attack_precision="bfloat16").attack_dtype(CPU) == torch.bfloat16
     assert has_bfloat16(torch.device("meta"))
