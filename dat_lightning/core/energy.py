@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
@@ -29,6 +29,13 @@ def marginal_energy(logits: Tensor) -> Tensor:
 def batch_norm_layers(module: nn.Module) -> list[nn.Module]:
     """Returns the batch norm layers of a module, SyncBatchNorm among them; LayerNorm and GroupNorm are none."""
     return [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+
+@fx.wrap  # a call of its own where a network is traced: only then have images a shape
+def _normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    if x.shape[1] != mean.shape[1]:
+        raise InputError(f"the network takes images of {mean.shape[1]} channels, got the shape {tuple(x.shape)}")
+    return (x - mean) / std
 
 
 class EnergyModel(nn.Module):
@@ -71,14 +78,24 @@ class EnergyModel(nn.Module):
         self.register_load_state_dict_pre_hook(_expect_plain_names)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Returns the logits f(x)."""
+        """Returns the logits f(x).
+
+        Raises:
+            InputError: If the images have not as many channels as ``mean``; one would be taken for all of them.
+        """
         if self.mean is not None and self.std is not None:
-            x = (x - self.mean) / self.std
+            x = _normalised(x, self.mean, self.std)
         logits: Tensor = self.backbone(x)
         return logits
 
     def joint_energy(self, x: Tensor, y: Tensor) -> Tensor:
-        """Returns E(x, y) = −f(x)[y]."""
+        """Returns E(x, y) = −f(x)[y].
+
+        Raises:
+            InputError: If there is not one label for each image.
+        """
+        if y.shape != x.shape[:1]:
+            raise InputError(f"y must have one label for each of {len(x)} images, got the shape {tuple(y.shape)}")
         return joint_energy(self(x), y)
 
     def marginal_energy(self, x: Tensor) -> Tensor:

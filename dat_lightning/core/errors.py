@@ -1,5 +1,7 @@
 """The one error about what a user gave: an argument, a file, data; and its like about a run that fails."""
 
+from numbers import Integral
+
 
 class InputError(ValueError):
     """Says what is wrong with a user's input: which argument or file, its value, and what was expected.
@@ -34,14 +36,25 @@ def require_at_least(minimum: float, **values: float | None) -> None:
 
 
 def require_counts(minimum: int, **values: object) -> None:
-    """Checks numbers that count something, as a file says them: whole, and not less than a least one.
+    """Checks numbers that count something: whole, and not less than a least one.
 
     Raises:
         InputError: Naming the first that is something else.
     """
     for name, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value < _UNCOUNTED:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not minimum <= int(value) < _UNCOUNTED:
             raise InputError(f"{name} must be a whole number of at least {minimum}, got {str(value)[:80]}")
+
+
+def require_choice(choices: tuple[object, ...], **values: object) -> None:
+    """Checks arguments that are one of a few, as ``get_args`` of a ``Literal`` gives them.
+
+    Raises:
+        InputError: Naming the first that is none of them.
+    """
+    for name, value in values.items():
+        if value not in choices:
+            raise InputError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def require_kind(kind: type[object], **values: object) -> None:

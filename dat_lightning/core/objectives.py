@@ -7,6 +7,7 @@ respect to an image is the gradient of that image's own value. Those that need n
 import math
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -31,8 +32,11 @@ def targeted_logit(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def negative_marginal_energy(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns logsumexp f(x) = −E(x), (N,), whatever the label: unconditional sampling and attacks on OOD scores."""
-    return logits.logsumexp(1)
+    """Returns logsumexp f(x) = −E(x), (N,), whatever the label: unconditional sampling and attacks on OOD scores.
+
+    In float32 at least: in bfloat16 E has two or three digits, and the weights of its gradient do not sum to 1.
+    """
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).logsumexp(1)
 
 
 def distance_to_uniform(logits: Tensor, y: Tensor) -> Tensor:

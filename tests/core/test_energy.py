@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dat_lightning.core import batch_norm_layers, joint_energy, marginal_energy
+from dat_lightning.core.errors import InputError
 from dat_lightning.weights import EnergyModel
 
 
@@ -56,11 +57,31 @@ def test_marginal_energy_of_huge_logits_is_finite() -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_energies_of_half_precision_logits_are_float32(dtype: torch.dtype) -> None:
+    logits = (30 + random_logits(10)[0]).to(dtype).requires_grad_(True)
+    energy = marginal_energy(logits)
+    assert energy.dtype == torch.float32
+    assert torch.allclose(energy.double(), -logits.double().logsumexp(1), rtol=1e-6, atol=0)
+    (gradient,) = torch.autograd.grad(energy.sum(), logits)
+    # The weights of the softmax, rounded one by one; from an energy in half precision they would sum to 1 ± 0.1.
+    assert torch.allclose(gradient.double().sum(1), torch.tensor(-1.0).double(), atol=2e-3)
+    assert marginal_energy(random_logits(10)[0]).dtype == torch.float64
+
+
 def test_the_model_normalises_each_channel_inside() -> None:
     model = EnergyModel(nn.Flatten(), mean=[0.1, 0.2], std=[0.5, 4.0]).double()
     x = torch.rand(3, 2, 1, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     expected = np.concatenate([(x[:, 0, 0] - 0.1) / 0.5, (x[:, 1, 0] - 0.2) / 4], axis=1)
     np.testing.assert_allclose(model(x).numpy(), expected, rtol=1e-6)  # the buffers started as float32
+
+
+def test_images_of_one_channel_are_not_spread_over_three() -> None:
+    model = EnergyModel(nn.Flatten(), mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0])
+    with pytest.raises(InputError, match=r"takes images of 3 channels, got the shape \(2, 1, 4, 4\)"):
+        model(torch.rand(2, 1, 4, 4))
+    with pytest.raises(InputError, match=r"y must have one label for each of 2 images, got the shape \(1,\)"):
+        model.joint_energy(torch.rand(2, 3, 4, 4), torch.zeros(1, dtype=torch.long))
 
 
 def test_a_model_without_normalisation_passes_raw_pixels() -> None:
