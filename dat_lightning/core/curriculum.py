@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_counts
 
 
 def auc(positive: Tensor, negative: Tensor) -> Tensor:
@@ -49,11 +49,12 @@ class AUCCurriculum(nn.Module):
         self, max_steps: int = 50, auc_threshold: float = 0.8, initial_steps: int = 0, window_samples: int = 1000
     ) -> None:
         super().__init__()
-        if not 0 <= initial_steps <= max_steps:
+        require_counts(0, max_steps=max_steps, initial_steps=initial_steps)
+        if initial_steps > max_steps:
             raise InputError(f"initial_steps must lie in 0 … max_steps={max_steps}, got {initial_steps}")
         if not 0 <= auc_threshold <= 1:
             raise InputError(f"auc_threshold must lie in [0, 1], got {auc_threshold}")
-        require_at_least(1, window_samples=window_samples)
+        require_counts(1, window_samples=window_samples)
         self.max_steps = max_steps
         self.auc_threshold = auc_threshold
         self.window_samples = window_samples
@@ -85,7 +86,7 @@ class AUCCurriculum(nn.Module):
         """Records the AUC of one step and lets T grow if the window says so; no host synchronisation.
 
         Args:
-            value: AUC over all ranks, a scalar.
+            value: AUC over all ranks, a scalar; a step whose value is NaN, which has none, is not recorded.
             batch_size: Global batch size B; if it changes, the window starts anew, as its length does.
 
         Raises:
@@ -98,8 +99,10 @@ class AUCCurriculum(nn.Module):
         self.count.mul_(same)
         self.window.fill_(length)
         place = (self.count % length).reshape(1)
-        self.values.index_copy_(0, place, value.detach().to(self.values).reshape(1))
-        self.count.add_(1)
+        value = value.detach().to(self.values).reshape(1)
+        known = ~value.isnan()
+        self.values.index_copy_(0, place, torch.where(known, value, self.values[place]))
+        self.count.add_(known.squeeze(0))
         easy = self.values[:length].mean() >= self.auc_threshold
         grow = (self.count >= length) & easy & (self.num_steps < self.max_steps)
         self.num_steps.add_(grow)

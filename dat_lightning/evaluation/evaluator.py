@@ -69,6 +69,10 @@ class Evaluator(Callback, ABC):
         """Returns the primitives on which the values depend; dataclasses of primitives are as good."""
         return {}
 
+    def known_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns values per example that the data know, which no file keeps: other data may have the same images."""
+        return {}
+
     # What it may use.
 
     def remember(
@@ -108,7 +112,7 @@ class Evaluator(Callback, ABC):
     def add_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> None:
         """Evaluates a batch that is in form, unless its values are in the folder, and keeps them for the figures."""
         values = self.remember(pl_module, batch, partial(self.evaluate_batch, pl_module))
-        self._values.append({"index": batch["index"].cpu(), **values})
+        self._values.append({"index": batch["index"].cpu(), **values, **self.known_values(pl_module, batch)})
         self._digests.append({"index": batch["index"].cpu(), "digest": image_digests(batch["x"], batch["y"])})
 
     def test_batch(self, trainer: Trainer, batch: Any) -> Mapping[str, Tensor]:

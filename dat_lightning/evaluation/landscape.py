@@ -62,10 +62,14 @@ class Landscape(Evaluator):
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
-        """Returns −E(x) and log p(x)."""
+        """Returns −E(x)."""
+        return {"score": scores(pl_module, batch["x"])}
+
+    @override
+    def known_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns log p(x)."""
         data = density_of(pl_module.trainer, type(self).__name__)
-        log_p = data.log_density(batch["x"], batch["y"]).cpu()
-        return {"score": scores(pl_module, batch["x"]), "log_density": log_p}
+        return {"log_density": data.log_density(batch["x"], batch["y"]).cpu()}
 
     @override
     def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:

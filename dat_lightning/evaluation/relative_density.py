@@ -61,9 +61,8 @@ class RelativeDensity(Evaluator):
 
     @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
-        """Returns −E(x), −E(x, y), whether the class is right, log p and group of each image."""
+        """Returns −E(x), −E(x, y), and whether the class is right, of each image."""
         x, y = batch["x"], batch["y"]
-        data = density_of(pl_module.trainer, type(self).__name__)
         with torch.no_grad():
             logits = logits_of(pl_module, x, type(self).__name__).cpu().double()
         one_logit = logits.shape[1] == 1
@@ -72,7 +71,13 @@ class RelativeDensity(Evaluator):
         values = {"score": -marginal_energy(logits), "class_score": -joint_energy(logits, own)}
         if not one_logit:
             values["right"] = is_right(logits, own)
-        return {**values, "log_density": data.log_density(x, y).cpu(), "group": data.groups(x, y).cpu()}
+        return values
+
+    @override
+    def known_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
+        """Returns log p and group of each image."""
+        data, x, y = density_of(pl_module.trainer, type(self).__name__), batch["x"], batch["y"]
+        return {"log_density": data.log_density(x, y).cpu(), "group": data.groups(x, y).cpu()}
 
     @override
     def summarize(self, trainer: Trainer, pl_module: LightningModule, values: Values) -> list[Measurement]:

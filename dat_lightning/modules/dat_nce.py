@@ -87,7 +87,8 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         nce_weight: λ; 0 leaves the term out, which is DAT.
         nce_scale: s, nats of log p per unit of energy.
         proposal: q.
-        data_noise: Standard deviation of the noise on images of this term, in units of [0, 1] pixels.
+        data_noise: Standard deviation of the noise on images of this term, in units of [0, 1] pixels; for Gaussians
+            alone.
         shared: The arguments of :class:`DualAdversarialModule`.
 
     Raises:
@@ -111,9 +112,10 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         require_at_least(0, nce_weight=nce_weight, data_noise=data_noise)
         if not nce_scale > 0:
             raise InputError(f"nce_scale must be positive, got {nce_scale}")
-        if proposal not in ("uniform", "gaussians") or (proposal == "gaussians" and data_noise == 0):
+        if proposal not in ("uniform", "gaussians") or (proposal == "gaussians") != (data_noise > 0):
             raise InputError(
-                f"proposal must be 'uniform', or 'gaussians' with data_noise, got {proposal!r} and {data_noise}"
+                "proposal must be 'uniform' without data_noise, which would leave the box, or 'gaussians' with it, got"
+                f" {proposal!r} and {data_noise}"
             )
         self.nce_weight, self.nce_scale = nce_weight, nce_scale
         self.proposal, self.data_noise = proposal, data_noise

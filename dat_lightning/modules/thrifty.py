@@ -101,14 +101,14 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
 
     @override
     def separation(self, logits: JointLogits, y_gen: Tensor) -> Tensor:
-        """Returns the AUC that tells real images from the chains of all ranks that began anew; 0 if there are none."""
+        """Returns the AUC that tells real images from the chains of all ranks that began anew, NaN if none did."""
         if self._anew is None:
             return super().separation(logits, y_gen)
         real, contrast = (-joint_energy(part.detach(), y_gen) for part in (logits.gen, logits.contrast))
         # NaN is neither above nor equal: those that went on do not count. A choice by index would wait for the device.
         real, contrast = of_all_ranks(torch.stack([real, contrast.masked_fill(~self._anew, torch.nan)]))
         share: Tensor = contrast.isfinite().float().mean()
-        return auc(real, contrast) / share.clamp_min(1 / len(contrast))
+        return auc(real, contrast) / share
 
     @override
     def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -143,9 +143,11 @@ class ThriftyDATModule(ReplayBufferModule, DualAdversarialModule):
 
     @override
     def on_fit_start(self) -> None:
-        """Loads the initial weights; another run may have other data."""
+        """Loads the initial weights; another run may have other data, and attacks that begin anew."""
         super().on_fit_start()
         self._clf_stream = None
+        if self.trainer.ckpt_path is None:
+            self.perturbations = None
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

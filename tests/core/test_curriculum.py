@@ -90,6 +90,15 @@ def test_the_curriculum_equals_a_plain_list(
         assert int(curriculum.num_steps) == steps
 
 
+def test_a_step_without_an_auc_neither_counts_nor_drags_the_mean() -> None:
+    curriculum = AUCCurriculum(auc_threshold=0.8, window_samples=30)
+    for value in (1.0, math.nan, 0.9, math.nan, math.nan):
+        curriculum.update(torch.tensor(value), 10)
+    assert int(curriculum.num_steps) == 0
+    curriculum.update(torch.tensor(0.5), 10)  # the third of the window, whose mean is 0.8
+    assert int(curriculum.num_steps) == 1
+
+
 def test_a_state_dict_carries_everything_at_any_moment() -> None:
     def curriculum() -> AUCCurriculum:
         return AUCCurriculum(max_steps=50, auc_threshold=0.5, window_samples=20)

@@ -50,6 +50,19 @@ def test_an_energy_that_is_log_p_over_a_scale_has_no_divergence_at_that_scale(a:
     assert found["kl"].details["kl_uniform"] > 1.5
 
 
+def test_kept_values_are_none_of_the_density_s_own(tmp_path: Path) -> None:
+    """Points are kept by their places; what is dense there, another density says otherwise."""
+    first, then = PlaneDataModule("moons", 64, 100), PlaneDataModule("moons", 64, 100)
+    then.log_density = lambda x, y: torch.zeros(len(x), dtype=torch.float64)  # type: ignore[method-assign]
+    found = []
+    for data in (first, then):
+        evaluator = Landscape(cells=20, dirpath=str(tmp_path / "kept"))
+        tiny.trainer(tmp_path, [evaluator]).test(Known(1.0), datamodule=data, verbose=False)
+        found.append(evaluator.figures[0].details["kl_uniform"])
+    assert found[0] != 0
+    assert found[1] == 0
+
+
 def test_divergence_and_scale_are_those_of_scipy(tmp_path: Path) -> None:
     data, module = points("gaussians"), plane_module(8)
     found = measured(tmp_path, module, data, cells=60)

@@ -111,6 +111,20 @@ def test_groups_of_digits_are_compared(rare_by: Any, tmp_path: Path) -> None:
         assert found[f"rarity_auroc_{name}"].value == pytest.approx(expected, rel=1e-6)
 
 
+def test_kept_values_are_none_of_the_data_s_own(tmp_path: Path) -> None:
+    """The same images are rare by one rule and common by the other: a folder that one has used does not tell."""
+    module, found = tiny.stage1(), []
+    for folder, rules in (("used", ("class", "ink")), ("fresh", ("ink",))):
+        for rule in rules:
+            evaluator = RelativeDensity(dirpath=str(tmp_path / folder))
+            data = RareDigitsDataModule(rule, num_ood=50, num_held_out=50)  # type: ignore[arg-type]
+            tiny.trainer(tmp_path, [evaluator]).test(module, datamodule=data, verbose=False)
+            found.append({figure.name: figure.value for figure in evaluator.figures})
+    by_class, by_ink, fresh = found
+    assert by_ink == fresh
+    assert by_class["rank_correlation"] != fresh["rank_correlation"]
+
+
 def test_ties_have_their_mean_rank() -> None:
     a, b = torch.tensor([1.0, 1.0, 2.0, 5.0, 5.0, 5.0]), torch.tensor([3.0, 1.0, 1.0, 4.0, 7.0, 7.0])
     assert rank_correlation(a, b) == pytest.approx(stats.spearmanr(a, b).statistic, rel=1e-6)

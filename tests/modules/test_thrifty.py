@@ -1,6 +1,7 @@
 """DAT for fewer evaluations: each way by hand in float64, what it costs, resuming, and that without any it is DAT."""
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,8 @@ def test_chains_begin_anew_by_their_share_and_their_draws(tmp_path: Path) -> Non
     module.replay_buffer[:] = 0.5
     module.contrastive_samples(x[:3], y[:3], draws[700:703])
     assert torch.equal(module._anew, anew[700:703])
+    module.contrastive_samples(x[:200], y[:200], draws[700:900])
+    assert torch.equal(module._anew, anew[700:900])
     module.replay_buffer[:] = torch.inf  # of a step that a guard has skipped
     assert module.contrastive_samples(x[:9], y[:9], draws[:9]).isfinite().all()
 
@@ -127,7 +130,7 @@ def test_the_auc_is_that_of_chains_that_began_anew(tmp_path: Path) -> None:
         expected = sum((r > c) + 0.5 * (r == c) for r, c in pairs) / len(pairs)
         assert float(found) == pytest.approx(expected, abs=1e-6)
     module._anew = torch.zeros(12, dtype=torch.bool)
-    assert float(module.separation(JointLogits(*logits), y)) == 0.0
+    assert math.isnan(float(module.separation(JointLogits(*logits), y)))
 
 
 def shift_between(image: Tensor, moved: Tensor) -> tuple[int, int]:
