@@ -186,7 +186,7 @@ def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeyp
         (["--model.contrastive_step_size", "wide"], "contrastive_step_size: Expected a float. Got value: wide"),
         (["--model.threat_model.norm", "L7"], "threat_model.norm: Expected a Literal['L2', 'Linf']. Got value: L7"),
         (["--model.threat_model.eps=-1"], "eps must be a radius of at least 0 (or inf), got -1.0"),
-        (["--data.batch_size", "0"], "batch_size must be at least 1, got 0"),
+        (["--data.batch_size", "0"], "batch_size must be a whole number of at least 1, got 0"),
         (["--data.class_path", "dat_lightning.Digit"], "module 'dat_lightning' has no attribute 'Digit'"),
         (["--config", "nowhere.yaml"], "File does not exist: 'nowhere.yaml'"),
         (["--model.init_from", "nowhere.ckpt"], "no checkpoint at nowhere.ckpt"),

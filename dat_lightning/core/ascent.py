@@ -4,12 +4,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import InputError, require_choice
 from dat_lightning.core.objectives import Objective
 from dat_lightning.core.random_streams import normal_noise, uniform_noise
 from dat_lightning.core.threat_model import ThreatModel, project, random_start
@@ -43,7 +43,11 @@ def no_trace(module: nn.Module, mode: AttackMode = "eval") -> Iterator[None]:
     Args:
         module: The network under attack.
         mode: Which of the two.
+
+    Raises:
+        InputError: If it is another.
     """
+    require_choice(get_args(AttackMode), mode=mode)
     parameters = [(p, p.requires_grad) for p in module.parameters()]
     modes = [(m, m.training) for m in module.modules()]
     buffers = [(b, b.detach().clone()) for b in module.buffers()] if mode == "train" else []
@@ -153,14 +157,19 @@ class Ascent:
             Steps → images, shape of ``x``, detached.
 
         Raises:
-            InputError: If there are no steps or one number is negative, there is not one label for each image, a start
-                has another shape than ``x``, or there is one although the threat model asks for a random start.
+            InputError: If there are no steps or one number is negative, images are not of floats, there is not one
+                integer for each of them as a label, a start has another shape than ``x``, or there is one although the
+                threat model asks for a random start.
         """
         if not steps or min(steps) < 0:
             raise InputError(f"snapshots must be step counts of at least 0, got {sorted(steps)}")
-        if y.shape[:1] != x.shape[:1]:
+        if not x.is_floating_point():
+            raise InputError(f"x must be images of floats in [0, 1], got {x.dtype}")
+        if y.shape != x.shape[:1] or y.is_floating_point():
             # Images without a label would stay where they are, in silence.
-            raise InputError(f"y must have one label for each of {len(x)} images, got the shape {tuple(y.shape)}")
+            raise InputError(
+                f"y must have one integer for each of {len(x)} images, got the shape {tuple(y.shape)} of {y.dtype}"
+            )
         if start is not None and start.shape != x.shape:
             raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         if start is not None and self.threat_model.random_start:
@@ -221,7 +230,15 @@ def ascend(
 
     Its arguments are those of :class:`Ascent` and of :meth:`Ascent.snapshots`; ``num_steps`` takes the place of the
     threat model's.
+
+    Raises:
+        InputError: If images are not in [0, 1], which the walk would bring them into, or labels are negative, which
+            torch's losses may leave out, besides what :meth:`Ascent.snapshots` refuses.
     """
+    if x.numel() and not (x.min() >= 0 and x.max() <= 1):
+        raise InputError(f"x must be images in [0, 1], got values from {float(x.min()):g} to {float(x.max()):g}")
+    if y.numel() and y.min() < 0:
+        raise InputError(f"y must have labels of at least 0, got {int(y.min())}")
     if num_steps is not None:
         threat_model = replace(threat_model, num_steps=num_steps)
     return Ascent(objective, threat_model, rule)(

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_counts
 
 Norm = Literal["L2", "Linf"]
 
@@ -53,7 +53,7 @@ class ThreatModel:
             raise InputError(f"eps must be a radius of at least 0 (or inf), got {self.eps}")
         if not math.isfinite(self.step_size) or self.step_size < 0:
             raise InputError(f"step_size must be a finite length of at least 0, got {self.step_size}")
-        require_at_least(0, num_steps=self.num_steps)
+        require_counts(0, num_steps=self.num_steps)
         if self.random_start and math.isinf(self.eps):
             raise InputError("random_start needs a finite eps: there is no uniform point in an infinite ball")
 

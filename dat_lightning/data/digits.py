@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.data.draws import EvaluationBatches, Transform
 from dat_lightning.data.entries import SizedDataset
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
@@ -95,7 +95,7 @@ class DigitsDataModule(PairedDataModule):
             raise InputError(f"validation_size must lie in 10 … 1000, got {validation_size}")
         if ood not in ("photographs", "noise", "none"):
             raise InputError(f"ood must be 'photographs', 'noise' or 'none', got {ood!r}")
-        require_at_least(1, num_ood=num_ood, num_held_out=num_held_out)
+        require_counts(1, num_ood=num_ood, num_held_out=num_held_out)
         if not (0 <= max_shift_clf < IMAGE_SIZE and 0 <= max_shift_gen < IMAGE_SIZE):
             raise InputError(f"shifts must lie in 0 … {IMAGE_SIZE - 1}, got {max_shift_clf} and {max_shift_gen}")
         self.validation_size = validation_size

@@ -4,6 +4,7 @@ import logging
 from typing import Any, Protocol
 
 import numpy as np
+from PIL.Image import Image
 from torch import Tensor
 
 from dat_lightning.core.errors import InputError
@@ -26,6 +27,15 @@ class SizedDataset(Protocol):
 def image_of(entry: Any) -> Any:
     """Returns the image of an entry that is one, or a tuple or list that begins with one."""
     return entry[0] if isinstance(entry, tuple | list) else entry
+
+
+def _raw_image(entry: Any) -> Any:
+    image = image_of(entry)
+    if not isinstance(image, Image | Tensor):
+        raise InputError(f"an image must be a PIL image or a tensor (C, H, W), got {type(image).__name__}")
+    if isinstance(image, Tensor) and image.dim() == 3 and image.shape[2] in (1, 3) and image.shape[0] > 3:
+        raise InputError(f"a tensor must have its channels first, (C, H, W), got the shape {tuple(image.shape)}")
+    return image
 
 
 def label_of(entry: Any) -> int | None:
@@ -102,10 +112,11 @@ class ReadableImages:
         """Returns image and label of entry ``index`` as a network takes them.
 
         Raises:
-            InputError: With the image's name, if the transform refuses it, or its label is no integer.
+            InputError: With the image's name, if it is neither a PIL image nor a tensor of channels first, the
+                transform refuses it, or its label is no integer.
         """
         try:
-            return transform(image_of(entry)), label_of(entry)
+            return transform(_raw_image(entry)), label_of(entry)
         except InputError as error:
             raise InputError(f"{image_name(self.dataset, index)}: {error}") from error
 

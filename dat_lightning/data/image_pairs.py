@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms as augmentations
 from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
@@ -208,7 +208,7 @@ class ImageDataModule(PairedDataModule):
 
 def _sized(dataset: Any, argument: str) -> SizedDataset:
     """A data set that knows its length, and is not empty."""
-    if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+    if isinstance(dataset, str) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
         raise InputError(f"{argument} must be a data set with a length, got {type(dataset).__name__}")
     if len(dataset) == 0:
         raise InputError(f"{argument} has no images")
@@ -234,7 +234,7 @@ def _split_seeds(
 ) -> tuple[SizedDataset | None, SizedDataset | None]:
     """OOD images for training and for generation, without overlap."""
     if max_samples is not None:
-        require_at_least(1, max_ood_samples=max_samples)
+        require_counts(1, max_ood_samples=max_samples)
     if ood is None:
         return None, None if held_out is None else _sized(held_out, "held_out")
     images, order = _sized(ood, "ood"), (0, "OOD split")

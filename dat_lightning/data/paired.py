@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dat_lightning.core.errors import InputError, require_at_least, require_counts
+from dat_lightning.core.errors import InputError, require_counts
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -70,8 +70,8 @@ class PairedDataModule(LightningDataModule):
         seed_transform: SeedTransform = "augment",
     ) -> None:
         super().__init__()
-        require_at_least(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
-        require_at_least(0, num_workers=num_workers)
+        require_counts(1, batch_size=batch_size, eval_batch_size=eval_batch_size)
+        require_counts(0, num_workers=num_workers)
         unknown = [s for s in streams if s not in get_args(Stream)]
         if unknown or not streams:
             raise InputError(f"streams must be some of {get_args(Stream)}, got {list(streams)}")
@@ -170,12 +170,11 @@ class PairedDataModule(LightningDataModule):
     def setup(self, stage: str) -> None:
         """Checks that OOD data exist where they are needed and are not the training data; a new Trainer starts anew."""
         if "ood" in self.streams and stage == "fit":
-            overlap = shared_images(self.in_distribution("train"), self._require_ood("train"))
-            if overlap > 0.1:
-                raise InputError(
-                    f"the out-of-distribution images of {type(self).__name__} are the training images: {overlap:.0%} of"
-                    " those compared are equal. Stage 2 would push up the energy of its own data; use other images."
-                )
+            what = "out-of-distribution images", "Stage 2 would push up the energy of its own data"
+            self._check_apart(self._require_ood("train"), *what)
+        held_out = self.out_of_distribution("held_out")
+        if held_out is not None and len(held_out) > 0:
+            self._check_apart(held_out, "held-out seeds", "Samples that begin at them would be copies")
         if stage == "fit" and self._batches_processed() == 0:
             self._start_draw, self._start_batch, self._stream_sizes = 0, 0, {}
 
@@ -281,6 +280,14 @@ class PairedDataModule(LightningDataModule):
             rank_zero_warn(
                 f"the number of images has changed since the checkpoint ({', '.join(changed)}): in the current pass"
                 " some come twice and others not at all; from the next one on all is as in a new run"
+            )
+
+    def _check_apart(self, images: SizedDataset, what: str, so: str) -> None:
+        overlap = shared_images(self.in_distribution("train"), images)
+        if overlap > 0.1:
+            raise InputError(
+                f"the {what} of {type(self).__name__} are the training images: {overlap:.0%} of those compared are"
+                f" equal. {so}; use other images."
             )
 
     def _dataset(self, name: Stream) -> SizedDataset:

@@ -1,13 +1,13 @@
 """The equations that all modules share: energy model, attack, classification loss, and what evaluation measures."""
 
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from dat_lightning.core.ascent import Ascent, AttackMode
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import require_kind
+from dat_lightning.core.errors import require_choice, require_kind
 from dat_lightning.core.losses import energy_gradient_norm, is_right, robust_cross_entropy
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.threat_model import ThreatModel
@@ -51,6 +51,7 @@ class EnergyModule(TrainedModule):
         super().__init__(energy_model=energy_model, **shared)
         require_kind(ThreatModel, threat_model=threat_model, eval_threat_model=eval_threat_model or threat_model)
         require_kind(UpdateRule, attack_rule=attack_rule)
+        require_choice(get_args(AttackMode), attack_mode=attack_mode)
         self.threat_model = threat_model
         self.eval_threat_model = eval_threat_model or threat_model
         self.attack_mode: AttackMode = attack_mode

@@ -1,5 +1,6 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
+import math
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ from torch import Tensor
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
-from dat_lightning.core.errors import require_at_least, require_kind
+from dat_lightning.core.errors import InputError, require_at_least, require_kind
 from dat_lightning.core.losses import energy_bce, is_right, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -55,7 +56,7 @@ class DualAdversarialModule(EnergyModule):
         shared: The arguments of :class:`EnergyModule` but ``attack_mode``, which is eval here.
 
     Raises:
-        InputError: If a weight is negative.
+        InputError: If a weight is negative, or ``energy_level`` not finite.
 
     Source: DAT (arXiv 2510.13872), the second stage of its training.
     """
@@ -81,6 +82,8 @@ class DualAdversarialModule(EnergyModule):
         require_at_least(
             0, energy_weight=energy_weight, classification_weight=classification_weight, r1_weight=r1_weight
         )
+        if not math.isfinite(energy_level):
+            raise InputError(f"energy_level must be a finite number, got {energy_level}")
         require_kind(UpdateRule, contrastive_rule=contrastive_rule)
         self.curriculum: AUCCurriculum = curriculum if curriculum is not None else AUCCurriculum()
         require_kind(AUCCurriculum, curriculum=self.curriculum)

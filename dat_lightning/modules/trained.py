@@ -16,6 +16,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from dat_lightning.core.curriculum import AUCCurriculum
+from dat_lightning.core.energy import EnergyModel as AnyEnergyModel
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError, require_kind
 from dat_lightning.data.batches import EvaluationEntry, batch_part, only_loader
@@ -102,6 +103,7 @@ class TrainedModule(LightningModule):
             if name not in EXECUTION_SETTINGS:
                 raise TypeError(f"{type(self).__name__} has no argument {name!r}")
         require_kind(Execution, execution=execution)
+        require_kind(AnyEnergyModel, energy_model=energy_model)
         execution = replace(execution, **parts_of_execution)
         self.energy_model = energy_model
         self.optimizer = optimizer
@@ -189,13 +191,17 @@ class TrainedModule(LightningModule):
         """Returns the global numbers of a training batch's examples, (N,), which name their random numbers.
 
         Data that do not number them, as :class:`~dat_lightning.data.PairedDataModule` does, are counted: over the
-        batches of the run, also where it resumes, and its ranks, which need equally many examples.
+        batches of the run, also where it resumes, and its ranks. Batches are as large as the loader says, or smaller;
+        of a loader that does not say, they need to be of one size.
         """
         if "draw" in batch:
             return batch["draw"]
         size = len(self.part(batch, self.training_parts[0]))
-        step = self.trainer.fit_loop.total_batch_idx if self._is_fitting() else 0
-        first = (step * number_of_ranks() + self.global_rank) * size
+        step, most = 0, size
+        if self._is_fitting():
+            step = self.trainer.fit_loop.total_batch_idx
+            most = getattr(self.trainer.train_dataloader, "batch_size", None) or size
+        first = (step * number_of_ranks() + self.global_rank) * most
         return torch.arange(first, first + size)
 
     def count_evaluations(self, x: Tensor, times: int) -> None:

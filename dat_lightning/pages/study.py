@@ -29,6 +29,7 @@ def write_study(out: Path, study: Study, results: Sequence[Result]) -> list[Path
     rows = table(study, results)
     folders = {variant.name: variant.folder for variant in study.variants}
     seeds = ", ".join(map(str, study.seeds))
+    means = f"mean over those of seeds {seeds} that were run; bands and bars are standard deviations."
     files = [out / "study.json", out / "table.md"]
     write_results(files[0], study, results)
     write_text(files[1], markdown(study, rows))
@@ -47,7 +48,7 @@ def write_study(out: Path, study: Study, results: Sequence[Result]) -> list[Path
             plot(
                 partial(draw, study, each, results),
                 f"{each.name}: {each.words or each.figure}",
-                f"{each.words or each.figure}: mean over seeds {seeds}; bands and bars are standard deviations.",
+                f"{each.words or each.figure}: {means}",
                 broad=True,
             )
             for each in drawn
@@ -60,11 +61,13 @@ def write_study(out: Path, study: Study, results: Sequence[Result]) -> list[Path
 
 
 def table(study: Study, results: Sequence[Result]) -> list[tuple[str, list[str]]]:
-    """Returns name and cells of each row."""
+    """Returns name and cells of each row; the name says so where only some of the seeds were run."""
     rows = []
     for variant in study.variants:
         found = summaries(results, variant.name)
-        rows.append((variant.name, [cell(column, found) for column in study.columns]))
+        runs = [result.done for result in results if result.variant == variant.name]
+        some = f" ({sum(runs)} of {len(runs)} seeds)" if 0 < sum(runs) < len(runs) else ""
+        rows.append((variant.name + some, [cell(column, found) for column in study.columns]))
     return rows
 
 

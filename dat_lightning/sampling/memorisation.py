@@ -25,7 +25,7 @@ from dat_lightning.results.pictures import pictures_wanted, show_picture
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.pgd_sampler import SampleConsumer
 from dat_lightning.sampling.picture_grids import Shortlist, Tile, captioned_grid
-from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage, checked_stages
 from dat_lightning.sampling.reference import reference_data, training_features, training_settings
 from dat_lightning.sampling.sweep import log_sweep, over_sweep
 
@@ -95,7 +95,7 @@ class Memorisation(SampleConsumer):
         self.metric: NeighbourMetric = metric
         self.quantile = quantile
         self.num_steps = num_steps
-        self.stages = tuple(stages)
+        self.stages = checked_stages(stages)
         self.batch_size = batch_size
         self.figures: list[Measurement] = []
         self._training: Values = {}

@@ -1,5 +1,6 @@
 """Generation: one class-balanced set of images per evaluation, from one chain, handed to whoever consumes samples."""
 
+import math
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
@@ -14,17 +15,18 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import AUTOCAST_DTYPES, Ascent, Logits, Precision, unbounded_ascent
 from dat_lightning.core.energy import first_weight
-from dat_lightning.core.errors import InputError, require_at_least, require_kind
+from dat_lightning.core.errors import InputError, require_choice, require_counts, require_kind
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
 from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.data.draws import OrderedStream
 from dat_lightning.data.pixels import Rounding
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.kept_values import KeptValues
 from dat_lightning.results.measurement import canonical
 from dat_lightning.results.progress import is_silent
 from dat_lightning.sampling.monitors import check_monitors
-from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage, checked_stages
 from dat_lightning.sampling.seed_batches import SeedBatches
 from dat_lightning.speed.network_forms import CompiledNetwork, NetworkForms
 
@@ -133,19 +135,19 @@ class PGDSampler(Callback):
         rule: UpdateRule = Steepest(),
         rounding: Rounding = "nearest",
     ) -> None:
-        require_at_least(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
+        require_counts(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
         require_kind(UpdateRule, rule=rule)
-        if not num_steps or min(num_steps) < 0:
+        if not num_steps or any(not isinstance(steps, int) or steps < 0 for steps in num_steps):
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
-        if rounding not in get_args(Rounding):
-            raise InputError(f"rounding must be one of {get_args(Rounding)}, got {rounding!r}")
+        require_choice(get_args(Rounding), rounding=rounding)
+        require_choice(tuple(AUTOCAST_DTYPES), precision=precision)
         self.num_samples = num_samples
         self.num_steps = tuple(sorted(set(num_steps)))
         self.chain = unbounded_ascent(step_size, max(num_steps))
         self.rule = _checked_rule(rule)
         self.batch_size = batch_size
         self.every_n_epochs = every_n_epochs
-        self.stages = tuple(stages)
+        self.stages = checked_stages(stages)
         self.precision = precision
         self.dirpath = dirpath
         self.rounding = rounding
@@ -205,11 +207,14 @@ class PGDSampler(Callback):
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         chunks = list(self._chunks(trainer.global_rank, trainer.world_size))
         workers = min(_MAX_WORKERS, getattr(data, "num_workers", None) or 0)
-        seeds = SeedBatches(data.held_out_seeds(), chunks, like, workers)
+        source = data.held_out_seeds()
+        seeds = SeedBatches(source, chunks, like, workers)
         with torch.no_grad():
             logits = logits_of(pl_module, seeds.first.unsqueeze(0).to(like), "PGDSampler")
         require_finite(logits, "PGDSampler")
         num_classes = logits.shape[1]
+        if isinstance(source, OrderedStream):
+            self._check_enough(source.size, num_classes)
         evaluations = {steps: self.ascent.network_evaluations(steps) for steps in self.num_steps}
         plan = SamplingPlan(
             stage,
@@ -252,6 +257,16 @@ class PGDSampler(Callback):
             if chunks:
                 shutil.rmtree(kept.own_folder(pl_module), ignore_errors=True)
             trainer.strategy.barrier("PGDSampler.removed")
+
+    def _check_enough(self, num_seeds: int, num_classes: int) -> None:
+        """Seed i and class i mod K, of seeds without an augmentation, come back together after lcm(N, K) samples."""
+        different = math.lcm(num_seeds, num_classes)
+        if different < self.num_samples:
+            raise InputError(
+                f"PGDSampler: {self.num_samples} samples cannot be different ones: under seed_transform 'squash' each"
+                f" of the {num_seeds} held-out images is one seed, and there are {different} pairs of seed and class;"
+                " lower num_samples, raise num_held_out, or let seeds be augmented"
+            )
 
     @property
     def ascent(self) -> Ascent:

@@ -1,8 +1,8 @@
 """What a sampler is about to generate, and a batch of what it has generated."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -12,6 +12,17 @@ from dat_lightning.data.pixels import Rounding
 from dat_lightning.results.measurement import primitives
 
 Stage = Literal["val", "test", "predict"]
+
+
+def checked_stages(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    """Returns the evaluations that a callback takes part in.
+
+    Raises:
+        InputError: If one is unknown, or they are a string.
+    """
+    if isinstance(stages, str) or set(stages) - set(get_args(Stage)):
+        raise InputError(f"stages must be some of {get_args(Stage)}, got {stages!r}")
+    return tuple(stages)
 
 
 @dataclass(frozen=True)

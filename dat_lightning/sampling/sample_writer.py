@@ -18,7 +18,7 @@ from typing_extensions import override
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.sampling.pgd_sampler import SampleConsumer
-from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage
+from dat_lightning.sampling.plan import SampleBatch, SamplingPlan, Stage, checked_stages
 
 # Batches whose files may still be written while the next ones are generated.
 _MAX_WAITING = 4
@@ -61,7 +61,7 @@ class SampleWriter(SampleConsumer):
         self.dirpath = Path(dirpath)
         self.formats = tuple(formats)
         self.num_steps = num_steps
-        self.stages = tuple(stages)
+        self.stages = checked_stages(stages)
         self._threads: ThreadPoolExecutor | None = None
         self._waiting: deque[list[Future[None]]] = deque()
 

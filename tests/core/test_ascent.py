@@ -554,8 +554,33 @@ def test_a_start_outside_the_ball_is_projected_onto_it(norm: Norm) -> None:
 def test_an_ascent_asks_for_one_label_per_image(labels: int) -> None:
     """With fewer, the other images would stay where they are."""
     x, y = torch.rand(3, 1, 2, 2), torch.zeros(labels, dtype=torch.long)
-    with pytest.raises(InputError, match=rf"y must have one label for each of 3 images, got the shape \({labels},\)"):
+    said = rf"y must have one integer for each of 3 images, got the shape \({labels},\) of torch.int64"
+    with pytest.raises(InputError, match=said):
         Ascent(targeted_logit, unbounded_ascent(0.1, 1))(lambda z: z.flatten(1), x, y)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (2 * x - 1, y), r"x must be images in \[0, 1\], got values from -"),
+        (lambda x, y: (x * torch.nan, y), r"x must be images in \[0, 1\], got values from nan"),
+        (lambda x, y: ((255 * x).byte(), y), "x must be images of floats in|x must be images in"),
+        (lambda x, y: (x, y - 100), "y must have labels of at least 0, got -100"),
+        (lambda x, y: (x, y.float()), "y must have one integer for each of 5 images, .* of torch.float32"),
+        (lambda x, y: (x, y.unsqueeze(1)), r"y must have one integer for each of 5 images, got the shape \(5, 1\)"),
+    ],
+)
+def test_images_and_labels_that_no_walk_takes(change: Any, message: str) -> None:
+    """Of a label −100 torch's loss knows nothing: its image would stay where it is, and look robust."""
+    x, y = change(*images())
+    with pytest.raises(InputError, match=message):
+        ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel())
+
+
+def test_an_unknown_mode_is_refused_and_not_taken_for_train() -> None:
+    x, y = images()
+    with pytest.raises(InputError, match=r"mode must be one of \('eval', 'train'\), got 'evl'"):
+        ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(), mode="evl")  # type: ignore[arg-type]
 
 
 def test_a_start_that_cannot_be_is_refused() -> None:

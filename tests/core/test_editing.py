@@ -351,7 +351,7 @@ MASK = torch.zeros(4, 4, dtype=torch.bool)
         (lambda: Edit(SMALL).ascent(ThreatModel()), "climb must be of the class Ascent"),  # type: ignore[arg-type]
         (
             lambda: Edit(SMALL)(network((1, 4, 4)), torch.zeros(1).long(), climb()),
-            r"y must have one label for each of 2",
+            r"y must have one integer for each of 2",
         ),
         (lambda: Edit(SMALL).ascent(climb(eps=1.0, random_start=True)), "random_start must be false"),
         (lambda: denoising(SMALL, 0.1).ascent(climb(norm="Linf")), "needs norm L2, got Linf and eps 0.4"),

@@ -297,6 +297,24 @@ def test_a_corrupt_image_is_replaced_among_squashed_seeds_too() -> None:
     assert found[2] != 222
 
 
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((8, 8, 3), np.uint8), "list entry 0: an image must be a PIL image or a tensor .*, got ndarray"),
+        (torch.zeros(8, 8, 3), r"list entry 0: a tensor must have its channels first, .* shape \(8, 8, 3\)"),
+    ],
+)
+def test_images_that_no_transform_takes_are_named(image: Any, message: str) -> None:
+    data = pairs(test=[(image, 0)] * 4)
+    with pytest.raises(InputError, match=message):
+        next(iter(data.test_dataloader()))
+
+
+def test_a_file_s_name_is_no_data_set() -> None:
+    with pytest.raises(InputError, match="train must be a data set with a length, got str"):
+        pairs(train="images.npy")
+
+
 def test_an_unknown_seed_transform_is_refused() -> None:
     with pytest.raises(ValueError, match=r"seed_transform must be one of \('augment', 'squash'\), got 'crop'"):
         pairs(seed_transform="crop")
@@ -327,7 +345,7 @@ def test_training_images_as_seeds_are_refused() -> None:
         ({"validation_size": 60}, r"validation_size must lie in 0 … 59, .*got 60"),
         ({"num_held_out": 100}, r"num_held_out must lie in 1 … 99, .*got 100"),
         ({"num_held_out": 0}, r"got 0"),
-        ({"max_ood_samples": 0}, r"max_ood_samples must be at least 1, got 0"),
+        ({"max_ood_samples": 0}, r"max_ood_samples must be a whole number of at least 1, got 0"),
         ({"max_ood_samples": 71}, r"max_ood_samples is 71, but there are only 70 OOD images"),
         ({"augmentation": "mnist"}, r"augmentation must be .*'mnist'"),
         ({"transforms": {"x_gen": v2.Identity()}}, r"transforms must be .*Identity\(\) by 'x_gen'"),

@@ -226,7 +226,7 @@ def test_a_trainer_that_fits_on_goes_on_and_a_new_one_starts_anew() -> None:
 
 @pytest.mark.parametrize(("name", "value"), [("batch_size", 0), ("eval_batch_size", -1), ("num_workers", -1)])
 def test_numbers_outside_their_range_are_refused(name: str, value: int) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least . got {value}|{name} must be at least .*{value}"):
+    with pytest.raises(ValueError, match=f"{name} must be a whole number of at least ., got {value}"):
         ToyDataModule(**{name: value})  # type: ignore[arg-type]
 
 
@@ -257,6 +257,16 @@ def test_training_images_as_ood_are_refused() -> None:
     data.ood = Constant(25, 0, labelled=True)
     with pytest.raises(ValueError, match="of ToyDataModule are the training images: 100%"):
         data.setup("fit")
+
+
+@pytest.mark.parametrize("stage", ["fit", "test", "predict"])
+def test_training_images_as_seeds_of_samples_are_refused(stage: str) -> None:
+    class Copying(ToyDataModule):
+        def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
+            return self.in_distribution("train") if split == "held_out" else super().out_of_distribution(split)
+
+    with pytest.raises(ValueError, match="the held-out seeds of Copying are the training images: 100%"):
+        Copying().setup(stage)
 
 
 def test_only_a_fit_that_uses_ood_images_compares_them() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
 from torch.optim.lr_scheduler import OneCycleLR, StepLR
 from torch.utils.data import DataLoader
 
@@ -27,6 +28,7 @@ from dat_lightning import (
     ascend,
 )
 from dat_lightning.core import cross_entropy
+from dat_lightning.core.errors import InputError
 from dat_lightning.modules.replay_buffer import ReplayBufferModule
 from tests import tiny
 
@@ -247,6 +249,32 @@ def test_examples_without_numbers_are_counted(make: Callable[..., EnergyModule],
 
     for one, other in zip(trained(numbered=False), trained(numbered=True), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)  # places not reached yet are NaN
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_after_a_smaller_batch_no_number_comes_again(tmp_path: Path) -> None:
+    """Twenty examples in batches of eight, eight and four, twice."""
+    seen: list[int] = []
+
+    class Watch(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, i: int) -> None:
+            seen.extend(pl_module.draws_of(batch).tolist())
+
+    examples = [{"x_clf": torch.rand(1, 16, 16), "y_clf": k % 10} for k in range(20)]
+    tiny.trainer(tmp_path, [Watch()], max_epochs=2).fit(tiny.stage1(), DataLoader(examples, 8))  # type: ignore[arg-type]
+    assert len(seen) == len(set(seen)) == 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"attack_mode": "evl"}, r"attack_mode must be one of \('eval', 'train'\), got 'evl'"),
+        ({"energy_model": nn.Identity()}, r"energy_model must be of the class EnergyModel, got Identity\(\)"),
+    ],
+)
+def test_arguments_that_would_do_something_else_in_silence(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny.stage1(**arguments)
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")

@@ -279,7 +279,7 @@ def test_one_command_writes_all_from_the_files_that_are_there(out: Path, tmp_pat
     assert not re.search(r'(src|href|srcset)="(?!data:)', page)
     assert (out / "table.md").read_text() == (
         "|  | distance | hits |\n| --- | --- | --- |\n"
-        "| short | 1.50 ± 0.71 | 15.0 ± 7.1 % |\n| long one | 4 | 40.0 % |\n"
+        "| short | 1.50 ± 0.71 | 15.0 ± 7.1 % |\n| long one (1 of 2 seeds) | 4 | 40.0 % |\n"
     )
     read = json.loads((out / "study.json").read_text())
     assert read["variants"][0]["figures"]["fid"] == {"mean": 1.5, "sd": pytest.approx(0.5**0.5), "values": [1.0, 2.0]}

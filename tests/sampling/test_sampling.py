@@ -265,10 +265,14 @@ def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        ({"num_samples": 0}, "num_samples must be at least 1, got 0"),
-        ({"batch_size": -1}, "batch_size must be at least 1, got -1"),
+        ({"num_samples": 0}, "num_samples must be a whole number of at least 1, got 0"),
+        ({"batch_size": -1}, "batch_size must be a whole number of at least 1, got -1"),
         ({"num_steps": []}, r"num_steps must be step counts of at least 0, got \[\]"),
         ({"num_steps": [3, -1]}, r"num_steps must be step counts of at least 0, got \[3, -1\]"),
+        ({"num_steps": [3, 1.5]}, r"num_steps must be step counts of at least 0, got \[3, 1.5\]"),
+        ({"precision": "bf16"}, r"precision must be one of \(None, 'float32', 'bfloat16'\), got 'bf16'"),
+        ({"stages": ["tests"]}, r"stages must be some of \('val', 'test', 'predict'\), got \['tests'\]"),
+        ({"stages": "test"}, r"stages must be some of .*, got 'test'"),
         ({"rounding": "down"}, r"rounding must be one of \('nearest', 'truncate'\), got 'down'"),
         ({"step_size": -0.1}, "step_size must be a finite length of at least 0, got -0.1"),
     ],
@@ -276,6 +280,21 @@ def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
 def test_wrong_numbers(kwargs: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sampler(**kwargs)
+
+
+@pytest.mark.parametrize(("num_seeds", "num_samples", "enough"), [(20, 20, True), (20, 21, False), (19, 190, True)])
+def test_seeds_that_are_taken_as_they_are_have_to_be_as_many_as_samples(
+    num_seeds: int, num_samples: int, enough: bool, tmp_path: Path
+) -> None:
+    """Of 20 seeds and 10 classes sample 20 is sample 0 again; of 19 each meets each class."""
+    data = tiny.digits(num_held_out=num_seeds, seed_transform="squash")
+    collector = Collector()
+    trainer = tiny.trainer(tmp_path, [sampler(num_samples=num_samples, num_steps=[1]), collector], limit_test_batches=1)
+    if not enough:
+        with pytest.raises(InputError, match=r"21 samples cannot be different ones: .* each of the 20 held-out images"):
+            trainer.test(tiny.stage1(), datamodule=data, verbose=False)
+        return
+    trainer.test(tiny.stage1(), datamodule=data, verbose=False)
 
 
 # Interrupted generation.

@@ -170,6 +170,8 @@ def test_limits_must_be_positive() -> None:
         Diagnostics(patience=0)
     with pytest.raises(ValueError, match="jacobian_images must be at least 0, got -1"):
         Diagnostics(jacobian_images=-1)
+    with pytest.raises(ValueError, match=r"action must be one of \('stop', 'warn'\), got 'Stop'"):
+        Diagnostics(action="Stop")  # type: ignore[arg-type]
 
 
 class Sparse(LightningModule):
