@@ -35,7 +35,6 @@ from dat_lightning.runs.paths import at_home, with_home
 from dat_lightning.runs.resume import begin_with_exported, find_checkpoint, protect
 from dat_lightning.runs.run_settings import SaveRunSettings
 from dat_lightning.runs.signal_checkpoint import StoppedBySignal
-from dat_lightning.speed.execution import EXECUTION_SETTINGS
 from dat_lightning.threads import NUMBER, usable_cores
 from dat_lightning.weights.export import logger as export_logger
 
@@ -88,9 +87,7 @@ class DATArgumentParser(LightningArgumentParser):
         """Prints the message and exits with status 2; inner parsers raise instead."""
         if not self.exit_on_error or os.environ.get(DEBUG_VARIABLE):
             super().error(message, ex)
-        moved = [name for name in EXECUTION_SETTINGS if f"Option '{name}' is not accepted" in message]
-        today = f"; it is execution.{moved[0]} now" if moved else ""
-        sys.stderr.write(f"dat-lightning: error: {argument_sentence(message)}{today}\n")
+        sys.stderr.write(f"dat-lightning: error: {argument_sentence(message)}\n")
         sys.exit(2)
 
 

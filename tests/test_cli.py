@@ -108,13 +108,6 @@ def test_the_whole_way(tmp_path: Path) -> None:
         assert file["arr_1"].tolist() == [i % 10 for i in range(20)]
     module = DualAdversarialModule.load_from_checkpoint(last)
     assert module.execution == Execution()
-    # As checkpoints were before execution was an argument of its own.
-    contents = torch.load(last, weights_only=True)
-    del contents["hyper_parameters"]["execution"]
-    contents["hyper_parameters"] |= {"memory_format": "contiguous", "compile": False, "fold_batch_norm": True}
-    torch.save(contents, tmp_path / "older.ckpt")
-    older = DualAdversarialModule.load_from_checkpoint(tmp_path / "older.ckpt")
-    assert older.execution == Execution(memory_format="contiguous", fold_batch_norm=True)
     assert module.contrastive_chain.step_size == STEP_SIZE
     saved = torch.load(last, weights_only=True)["state_dict"]
     torch.testing.assert_close(dict(module.state_dict()), dict(saved), rtol=0, atol=0)
@@ -181,7 +174,6 @@ def test_explicit_configuration_wins_over_the_checkpoint(tmp_path: Path, monkeyp
     ("args", "said"),
     [
         (["--model.contrastive_step_sizes", "1"], "Option 'contrastive_step_sizes' is not accepted"),
-        (["--model.compile", "true"], "Option 'compile' is not accepted; it is execution.compile now"),
         (["--trainer.max_epoch", "1"], "max_epoch"),
         (["--model.contrastive_step_size", "wide"], "contrastive_step_size: Expected a float. Got value: wide"),
         (["--model.threat_model.norm", "L7"], "threat_model.norm: Expected a Literal['L2', 'Linf']. Got value: L7"),

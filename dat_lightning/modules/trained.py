@@ -1,7 +1,6 @@
 """What every module does around its equations: initial weights, optimiser, checks, checkpoints, counts, logs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import uuid4
@@ -30,7 +29,6 @@ from dat_lightning.modules.checks import (
 )
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
-from dat_lightning.speed.execution import EXECUTION_SETTINGS
 from dat_lightning.weights import (
     check_hyperparameters,
     check_stamp,
@@ -65,7 +63,6 @@ class TrainedModule(LightningModule):
             ships; loaded when a Trainer starts, not before, and ignored when a run resumes.
         new_head: Whether the classification head of ``init_from`` may be left out because it has other classes.
         execution: Layout, compiling, folding and precision: how the network is run.
-        parts_of_execution: What older checkpoints say of execution, whose parts were arguments of the module.
 
     Raises:
         InputError: If an argument is not of its class.
@@ -96,15 +93,10 @@ class TrainedModule(LightningModule):
         init_from: str | None = None,
         new_head: bool = False,
         execution: Execution = Execution(),
-        **parts_of_execution: Any,
     ) -> None:
         super().__init__()
-        for name in parts_of_execution:
-            if name not in EXECUTION_SETTINGS:
-                raise TypeError(f"{type(self).__name__} has no argument {name!r}")
         require_kind(Execution, execution=execution)
         require_kind(AnyEnergyModel, energy_model=energy_model)
-        execution = replace(execution, **parts_of_execution)
         self.energy_model = energy_model
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
@@ -247,7 +239,6 @@ class TrainedModule(LightningModule):
         if self._is_fitting():
             check_stamp(checkpoint, _class_path(self))
             self._run_name = run_of(checkpoint) or self._run_name
-            # Older checkpoints have no count: theirs begins anew.
             self.network_evaluations = int(checkpoint.get("network_evaluations", 0))
         else:
             check_stamp(checkpoint)

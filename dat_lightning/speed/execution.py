@@ -1,8 +1,7 @@
 """How a module's network is run: settings that change the time and the last bits, not what is computed."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -35,13 +34,3 @@ class Execution:
         if self.attack_precision == "auto":
             return torch.bfloat16 if prefers_bfloat16(device) else None
         return AUTOCAST_DTYPES[self.attack_precision]
-
-
-EXECUTION_SETTINGS = tuple(field.name for field in fields(Execution))
-
-
-def settings_of_today(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a module's stored settings by today's names: those of execution were arguments of the module once."""
-    moved = {name: settings[name] for name in EXECUTION_SETTINGS if name in settings}
-    kept = {name: value for name, value in settings.items() if name not in moved}
-    return {**kept, "execution": moved} if moved else kept

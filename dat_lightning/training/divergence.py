@@ -140,9 +140,8 @@ class DivergenceGuard(Callback):
         self._has_run = False
         self.num_skipped = state_dict["num_skipped"]
         self._num_saved = state_dict["num_saved"]
-        # Checkpoints of the first days have neither.
-        self.skipped_step = state_dict.get("skipped_step")
-        self._recent = deque(state_dict.get("recent", ()), maxlen=_WINDOW)
+        self.skipped_step = state_dict["skipped_step"]
+        self._recent = deque(state_dict["recent"], maxlen=_WINDOW)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

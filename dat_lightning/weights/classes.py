@@ -11,7 +11,6 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dat_lightning.backbones.architectures import is_registered
 from dat_lightning.core.errors import InputError
-from dat_lightning.speed.execution import settings_of_today
 
 # What is made from these does nothing but hold its arguments, and, for networks, random weights.
 _COMPUTING = tuple(f"dat_lightning.{room}." for room in ("core", "backbones", "speed", "modules", "weights"))
@@ -50,7 +49,7 @@ def check_classes(settings: Mapping[str, Any], allowed: Sequence[str], own: type
     name = settings.get("_class_path")
     made = own if name is None else _known(name, own, allowed)
     hints = _hints(made)
-    for key, value in settings_of_today(settings).items():
+    for key, value in settings.items():
         if key not in ("_class_path", "_instantiator"):
             _check(value, hints.get(key, Any), own, allowed)
 

@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.speed.execution import settings_of_today
 from dat_lightning.weights.files import require_regular
 
 FORMAT = 1
@@ -184,9 +183,8 @@ def _objects(value: Any) -> Iterator[Any]:
 
 
 def _compared(settings: Mapping[str, Any]) -> dict[str, Any]:
-    today = settings_of_today(settings)
-    precision = (today.get("execution") or {}).get("attack_precision")
-    kept = {name: value for name, value in today.items() if name not in _NOT_COMPARED}
+    precision = (settings.get("execution") or {}).get("attack_precision")
+    kept = {name: value for name, value in settings.items() if name not in _NOT_COMPARED}
     return {**kept, "execution": {"attack_precision": precision}}
 
 
