@@ -71,8 +71,8 @@ class RandomLength(UpdateRule):
 
     How far a seed lies from the images that it is to become differs from seed to seed. Walks of one length end too
     early for some and too late for others, and all alike; u, drawn once for each walk, is uniform in
-    [1 − spread, 1 + spread], and of a stream named by the image's global index. The other rule knows nothing of u: where
-    it looks ahead, as Nesterov's momentum does, it looks as far as without.
+    [1 − spread, 1 + spread], and of a stream named by the image's global index. The other rule knows nothing of u:
+    where it looks ahead, as Nesterov's momentum does, it looks as far as without.
 
     Attributes:
         spread: In [0, 1); 0 is the other rule alone.
