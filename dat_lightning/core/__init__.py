@@ -6,11 +6,11 @@ from dat_lightning.core.ascent import (
     AttackMode,
     Logits,
     Precision,
-    ascend,
     input_gradient,
     no_trace,
     unbounded_ascent,
 )
+from dat_lightning.core.attack import ascend
 from dat_lightning.core.constraints import Constrained, Constraint, FixedPixels, PooledPixels, pooled
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.editing import Edit, denoising, harmonic, inpainting, super_resolution

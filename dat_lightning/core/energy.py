@@ -34,7 +34,7 @@ def batch_norm_layers(module: nn.Module) -> list[nn.Module]:
 @fx.wrap  # a call of its own where a network is traced: only then have images a shape
 def _normalised(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     if x.shape[1] != mean.shape[1]:
-        raise InputError(f"the network takes images of {mean.shape[1]} channels, got the shape {tuple(x.shape)}")
+        raise InputError(f"the network takes images of {mean.shape[1]} channel(s), got the shape {tuple(x.shape)}")
     return (x - mean) / std
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from typing_extensions import override
 
-from dat_lightning.core.ascent import ascend, no_trace
+from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.attack import ascend
 from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right

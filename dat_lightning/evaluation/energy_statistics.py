@@ -12,7 +12,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import ascend, no_trace
+from dat_lightning.core.ascent import no_trace
+from dat_lightning.core.attack import ascend
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import energy_gradient_norm

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import ascend
+from dat_lightning.core.attack import ascend
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.data.batches import check_energy, logits_of

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import Logits, ascend, input_gradient, no_trace
+from dat_lightning.core.ascent import Logits, input_gradient, no_trace
+from dat_lightning.core.attack import ascend
 from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.core.losses import is_right

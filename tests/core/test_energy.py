@@ -78,7 +78,7 @@ def test_the_model_normalises_each_channel_inside() -> None:
 
 def test_images_of_one_channel_are_not_spread_over_three() -> None:
     model = EnergyModel(nn.Flatten(), mean=[0.1, 0.2, 0.3], std=[1.0, 1.0, 1.0])
-    with pytest.raises(InputError, match=r"takes images of 3 channels, got the shape \(2, 1, 4, 4\)"):
+    with pytest.raises(InputError, match=r"takes images of 3 channel\(s\), got the shape \(2, 1, 4, 4\)"):
         model(torch.rand(2, 1, 4, 4))
     with pytest.raises(InputError, match=r"y must have one label for each of 2 images, got the shape \(1,\)"):
         model.joint_energy(torch.rand(2, 3, 4, 4), torch.zeros(1, dtype=torch.long))

@@ -209,7 +209,7 @@ def test_arguments_outside_their_range_are_named(call: Any, said: str, explorer:
 
 
 def test_networks_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"the network does not take images of 3×16×16 \(channels, height, width\)"):
+    with pytest.raises(ValueError, match=r"takes images of 1 channel\(s\), got the shape \(1, 3, 16, 16\)"):
         Explorer(tiny.energy_model(), (3, 16, 16))
     with pytest.raises(ValueError, match="class_names must name the network's 10 classes, got 2 names"):
         Explorer(tiny.energy_model(), SHAPE, ["a", "b"])

@@ -31,10 +31,14 @@ ADDED = ("evaluate", "editing")
 
 def environment() -> dict[str, str]:
     """Returns what decides about the last bit of a result."""
+    from dat_lightning.speed.hardware import cpu_flags
+
     return {
         "torch": torch.__version__.split("+")[0],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
+        # Processors without it take other kernels for float32 as well.
+        "amx": str("amx_bf16" in cpu_flags()),
     }
 
 
