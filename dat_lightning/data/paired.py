@@ -9,7 +9,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 
-from dat_lightning.core.errors import InputError, require_counts
+from dat_lightning.core.errors import InputError, require_choice, require_counts
 from dat_lightning.data.draws import (
     DrawBatches,
     DrawSource,
@@ -82,8 +82,7 @@ class PairedDataModule(LightningDataModule):
         self.seed = seed
         check_share(max_skipped_share)
         self.max_skipped_share = max_skipped_share
-        if seed_transform not in get_args(SeedTransform):
-            raise InputError(f"seed_transform must be one of {get_args(SeedTransform)}, got {seed_transform!r}")
+        require_choice(get_args(SeedTransform), seed_transform=seed_transform)
         # Of that name is the method.
         self._seed_transform = seed_transform
         # Draws consumed when training (re)started, and the trainer's count of processed batches at that moment.

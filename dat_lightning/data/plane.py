@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import TensorDataset
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_choice
 from dat_lightning.core.random_streams import stream_generator
 from dat_lightning.data.draws import Transform
 from dat_lightning.data.entries import SizedDataset
@@ -137,8 +137,7 @@ class PlaneDataModule(PairedDataModule):
         **shared: Any,
     ) -> None:
         super().__init__(batch_size=batch_size, **shared)
-        if density not in get_args(Plane):
-            raise InputError(f"density must be one of {get_args(Plane)}, got {density!r}")
+        require_choice(get_args(Plane), density=density)
         require_at_least(1, num_train=num_train, num_test=num_test, num_ood=num_ood, num_held_out=num_held_out)
         self.density = density
         self.sizes: dict[Split, int] = {"train": num_train, "val": num_test, "test": num_test}

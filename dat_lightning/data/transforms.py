@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_choice
 from dat_lightning.data.draws import Transform
 from dat_lightning.data.pixels import resized_by_pil
 
@@ -227,6 +227,5 @@ def _checked_size(image_size: int) -> int:
 
 
 def _mode(interpolation: Interpolation) -> v2.InterpolationMode:
-    if interpolation not in get_args(Interpolation):
-        raise InputError(f"interpolation must be one of {get_args(Interpolation)}, got {interpolation!r}")
+    require_choice(get_args(Interpolation), interpolation=interpolation)
     return v2.InterpolationMode(interpolation)

@@ -12,7 +12,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from dat_lightning.core.constraints import pooled
 from dat_lightning.core.editing import Edit, denoising, inpainting, super_resolution
-from dat_lightning.core.errors import InputError, require_counts
+from dat_lightning.core.errors import InputError, require_choice, require_counts
 from dat_lightning.core.random_streams import normal_noise
 
 Region = Literal["center", "bottom", "right"]
@@ -84,8 +84,7 @@ class Inpainting(Restoration):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.region not in get_args(Region):
-            raise InputError(f"region must be one of {get_args(Region)}, got {self.region!r}")
+        require_choice(get_args(Region), region=self.region)
 
     @property
     def name(self) -> str:

@@ -137,7 +137,7 @@ class PGDSampler(Callback):
     ) -> None:
         require_counts(1, num_samples=num_samples, batch_size=batch_size, every_n_epochs=every_n_epochs)
         require_kind(UpdateRule, rule=rule)
-        if not num_steps or any(not isinstance(steps, int) or steps < 0 for steps in num_steps):
+        if not num_steps or any(not hasattr(steps, "__index__") or steps < 0 for steps in num_steps):
             raise InputError(f"num_steps must be step counts of at least 0, got {list(num_steps)}")
         require_choice(get_args(Rounding), rounding=rounding)
         require_choice(tuple(AUTOCAST_DTYPES), precision=precision)

@@ -29,9 +29,8 @@ def has_bfloat16(device: torch.device) -> bool:
 
 def prefers_bfloat16(device: torch.device) -> bool:
     """Returns whether a device computes faster in bfloat16 than in float32: not by AVX-512 alone, but by AMX."""
-    if device.type != "cpu" or not _is_x86():
-        return has_bfloat16(device)
-    return has_bfloat16(device) and "amx_bf16" in cpu_flags()
+    without_amx = device.type == "cpu" and _is_x86() and "amx_bf16" not in cpu_flags()
+    return has_bfloat16(device) and not without_amx
 
 
 def emulation_warning(precisions: Mapping[str, str | None], device: torch.device) -> str | None:

@@ -564,7 +564,7 @@ def test_an_ascent_asks_for_one_label_per_image(labels: int) -> None:
     [
         (lambda x, y: (2 * x - 1, y), r"x must be images in \[0, 1\], got values from -"),
         (lambda x, y: (x * torch.nan, y), r"x must be images in \[0, 1\], got values from nan"),
-        (lambda x, y: ((255 * x).byte(), y), "x must be images of floats in|x must be images in"),
+        (lambda x, y: ((x > 0.5).byte(), y), r"x must be images of floats in \[0, 1\], got torch.uint8"),
         (lambda x, y: (x, y - 100), "y must have labels of at least 0, got -100"),
         (lambda x, y: (x, y.float()), "y must have one integer for each of 5 images, .* of torch.float32"),
         (lambda x, y: (x, y.unsqueeze(1)), r"y must have one integer for each of 5 images, got the shape \(5, 1\)"),
