@@ -273,7 +273,9 @@ def test_an_npz_and_its_png_files_have_the_same_figures(sets: dict[str, Path]) -
         values(measure_sample_set(sets[kind], sets["real"], DigitsLayers(), settings=SETTINGS, silent=True))
         for kind in ("samples", "npz")
     ]
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+    kid = [each.pop("kid") for each in found]  # a small difference of large sums of float32
+    assert kid[0] == pytest.approx(kid[1], rel=1e-5)
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
 
 
 def test_an_npz_without_labels_stays_in_its_order(tmp_path: Path) -> None:
@@ -539,7 +541,9 @@ def test_the_program_writes_the_figures_as_json(
     metrics: list[Metric] = ["kid", "isc", "prc"]
     expected = measure_sample_set(sets["npz"], sets["real"], DigitsLayers(), metrics, settings, silent=True)
     found = {figure["name"]: figure["value"] for figure in printed["figures"]}
-    assert found == pytest.approx(values(expected), rel=1e-5)
+    wanted = values(expected)
+    assert found.pop("kid") == pytest.approx(wanted.pop("kid"), rel=1e-5)
+    assert found == pytest.approx(wanted, rel=1e-6)
     assert {"name", "value", "protocol", "num_samples", "details", "better", "settings"} <= printed["figures"][0].keys()
     assert {"extractor", "reference"} <= printed["figures"][0]["settings"].keys()
     main([*args, "--out", str(tmp_path / "figures.json")])
