@@ -9,7 +9,7 @@ from dat_lightning.data.fingerprint import shared_images
 from dat_lightning.data.folders import ImageFolder, LabelledFolder
 from dat_lightning.data.generated import GeneratedImages
 from dat_lightning.data.hugging_face import HuggingFaceImages
-from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice
+from dat_lightning.data.image_pairs import ImageDataModule, RandomSlice, StreamTransforms
 from dat_lightning.data.images import ImageSubset, Unlabelled, read_image
 from dat_lightning.data.mixing import MixedStream
 from dat_lightning.data.ood import PhotographCrops, UniformNoise
@@ -39,6 +39,7 @@ __all__ = [
     "RandomSlice",
     "RareDigitsDataModule",
     "SizedDataset",
+    "StreamTransforms",
     "TinyImages",
     "Transform",
     "UniformNoise",

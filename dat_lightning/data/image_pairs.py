@@ -1,12 +1,13 @@
 """The DataModule of the CIFAR and ImageNet recipes: any labelled images, any seeds, the method's augmentations."""
 
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import numpy as np
 from torchvision.transforms import v2
 
-from dat_lightning.core.errors import InputError, require_counts
+from dat_lightning.core.errors import InputError, require_counts, require_kind
 from dat_lightning.core.random_streams import RandomPermutation
 from dat_lightning.data import transforms as augmentations
 from dat_lightning.data.draws import DrawSource, EvaluationBatches, Transform
@@ -52,6 +53,31 @@ class RandomSlice(ImageView):
         return ImageSubset(self.dataset, np.sort([self.place(index) for index in range(len(self))]))
 
 
+@dataclass(frozen=True)
+class StreamTransforms:
+    """Transforms of torchvision's v2 in the place of a recipe's augmentations; ``None`` is the recipe's.
+
+    Each takes uint8 tensors (C, H, W) of the data set's own size to such of ``image_size``. Of several configurations on
+    top of one another each may name some streams: the others stay as they are below it.
+
+    Attributes:
+        gen: Of ``x_gen``.
+        clf: Of ``x_clf``. Where it differs from gen's, Stage 2 can learn which stream a real image is of.
+        ood: Of ``x_ood``.
+
+    Raises:
+        InputError: If one is no such transform.
+    """
+
+    gen: v2.Transform | None = None
+    clf: v2.Transform | None = None
+    ood: v2.Transform | None = None
+
+    def __post_init__(self) -> None:
+        given = {f"transforms.{field.name}": getattr(self, field.name) for field in fields(self)}
+        require_kind(v2.Transform, **{name: transform for name, transform in given.items() if transform is not None})
+
+
 class ImageDataModule(PairedDataModule):
     """Labelled images and OOD seeds of any source, with the augmentations of the CIFAR or the ImageNet recipes.
 
@@ -80,8 +106,7 @@ class ImageDataModule(PairedDataModule):
         augmentation: The recipe, see above.
         ood_augmentation: ``crop`` or ``resized_crop``, where it differs from the recipe's: crops of photographs as
             seeds of 32×32 pixels need the latter.
-        transforms: Transforms of torchvision's v2 for streams whose recipe is not to be followed, by ``gen``, ``clf``
-            or ``ood``, from uint8 tensors (C, H, W) of the data set's own size to such of ``image_size``.
+        transforms: What streams have in place of the recipe's augmentations.
         image_size: Height and width that the network sees.
         eval_resize: Short side to which evaluation resizes before its centre crop; by default ``image_size``.
         shared: The arguments of :class:`PairedDataModule`.
@@ -107,7 +132,7 @@ class ImageDataModule(PairedDataModule):
         generated_fraction: float = 0.0,
         augmentation: Literal["cifar", "imagenet"] = "cifar",
         ood_augmentation: Literal["crop", "resized_crop"] | None = None,
-        transforms: dict[Stream, v2.Transform] | None = None,
+        transforms: StreamTransforms = StreamTransforms(),
         image_size: int = 32,
         eval_resize: int | None = None,
         **shared: Any,
@@ -138,13 +163,8 @@ class ImageDataModule(PairedDataModule):
         self.generated_fraction = generated_fraction
         self.validation_size = validation_size
         self.augmentation = augmentation
-        self.transforms = dict(transforms or {})
-        for name, transform in self.transforms.items():
-            if name not in get_args(Stream) or not isinstance(transform, v2.Transform):
-                raise InputError(
-                    f"transforms must be transforms of torchvision.transforms.v2 by 'gen', 'clf' or 'ood', got"
-                    f" {transform!r} by {name!r}"
-                )
+        require_kind(StreamTransforms, transforms=transforms)
+        self.transforms = transforms
         self.ood_augmentation = ood_augmentation or ("crop" if augmentation == "cifar" else "resized_crop")
         self.image_size = image_size
         self.eval_resize = eval_resize
@@ -177,8 +197,9 @@ class ImageDataModule(PairedDataModule):
 
     def transform(self, stream: Stream) -> Transform:
         """Returns the augmentation of a stream: the one that is given, or the recipe's."""
-        if stream in self.transforms:
-            return augmentations.eight_bit(self.transforms[stream])
+        own = getattr(self.transforms, stream)
+        if own is not None:
+            return augmentations.eight_bit(own)
         if stream == "ood":
             resized = self.ood_augmentation == "resized_crop"
             return (

@@ -47,6 +47,26 @@ def test_a_base_is_as_if_it_had_been_given_before() -> None:
     assert folders == {"elsewhere/samples", "elsewhere/checkpoints"}
 
 
+@pytest.mark.parametrize("how", ["base", "config"])
+def test_the_transform_of_one_stream_leaves_those_of_the_others(how: str) -> None:
+    """A mapping would be replaced whole, and the other streams have the recipe's augmentations again."""
+    below, name = ROOT / "configs" / "cifar10_cpu" / "stage1.yaml", "torchvision.transforms.v2.RandomVerticalFlip"
+    clf = {"data": {"init_args": {"transforms": {"clf": {"class_path": name}}}}}
+    files = [write("upper.yaml", {"base": str(below), **clf})] if how == "base" else [below, write("upper.yaml", clf)]
+    transforms = {stream: found and found["class_path"] for stream, found in of_streams(*files).items()}
+    assert transforms == {"gen": "torchvision.transforms.v2.RandomHorizontalFlip", "clf": name, "ood": None}
+
+
+def of_streams(*files: Path) -> dict[str, Any]:
+    found: dict[str, Any] = printed(*files)["data"]["init_args"]["transforms"]
+    return found
+
+
+def test_stage_2_of_cifar10_on_two_cores_sees_one_kind_of_real_image() -> None:
+    transforms = of_streams(ROOT / "configs" / "cifar10_cpu" / "stage2.yaml")
+    assert transforms["gen"] == transforms["clf"] is not None
+
+
 def test_the_command_line_moves_a_whole_run(capsys: pytest.CaptureFixture[str]) -> None:
     from dat_lightning.cli import main
 
