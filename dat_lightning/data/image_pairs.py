@@ -57,8 +57,8 @@ class RandomSlice(ImageView):
 class StreamTransforms:
     """Transforms of torchvision's v2 in the place of a recipe's augmentations; ``None`` is the recipe's.
 
-    Each takes uint8 tensors (C, H, W) of the data set's own size to such of ``image_size``. Of several configurations on
-    top of one another each may name some streams: the others stay as they are below it.
+    Each takes uint8 tensors (C, H, W) of the data set's own size to such of ``image_size``. Each of several
+    configurations on top of one another may name some streams: the others stay as they are below.
 
     Attributes:
         gen: Of ``x_gen``.
