@@ -24,8 +24,10 @@ from dat_lightning import (
     DigitsDataModule,
     DigitsFeatures,
     FrechetDistance,
+    Langevin,
     Momentum,
     PGDSampler,
+    RandomLength,
     SampleBatch,
     SampleConsumer,
     SampleGrid,
@@ -39,6 +41,7 @@ from dat_lightning import (
 )
 from dat_lightning.core import Logits, State, Step, targeted_logit
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.data.draws import DrawStream, EvaluationBatches
 from dat_lightning.features import Gaussian
 from dat_lightning.features.gaussian_stats import read_statistics
@@ -107,12 +110,22 @@ def test_samples_are_what_the_method_says(tmp_path: Path) -> None:
         torch.testing.assert_close(collector.images(steps), expected, rtol=0, atol=1e-5)
 
 
-def test_samples_do_not_depend_on_the_batch_size(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rule", [Steepest(), RandomLength(0.5), Langevin(0.1)])
+def test_samples_do_not_depend_on_the_batch_size(rule: UpdateRule, tmp_path: Path) -> None:
     collectors = [Collector(), Collector()]
     for collector, size in zip(collectors, (25, 4), strict=True):
         torch.manual_seed(size)  # nor on the global generator
-        run(tmp_path, collector, sampler(batch_size=size))
+        run(tmp_path, collector, sampler(batch_size=size, rule=rule))
     torch.testing.assert_close(collectors[0].images(3), collectors[1].images(3), rtol=0, atol=1e-3)
+
+
+def test_noise_is_of_the_samples_own_streams() -> None:
+    """Where the gradient is zero, a step of Langevin is the noise of each sample's index."""
+    seeds, indices = torch.full((5, 1, 4, 4), 0.5), torch.tensor([21, 3, 11, 13, 1])
+    batch = sampler(num_steps=[1], rule=Langevin(0.1)).generate(lambda x: x.flatten(1) * 0, seeds, indices, 10)
+    noise = torch.cat([normal_noise(0, "noise of step 0", [index], (1, 4, 4)) for index in (21, 3, 11, 13, 1)])
+    torch.testing.assert_close(batch.images[1], (seeds + 0.1 * noise).clamp(0, 1))
+    assert len(torch.unique(batch.images[1], dim=0)) == 5
 
 
 def test_images_are_generated_once_for_many_consumers(tmp_path: Path) -> None:
