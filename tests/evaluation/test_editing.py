@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 from dat_lightning.cli import main
 from dat_lightning.core import Langevin
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.random_streams import normal_noise, stream_seed
 from dat_lightning.evaluation import Denoising, Editing, Inpainting, Restoration, SuperResolution, editing
 from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
@@ -194,6 +195,29 @@ def test_figures_depend_neither_on_batches_nor_on_the_order_of_images(max_images
     assert (other["inpainting_center_psnr_simple"].value == one["inpainting_center_psnr_simple"].value) == (
         max_images == 1000
     )
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_images_and_both_noises_are_those_of_the_seed(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Figures and pictures: without a step along the gradient, an end is a start with noise of a stream of its own."""
+    drawn: list[list[list[Tile]]] = []
+    monkeypatch.setattr(editing, "captioned_grid", lambda tiles, *_: drawn.append(tiles) or Image.new("L", (1, 1)))
+    task = Denoising(sigma=0.02, step_size=0.0, num_steps=1)
+    given: dict[str, Any] = {"rule": Langevin(0.01), "max_images": 5, "picture_dirpath": str(tmp_path), "seed": seed}
+    figures = run(tmp_path, Editing([task], ["known"], **given))
+    indices = sorted(range(30), key=lambda index: stream_seed(seed, "edited image", index))[:5]
+    x = torch.from_numpy(grey_images()[0][indices])
+    degraded = x + 0.02 * normal_noise(seed, "noise of denoising_0.02", indices, (1, SIDE, SIDE))
+    end = degraded + 0.01 * normal_noise(seed, "noise of step 0", indices, (1, SIDE, SIDE))
+    for kind, images in (("degraded", degraded), ("known", end)):
+        found = figures[f"denoising_0.02_psnr_{kind}"].value
+        assert found == pytest.approx(decibels(images.numpy(), x.numpy()), abs=1e-4), kind
+    ((originals, noisy, _, walked),) = drawn
+    for row, images in ((originals, x), (noisy, degraded), (walked, end)):
+        for tile, image in zip(row, images, strict=True):
+            torch.testing.assert_close(tile.image[:1] / 255, image, rtol=0, atol=0.51 / 255)
 
 
 class Reads(nn.Module):
