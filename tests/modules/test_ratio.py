@@ -116,6 +116,25 @@ def test_running_statistics_are_those_of_all_three_parts_together(mode: Any) -> 
     assert int(norm.get_buffer("num_batches_tracked")) == 1
 
 
+def test_both_attacks_see_the_network_in_train_mode() -> None:
+    """With the statistics of the batch, by hand in one step of all its images; in eval mode they end elsewhere."""
+    one = ThreatModel(eps=1.0, step_size=0.5, num_steps=1)
+    batch, found = by_hand.batch(), {}
+    x, y, x_ood = (batch[name] for name in ("x_clf", "y_clf", "x_ood"))
+    for mode in ("eval", "train"):
+        module = ratio(attack_mode=mode, threat_model=one, ood_threat_model=one).double().train()
+        found[mode] = [module.adversarial_examples(x, y), module.ood_adversarial_examples(x_ood)]
+    net = copy.deepcopy(module.energy_model).train()
+    heights = [by_hand.negative_log_likelihood(net(x.requires_grad_()), y)]
+    heights.append(by_hand.divergence_of_uniform(net(x_ood.requires_grad_())).mean())
+    for images, height, trained, evaluated in zip((x, x_ood), heights, found["train"], found["eval"], strict=True):
+        (gradient,) = torch.autograd.grad(height, images)
+        step = 0.5 * gradient / gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
+        torch.testing.assert_close(trained, (images.detach() + step).clamp(0, 1), rtol=0, atol=1e-6)
+        assert float((trained - evaluated).flatten(1).norm(dim=1).min()) > 0.01
+    assert all(map(torch.equal, module.energy_model.buffers(), tiny.energy_model().double().buffers()))
+
+
 def test_network_evaluations_are_two_attacks_and_three_training_passes() -> None:
     module, batch = ratio().train(), by_hand.batch(dtype=torch.float32)
     module.training_step(batch, 0)

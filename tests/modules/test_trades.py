@@ -189,6 +189,24 @@ def test_the_attack_sees_clean_predictions_in_its_own_mode() -> None:
         assert 30 * seen[0] < seen[1]
 
 
+def test_the_attack_sees_the_network_in_train_mode() -> None:
+    """With the statistics of the batch, by hand in one step of all its images; in eval mode they end elsewhere."""
+    x, found = make_batch()["x_clf"], {}
+    one = ThreatModel(eps=1.0, step_size=0.5, num_steps=1)
+    modes: tuple[AttackMode, ...] = ("eval", "train")
+    for mode in modes:
+        module = trades(attack_mode=mode, threat_model=one).double().train()
+        found[mode] = module.adversarial_examples(x, torch.zeros(8).long())
+    net = copy.deepcopy(module.energy_model).train()
+    start = (x + 0.001 * normal_noise(0, "trades start", range(8), (1, 16, 16)).double()).clamp(0, 1).requires_grad_()
+    (gradient,) = torch.autograd.grad((net(x).softmax(1).detach() * -net(start).log_softmax(1)).sum(), start)
+    delta = start.detach() + 0.5 * gradient / (gradient.flatten(1).norm(dim=1).view(-1, 1, 1, 1) + 1e-10) - x
+    delta = delta / delta.flatten(1).norm(dim=1).clamp_min(1).view(-1, 1, 1, 1)
+    torch.testing.assert_close(found["train"], (x + delta).clamp(0, 1), rtol=0, atol=1e-6)
+    assert float((found["train"] - found["eval"]).flatten(1).norm(dim=1).min()) > 0.01
+    assert all(map(torch.equal, module.energy_model.buffers(), tiny.energy_model().double().buffers()))
+
+
 class Product(TradesModule):
     """A divergence whose gradient needs the clean logits themselves."""
 

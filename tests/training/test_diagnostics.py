@@ -165,6 +165,23 @@ def test_a_second_run_is_warned_anew(tmp_path: Path) -> None:
             tiny.trainer(tmp_path, [diagnostics]).fit(module, tiny.digits())
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_it_looks_at_every_nth_step_once(accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 14 steps at 3, 6, 9 and 12, of two batches each or of one."""
+    looks: list[int] = []
+
+    class Noting(Diagnostics):
+        def _largest_values(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> dict[str, float]:
+            looks.append(trainer.global_step)
+            return super()._largest_values(trainer, pl_module, batch)
+
+    options = {"accumulate_grad_batches": accumulated, "limit_train_batches": 1.0}
+    batches: Any = DataLoader([torch.ones(2, 3)] * 14 * accumulated, batch_size=None)  # type: ignore[arg-type]
+    monkeypatch.setattr(Sparse, "training_step", lambda self, batch, _: self.linear(batch).square().mean())
+    tiny.trainer(tmp_path, [Noting(every_n_steps=3)], **options).fit(Sparse(epoch=False), batches)
+    assert looks == [3, 6, 9, 12]
+
+
 def test_limits_must_be_positive() -> None:
     with pytest.raises(ValueError, match="patience must be positive, got 0"):
         Diagnostics(patience=0)
