@@ -203,7 +203,12 @@ def test_images_and_both_noises_are_those_of_the_seed(
 ) -> None:
     """Figures and pictures: without a step along the gradient, an end is a start with noise of a stream of its own."""
     drawn: list[list[list[Tile]]] = []
-    monkeypatch.setattr(editing, "captioned_grid", lambda tiles, *_: drawn.append(tiles) or Image.new("L", (1, 1)))
+
+    def drawing(tiles: list[list[Tile]], title: str, names: list[str]) -> Image.Image:
+        drawn.append(tiles)
+        return captioned_grid(tiles, title, names)
+
+    monkeypatch.setattr(editing, "captioned_grid", drawing)
     task = Denoising(sigma=0.02, step_size=0.0, num_steps=1)
     given: dict[str, Any] = {"rule": Langevin(0.01), "max_images": 5, "picture_dirpath": str(tmp_path), "seed": seed}
     figures = run(tmp_path, Editing([task], ["known"], **given))

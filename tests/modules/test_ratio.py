@@ -119,7 +119,7 @@ def test_running_statistics_are_those_of_all_three_parts_together(mode: Any) -> 
 def test_both_attacks_see_the_network_in_train_mode() -> None:
     """With the statistics of the batch, by hand in one step of all its images; in eval mode they end elsewhere."""
     one = ThreatModel(eps=1.0, step_size=0.5, num_steps=1)
-    batch, found = by_hand.batch(), {}
+    batch, found = by_hand.batch(), dict[str, list[Tensor]]()
     x, y, x_ood = (batch[name] for name in ("x_clf", "y_clf", "x_ood"))
     for mode in ("eval", "train"):
         module = ratio(attack_mode=mode, threat_model=one, ood_threat_model=one).double().train()

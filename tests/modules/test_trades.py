@@ -191,7 +191,7 @@ def test_the_attack_sees_clean_predictions_in_its_own_mode() -> None:
 
 def test_the_attack_sees_the_network_in_train_mode() -> None:
     """With the statistics of the batch, by hand in one step of all its images; in eval mode they end elsewhere."""
-    x, found = make_batch()["x_clf"], {}
+    x, found = make_batch()["x_clf"], dict[str, Tensor]()
     one = ThreatModel(eps=1.0, step_size=0.5, num_steps=1)
     modes: tuple[AttackMode, ...] = ("eval", "train")
     for mode in modes:
