@@ -31,15 +31,20 @@ ADDED = ("evaluate", "editing")
 
 def environment() -> dict[str, str]:
     """Returns what decides about the last bit of a result."""
-    from dat_lightning.speed.hardware import cpu_flags
-
     return {
         "torch": torch.__version__.split("+")[0],
         "capability": torch.backends.cpu.get_cpu_capability(),
         "machine": platform.machine(),
-        # Processors without it take other kernels for float32 as well.
-        "amx": str("amx_bf16" in cpu_flags()),
+        # Kernels are chosen by what a processor can do, and cut their work by its caches.
+        "processor": _processor(),
     }
+
+
+def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Family, model and stepping, as Linux tells them of x86; nothing elsewhere."""
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
+    told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+    return "-".join(told.get(name, "") for name in ("cpu family", "model", "stepping"))
 
 
 def digest(tensors: Mapping[str, torch.Tensor]) -> str:
