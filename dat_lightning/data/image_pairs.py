@@ -1,7 +1,7 @@
 """The DataModule of the CIFAR and ImageNet recipes: any labelled images, any seeds, the method's augmentations."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -74,8 +74,8 @@ class StreamTransforms:
     ood: v2.Transform | None = None
 
     def __post_init__(self) -> None:
-        given = {f"transforms.{field.name}": getattr(self, field.name) for field in fields(self)}
-        require_kind(v2.Transform, **{name: transform for name, transform in given.items() if transform is not None})
+        given = {f"transforms.{name}": transform for name, transform in vars(self).items() if transform is not None}
+        require_kind(v2.Transform, **given)
 
 
 class ImageDataModule(PairedDataModule):

@@ -40,8 +40,9 @@ def environment() -> dict[str, str]:
     }
 
 
-def _processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def _processor() -> str:
     """Family, model and stepping, as Linux tells them of x86; nothing elsewhere."""
+    cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.exists() else []
     told = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     return "-".join(told.get(name, "") for name in ("cpu family", "model", "stepping"))
