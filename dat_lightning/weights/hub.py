@@ -10,7 +10,7 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from typing_extensions import Self, override
 
@@ -18,6 +18,7 @@ from dat_lightning.backbones.architectures import architecture_of, build_archite
 from dat_lightning.backbones.sizes import build_within
 from dat_lightning.core import energy
 from dat_lightning.core.errors import InputError
+from dat_lightning.weights.files import written_whole
 from dat_lightning.weights.values import fault_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -149,7 +150,7 @@ class HubModel(
         card = {"title": Path(save_directory).resolve().name, "model_id": ".", "network": _network_names(config)}
         super().save_pretrained(save_directory, config=config, model_card_kwargs=card | (model_card_kwargs or {}))
         if halved is not None:  # the base hands nothing on to what it has written the weights with
-            save_file(halved, Path(save_directory) / WEIGHTS_FILE, metadata={"format": "pt"})
+            _write(halved, Path(save_directory))
 
     @override
     def push_to_hub(  # type: ignore[override]
@@ -188,7 +189,7 @@ class HubModel(
 
     @override
     def _save_pretrained(self, save_directory: Path) -> None:
-        save_file(self._stored_weights(), save_directory / WEIGHTS_FILE, metadata={"format": "pt"})
+        _write(self._stored_weights(), save_directory)
 
     def _stored_weights(self, half: bool = False) -> dict[str, Tensor]:
         # Copies: the format knows neither shared memory nor strides such as channels_last.
@@ -252,6 +253,12 @@ def _module(model: HubModel) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"HubModel belongs beside nn.Module in the bases of {type(model).__name__}")
     return model
+
+
+def _write(weights: dict[str, Tensor], folder: Path) -> None:
+    # safetensors' own save_file leaves a file that its owner alone may read.
+    with written_whole(folder / WEIGHTS_FILE) as file:
+        file.write(save(weights, metadata={"format": "pt"}))
 
 
 def _description(name: str, network: nn.Module) -> dict[str, Any]:

@@ -73,6 +73,14 @@ def test_half_precision_is_stored_where_it_was_asked_for(checkpoint: Path) -> No
     torch.testing.assert_close(model(x), EnergyModel.from_pretrained("full")(x), atol=0.01, rtol=0.01)
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_whoever_may_read_new_files_may_read_an_exported_model(half: bool, tmp_path: Path) -> None:
+    (tmp_path / "any").touch()
+    tiny.energy_model().save_pretrained(tmp_path / "model", half=half)
+    for path in (tmp_path / "model").iterdir():
+        assert path.stat().st_mode == (tmp_path / "any").stat().st_mode, path.name
+
+
 def test_weights_beyond_half_precision_are_refused(tmp_path: Path) -> None:
     model = tiny.energy_model()
     with torch.no_grad():
