@@ -63,7 +63,7 @@ class StreamTransforms:
     Attributes:
         gen: Of ``x_gen``.
         clf: Of ``x_clf``. Where it differs from gen's, Stage 2 can learn which stream a real image is of.
-        ood: Of ``x_ood``.
+        ood: Of ``x_ood``; with the recipe ``cifar`` it is gen's, so that nothing but the images tells them apart.
 
     Raises:
         InputError: If one is no such transform.
@@ -85,7 +85,7 @@ class ImageDataModule(PairedDataModule):
     |---|---|---|
     | ``x_gen`` | crop after padding by 4, flip | resize, centre crop, flip |
     | ``x_clf`` | the same, AutoAugment, Cutout of 16 pixels | random resized crop, flip |
-    | ``x_ood`` | crop after padding, flip | random resized crop, flip |
+    | ``x_ood`` | as ``x_gen`` | random resized crop, flip |
 
     Validation images and held-out seeds are set aside by a fixed seed, not by ``seed``: runs stay comparable.
 
@@ -105,7 +105,7 @@ class ImageDataModule(PairedDataModule):
         generated_fraction: Their share of each batch.
         augmentation: The recipe, see above.
         ood_augmentation: ``crop`` or ``resized_crop``, where it differs from the recipe's: crops of photographs as
-            seeds of 32×32 pixels need the latter.
+            seeds of 32×32 pixels need the latter. With the recipe ``cifar`` they are augmented as ``x_gen`` after it.
         transforms: What streams have in place of the recipe's augmentations.
         image_size: Height and width that the network sees.
         eval_resize: Short side to which evaluation resizes before its centre crop; by default ``image_size``.
@@ -200,8 +200,10 @@ class ImageDataModule(PairedDataModule):
         own = getattr(self.transforms, stream)
         if own is not None:
             return augmentations.eight_bit(own)
+        resized = self.ood_augmentation == "resized_crop"
+        if stream == "ood" and self.augmentation == "cifar":
+            return augmentations.cifar_seeds(self.image_size, resized_crop=resized, gen=self.transforms.gen)
         if stream == "ood":
-            resized = self.ood_augmentation == "resized_crop"
             return (
                 augmentations.imagenet_strong(self.image_size) if resized else augmentations.cifar_weak(self.image_size)
             )
@@ -215,7 +217,7 @@ class ImageDataModule(PairedDataModule):
         return augmentations.evaluation_resize(self.image_size, self.eval_resize)
 
     def reference_data(self) -> EvaluationBatches:
-        """Returns all training images, validation images among them, as ``x_gen`` without flips."""
+        """Returns all training images, validation images among them, resized by PIL to ``image_size``."""
         return EvaluationBatches(self.train_images, augmentations.evaluation_resize(self.image_size))
 
     def training_stream(self, name: Stream) -> DrawSource:

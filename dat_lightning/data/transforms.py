@@ -145,6 +145,22 @@ def cifar_weak(image_size: int = 32) -> Transform:
     return _composed(v2.PILToTensor(), *_shift_and_flip(image_size))
 
 
+def cifar_seeds(image_size: int, *, resized_crop: bool = False, gen: v2.Transform | None = None) -> Transform:
+    """Returns what OOD seeds have with the CIFAR recipes: what ``x_gen`` has, and so borders if that has borders.
+
+    Args:
+        image_size: Height and width of the result.
+        resized_crop: Whether a part of 8 % to all of the image's area is cut out first, as of photographs.
+        gen: The transform of ``x_gen``, of eight-bit tensors; by default that of :func:`cifar_weak`.
+    """
+    if resized_crop:
+        first = [v2.RandomResizedCrop(_checked_size(image_size), antialias=True)]
+    else:
+        first = _resize_and_crop(image_size, image_size, "bicubic")
+    augmented = [v2.RandomCrop(image_size, padding=4), v2.RandomHorizontalFlip()] if gen is None else [gen]
+    return _composed(v2.PILToTensor(), *first, *augmented)
+
+
 def cifar_strong(image_size: int = 32) -> Transform:
     """Returns a shift, a flip, AutoAugment's policy for CIFAR-10 (arXiv 1805.09501), and a cutout of 16 pixels."""
     policy = v2.AutoAugment(v2.AutoAugmentPolicy.CIFAR10)

@@ -57,6 +57,12 @@ def test_the_transform_of_one_stream_leaves_those_of_the_others(how: str) -> Non
     assert transforms == {"gen": "torchvision.transforms.v2.RandomHorizontalFlip", "clf": name, "ood": None}
 
 
+@pytest.mark.parametrize("name", ["noise", "cifar10_random_images", "cifar10_parquet", "cifar10_folders"])
+def test_other_seeds_are_those_of_training_and_of_samples(name: str) -> None:
+    settings = printed(ROOT / "configs" / "cifar10_cpu" / "stage2.yaml", ROOT / "configs" / "data" / f"{name}.yaml")
+    assert settings["data"]["init_args"]["held_out"] is None
+
+
 def of_streams(*files: Path) -> dict[str, Any]:
     found: dict[str, Any] = printed(*files)["data"]["init_args"]["transforms"]
     return found
