@@ -55,8 +55,8 @@ class PairedDataModule(LightningDataModule):
 
     Raises:
         InputError: If a size is not positive, or a stream or ``seed_transform`` is unknown; on set-up, if the OOD
-            images are training images, or there are none although ``ood`` is among the streams; during a run, if too
-            many images are corrupt.
+            images are training images, as far as :func:`~dat_lightning.data.shared_images` sees it, or there are none
+            although ``ood`` is among the streams; during a run, if too many images are corrupt.
     """
 
     def __init__(
@@ -168,12 +168,14 @@ class PairedDataModule(LightningDataModule):
 
     def setup(self, stage: str) -> None:
         """Checks that OOD data exist where they are needed and are not the training data; a new Trainer starts anew."""
+        others: dict[tuple[str, str], SizedDataset] = {}
         if "ood" in self.streams and stage == "fit":
             what = "out-of-distribution images", "Stage 2 would push up the energy of its own data"
-            self._check_apart(self._require_ood("train"), *what)
+            others[what] = self._require_ood("train")
         held_out = self.out_of_distribution("held_out")
         if held_out is not None and len(held_out) > 0:
-            self._check_apart(held_out, "held-out seeds", "Samples that begin at them would be copies")
+            others["held-out seeds", "Samples that begin at them would be copies"] = held_out
+        self._check_apart(others)
         if stage == "fit" and self._batches_processed() == 0:
             self._start_draw, self._start_batch, self._stream_sizes = 0, 0, {}
 
@@ -281,13 +283,15 @@ class PairedDataModule(LightningDataModule):
                 " some come twice and others not at all; from the next one on all is as in a new run"
             )
 
-    def _check_apart(self, images: SizedDataset, what: str, so: str) -> None:
-        overlap = shared_images(self.in_distribution("train"), images)
-        if overlap > 0.1:
-            raise InputError(
-                f"the {what} of {type(self).__name__} are the training images: {overlap:.0%} of those compared are"
-                f" equal. {so}; use other images."
-            )
+    def _check_apart(self, others: Mapping[tuple[str, str], SizedDataset]) -> None:
+        """Takes what images are, and what would come of it if they were the training images."""
+        overlaps = shared_images(self.in_distribution("train"), *others.values()) if others else []
+        for (what, so), overlap in zip(others, overlaps, strict=True):
+            if overlap > 0.1:
+                raise InputError(
+                    f"the {what} of {type(self).__name__} are the training images: {overlap:.0%} of those compared are"
+                    f" equal. {so}; use other images."
+                )
 
     def _dataset(self, name: Stream) -> SizedDataset:
         return self._require_ood("train") if name == "ood" else self.in_distribution("train")

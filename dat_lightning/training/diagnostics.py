@@ -39,7 +39,7 @@ class Diagnostics(Callback):
 
     :class:`~dat_lightning.DivergenceGuard` looks at loss and gradients of every step; one that it has skipped
     is not looked at here, nor what it logged. Identical ID and OOD data sets are refused by PairedDataModule before
-    training; the row on OOD seeds is for data of others.
+    training, as far as it looks; the row on OOD seeds is for the rest, and for data of others.
     Logged: ``train/r1``, the mean of ‖∇ₓE(x_gen)‖², in modules that train an energy (``trains_energy``); there
     ``train/jacobian_norm`` too, if it is asked for: the mean of ‖∂f/∂x‖₂ by :func:`~dat_lightning.core.jacobian_norm`.
 

@@ -202,6 +202,21 @@ def test_streams_have_the_recipes_augmentations() -> None:
     assert "Random" not in repr(cifar.evaluation_transform())
 
 
+@pytest.mark.parametrize("ood_augmentation", [None, "resized_crop"])
+@pytest.mark.parametrize("flips", [False, True])
+def test_seeds_of_a_cifar_recipe_have_borders_where_x_gen_has(ood_augmentation: Any, flips: bool) -> None:
+    """What is in one of the two alone would tell real images from contrastive ones."""
+    transforms = StreamTransforms(gen=v2.Compose([v2.CenterCrop(32), v2.RandomHorizontalFlip()]) if flips else None)
+    data = pairs(ood_augmentation=ood_augmentation, transforms=transforms, image_size=32)
+    white = Image.new("RGB", (40, 36), "white")
+    torch.manual_seed(0)
+    for stream in ("gen", "ood"):
+        images = torch.stack([data.transform(cast(Any, stream))(white) for _ in range(300)])
+        assert images.shape == (300, 3, 32, 32)
+        bordered = float((images.amin((1, 2, 3)) < 0.5).float().mean())
+        assert bordered == (0 if flips else pytest.approx(1 - 1 / 81, abs=0.03))
+
+
 def test_evaluation_resizes_before_its_crop_and_the_reference_does_not() -> None:
     image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
     data = pairs(train=Flat(10), augmentation="imagenet", image_size=16, eval_resize=32)
@@ -512,10 +527,11 @@ class Grey(Flat):
 
 
 class Large(Flat):
-    """More images than anybody compares byte by byte."""
+    """Many images, each with a colour of its own."""
 
     def __getitem__(self, index: int) -> Any:
-        image = Image.new("RGB", (2, 2), (index % 256, index // 256 % 256, index // 65536))
+        number = self.offset + index
+        image = Image.new("RGB", (2, 2), (number % 256, number // 256 % 256, number // 65536))
         return (image, index % 5) if self.labelled else image
 
 
