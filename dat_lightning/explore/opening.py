@@ -193,7 +193,8 @@ def _put_together(
         or round(0.01 * math.sqrt(math.prod(shape)), 2)
     )
     rule = settings.get("sampling_rule") or _described_rule(settings.get("contrastive_rule"))
-    steps = int(_positive(settings.get("sampling_steps")) or _USUAL_STEPS)
+    trained = _mapping(_mapping(settings.get("curriculum")).get("init_args")).get("max_steps")
+    steps = int(_positive(settings.get("sampling_steps")) or _positive(trained) or _USUAL_STEPS)
     return Opened(explorer, name, _in_words(model), examples, tuple(notes), eps, step_size, rule, steps)
 
 
@@ -253,8 +254,18 @@ def _described_module(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What configurations say about a module, as hyperparameters do; the module itself is not made."""
     described: dict[str, Any] = {}
     for section in sections:
-        described.update(_mapping(_mapping(section.get("model")).get("init_args")))
+        described = _merged(described, _mapping(_mapping(section.get("model")).get("init_args")))
     return described
+
+
+def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings with those of a file on top, which may name some of a mapping alone."""
+    inner = {
+        name: _merged(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, Mapping) and isinstance(below.get(name), Mapping)
+    }
+    return {**below, **above, **inner}
 
 
 def _first_steps(module: EnergyModule) -> dict[str, Any]:
@@ -286,7 +297,7 @@ def _described_rule(section: object) -> UpdateRule:
 def _sampling(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Step and rule of the configurations' last PGDSampler, its defaults among them; nothing if they have none.
 
-    The number of steps is among it if there is one, and not a sweep.
+    Of a sweep the number of steps is the middle one.
     """
     found: dict[str, Any] | None = None
     for section in sections:
@@ -299,8 +310,8 @@ def _sampling(sections: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if found is None:
         return {}
     sampler = _instantiated(PGDSampler, "sampler", [{"class_path": "dat_lightning.PGDSampler", "init_args": found}])
-    steps = {"sampling_steps": sampler.num_steps[0]} if len(sampler.num_steps) == 1 else {}
-    return {"sampling_step_size": sampler.chain.step_size, "sampling_rule": sampler.rule, **steps}
+    middle = sorted(sampler.num_steps)[len(sampler.num_steps) // 2]
+    return {"sampling_step_size": sampler.chain.step_size, "sampling_rule": sampler.rule, "sampling_steps": middle}
 
 
 def _checked_device(device: str) -> torch.device:

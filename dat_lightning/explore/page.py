@@ -135,7 +135,11 @@ def _example(opened: Opened) -> tuple[Tensor, str, str] | None:
     except CorruptImageError as error:
         st.error(str(error))
         return None
-    return image, f"Test image {place + 1}", "" if label is None else f"labelled {names[label]}"
+    return (
+        image,
+        f"Test image {place + 1}",
+        "" if label is None else f"labelled {names[label] if label < len(names) else label}",
+    )
 
 
 def _thumbnail(examples: Examples, place: int) -> bytes | None:

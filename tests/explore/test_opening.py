@@ -46,6 +46,24 @@ def test_a_run_s_checkpoint_gives_averaged_weights_data_and_first_steps(checkpoi
     assert opened.explorer.class_names == tuple("0123456789")
 
 
+def test_samples_of_a_run_begin_with_as_many_steps_as_its_chain_has_at_most(checkpoint: Path, tmp_path: Path) -> None:
+    """More than the network was trained against are beyond what it knows; of a sweep the page takes the middle."""
+    contents = torch.load(checkpoint, weights_only=True)
+    assert open_checkpoint(checkpoint).num_steps == contents["hyper_parameters"]["curriculum"]["init_args"]["max_steps"]
+    sampler = {"class_path": "dat_lightning.PGDSampler", "init_args": {"num_steps": [9, 0, 4, 2, 7]}}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [sampler]}}))
+    assert open_checkpoint(checkpoint, [tmp_path / "sweep.yaml"]).num_steps == 4
+
+
+def test_a_configuration_on_top_of_another_may_name_a_part_of_the_attack(checkpoint: Path, tmp_path: Path) -> None:
+    network(checkpoint).save_pretrained(tmp_path / "model")
+    lower = {"model": {"init_args": {"threat_model": {"norm": "L2", "eps": 1.0, "step_size": 0.5}}}}
+    upper = {"base": "lower.yaml", "model": {"init_args": {"threat_model": {"eps": 0.5}}}}
+    for name, contents in (("lower", lower), ("upper", upper)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(contents))
+    assert open_checkpoint(tmp_path / "model", [tmp_path / "upper.yaml"]).eps == 2.0
+
+
 def test_examples_are_the_test_images_each_once(checkpoint: Path) -> None:
     examples = open_checkpoint(checkpoint).examples
     assert examples is not None
