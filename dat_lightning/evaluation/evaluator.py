@@ -170,7 +170,7 @@ class Evaluator(Callback, ABC):
         """Gathers the values of all ranks, and logs the figures."""
         values = gather(self._values)
         self._values = []
-        images = set_identity(gather(self._digests)["digest"])
+        images = set_identity(gather(self._digests, same_on_ranks=True)["digest"])
         self._digests = []
         self.figures = [
             replace(figure, settings={**figure.settings, "test_images": images})

@@ -76,8 +76,10 @@ def collect(study: Study, out: Path) -> list[Result]:
         for seed in study.seeds_of(variant):
             folder = out / study.folder(variant.folder, seed)
             file = folder / "evaluation.json"
-            done = file.is_file()
-            evaluation = read_evaluation(file) if done else Evaluation("", [])
+            evaluation = read_evaluation(file) if file.is_file() else Evaluation("", [])
+            done = file.is_file() and evaluation.failure is None
+            if not done:  # what a test that failed has measured is no part of a mean
+                evaluation = Evaluation("", [])
             curves = read_curves(folder, study.curves)
             figures = {**_ends_of(curves), **figures_of(evaluation)} if done else {}
             known = {name: evaluation.provenance[name] for name in _PROVENANCE if name in evaluation.provenance}

@@ -89,8 +89,9 @@ def read_evaluation(path: Path) -> Evaluation:
 def path_for(path: Path, evaluation: Evaluation) -> Path:
     """Returns where an evaluation can be written so that none of other weights is lost: ``path``, or one beside it.
 
-    A file of the same checkpoint is replaced, but not a complete one by one that is incomplete. A file of another
-    checkpoint, or that is no evaluation, stays; then the first eight digits of this one's hash are in the name.
+    A file of the same checkpoint is replaced, but not a complete one by one that is incomplete, or that lacks figures
+    of it, those of single step counts aside. A file of another checkpoint, or that is no evaluation, stays; then the
+    first eight digits of this one's hash are in the name.
     """
     beside = f"{path.stem}-{(identity(evaluation) or 'unknown')[:8]}"
     names = (path.stem, beside, *(f"{beside}-{k}" for k in range(2, 1000)))
@@ -100,9 +101,16 @@ def path_for(path: Path, evaluation: Evaluation) -> Path:
             return place
         old = _evaluation_or_none(place)
         if old is not None and identity(old) is not None and identity(old) == identity(evaluation):
-            complete_stays = old.failure is None and evaluation.failure is not None
-            return path_for(place.with_stem(f"{name}-incomplete"), evaluation) if complete_stays else place
+            if old.failure is None and evaluation.failure is not None:
+                return path_for(place.with_stem(f"{name}-incomplete"), evaluation)
+            if old.failure is None and _names(old) - _names(evaluation):
+                return path_for(place.with_stem(f"{name}-fewer"), evaluation)
+            return place
     raise InputError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
+
+
+def _names(evaluation: Evaluation) -> set[str]:
+    return {entry.name for entry in evaluation.entries if not is_of_one_step_count(entry.name)}
 
 
 def identity(evaluation: Evaluation) -> str | None:

@@ -16,11 +16,19 @@ Values = dict[str, Tensor]
 """Name → per-example values, first dimension N, on the CPU."""
 
 
-def gather(batches: list[Values], otherwise: str = "the test loader gave no batch") -> Values:
+def gather(
+    batches: list[Values], otherwise: str = "the test loader gave no batch", same_on_ranks: bool = False
+) -> Values:
     """Returns the values of all ranks, each example once, sorted by ``index``; every rank must call it.
 
+    Args:
+        batches: Of this rank.
+        otherwise: Why there may be none.
+        same_on_ranks: Whether an example has the same values to the last bit wherever they are computed.
+
     Raises:
-        InputError: If there are no examples, and ``otherwise`` says why; or if several different ones have one index.
+        InputError: If there are no examples; or if several different ones of a rank have one index, of all ranks with
+            ``same_on_ranks``.
     """
     names = batches[0].keys() if batches else ()
     mine = {name: torch.cat([batch[name] for batch in batches]) for name in names}
@@ -30,6 +38,8 @@ def gather(batches: list[Values], otherwise: str = "the test loader gave no batc
     if not filled:
         raise InputError(f"there are no examples to evaluate: {otherwise}")
     everything = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
+    if same_on_ranks:
+        _check_repeated(everything)
     # A sampler of another project may pad with repeated examples.
     index, first = np.unique(everything["index"].numpy(), return_index=True)
     order = torch.from_numpy(first)

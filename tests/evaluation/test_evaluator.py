@@ -214,6 +214,17 @@ def test_different_examples_with_one_index_are_refused(tmp_path: Path) -> None:
         run(tmp_path, Probe(), [*ALL, {**ALL[0], "index": torch.tensor([3, 11, 12])}])
 
 
+def test_different_examples_of_two_ranks_with_one_index_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of loaders that give each rank its part and number that from 0."""
+    mine = {"index": torch.arange(4), "digest": torch.arange(4)}
+    theirs = {"index": torch.arange(4), "digest": torch.tensor([0, 1, 9, 3])}
+    monkeypatch.setattr("dat_lightning.results.gathering.all_ranks", lambda part: [part, theirs])
+    with pytest.raises(InputError, match="2 examples have the index 2: index must number the examples of the whole"):
+        gather([mine], same_on_ranks=True)
+    assert gather([mine])["digest"].tolist() == [0, 1, 2, 3]
+    assert gather([theirs], same_on_ranks=True)["digest"].tolist() == [0, 1, 9, 3]
+
+
 def test_other_settings_and_evaluators_are_not_mistaken(tmp_path: Path) -> None:
     class Other(Probe):
         """Another evaluator with the same settings."""

@@ -262,6 +262,14 @@ def test_runs_are_collected_with_figures_and_curves(out: Path, tmp_path: Path) -
     assert fid.sd == pytest.approx(math.sqrt(0.5))
 
 
+def test_a_test_that_failed_counts_as_none(out: Path, tmp_path: Path) -> None:
+    failed = Evaluation("t", [Measurement("fid", 99.0, "by hand", 8)], failure="ValueError: no")
+    write_evaluation(out / "short" / "seed1" / "evaluation.json", failed)
+    rows = collect(study(tmp_path), out)
+    assert [row.done for row in rows] == [True, False, True, False]
+    assert summaries(rows, "short")["fid"].values == (1.0,)
+
+
 def test_one_command_writes_all_from_the_files_that_are_there(out: Path, tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(out / "short" / "seed0" / "grid.png")
     plots = [*contents()["plots"], {"name": "missing", "kind": "steps", "figure": "kid"}]

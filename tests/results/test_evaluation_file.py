@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,20 @@ def test_an_incomplete_evaluation_replaces_no_complete_one(tmp_path: Path) -> No
     ]
     assert placed(path, of("b" * 64, "ValueError: no")) == "e-bbbbbbbb.json"
     assert read_evaluation(path) == whole
+
+
+def test_an_evaluation_with_fewer_figures_replaces_none_with_more(tmp_path: Path) -> None:
+    """A quick look must not cost hours; other step counts of the same figures are no loss."""
+
+    def having(*names: str) -> Evaluation:
+        return replace(of("a" * 64), entries=[Measurement(name, 1.0, "p", 1, source="s") for name in names])
+
+    path = tmp_path / "e.json"
+    full = having("accuracy", "fid", "fid_5_steps")
+    assert placed(path, full) == placed(path, having("accuracy", "fid", "fid_9_steps")) == "e.json"
+    assert placed(path, having("accuracy")) == placed(path, having("accuracy")) == "e-fewer.json"
+    assert placed(path, having("accuracy", "fid", "ece")) == "e.json"
+    assert placed(path, having("accuracy")) == "e-fewer.json"
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
