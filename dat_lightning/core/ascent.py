@@ -158,8 +158,8 @@ class Ascent:
 
         Raises:
             InputError: If there are no steps or one number is negative, images are not of floats, there is not one
-                integer for each of them as a label, a start has another shape than ``x``, or there is one although the
-                threat model asks for a random start.
+                integer for each of them as a label, or not one draw, a start has another shape than ``x``, or there is
+                one although the threat model asks for a random start.
         """
         if not steps or min(steps) < 0:
             raise InputError(f"snapshots must be step counts of at least 0, got {sorted(steps)}")
@@ -170,6 +170,8 @@ class Ascent:
             raise InputError(
                 f"y must have one integer for each of {len(x)} images, got the shape {tuple(y.shape)} of {y.dtype}"
             )
+        if draws is not None and draws.shape != x.shape[:1]:
+            raise InputError(f"draws must have one number for each of {len(x)} images, got {tuple(draws.shape)}")
         if start is not None and start.shape != x.shape:
             raise InputError(f"start must have the shape of x, {tuple(x.shape)}, got {tuple(start.shape)}")
         if start is not None and self.threat_model.random_start:

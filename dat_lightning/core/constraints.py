@@ -40,7 +40,7 @@ class FixedPixels(Constraint):
     mask: Tensor
 
     def __post_init__(self) -> None:
-        check_images(known=self.known)
+        require_images(known=self.known)
         require_kind(Tensor, mask=self.mask)
         if self.mask.dtype != torch.bool:
             raise InputError(f"mask must be of type bool, true where pixels may change, got {self.mask.dtype}")
@@ -50,7 +50,7 @@ class FixedPixels(Constraint):
             raise InputError(f"mask must be (H, W), or four dimensions that broadcast to {wanted}, got {shape}")
         object.__setattr__(self, "mask", self.mask.to(self.known.device))
         # What the mask hides may be anything.
-        check_pixels(known=torch.where(self.mask, 0, self.known))
+        require_pixels(known=torch.where(self.mask, 0, self.known))
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions that are zero outside of the mask."""
@@ -79,7 +79,7 @@ class PooledPixels(Constraint):
 
     def __post_init__(self) -> None:
         require_counts(1, factor=self.factor)
-        check_pixels(pooled=self.pooled)
+        require_pixels(pooled=self.pooled)
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions less their mean over each block."""
@@ -166,14 +166,14 @@ def pooled(x: Tensor, factor: int) -> Tensor:
         InputError: If the images are no float tensor of four dimensions, or the factor is no whole number of at least 1
             that divides height and width.
     """
-    check_images(x=x)
+    require_images(x=x)
     require_counts(1, factor=factor)
     if x.shape[2] % factor or x.shape[3] % factor:
         raise InputError(f"factor must divide the images' sides {x.shape[2]} and {x.shape[3]}, got {factor}")
     return avg_pool2d(x, factor)
 
 
-def check_images(**images: Tensor) -> None:
+def require_images(**images: Tensor) -> None:
     """Raises an InputError that names the argument unless it is a float tensor (N, C, H, W)."""
     for name, x in images.items():
         require_kind(Tensor, **{name: x})
@@ -181,9 +181,9 @@ def check_images(**images: Tensor) -> None:
             raise InputError(f"{name} must be float images (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}")
 
 
-def check_pixels(**images: Tensor) -> None:
-    """Raises an InputError as :func:`check_images` does, and unless all values lie in [0, 1]; waits for the device."""
-    check_images(**images)
+def require_pixels(**images: Tensor) -> None:
+    """Raises an InputError as :func:`require_images` does, and unless all values lie in [0, 1]; waits for a device."""
+    require_images(**images)
     for name, x in images.items():
         if not bool(((x >= 0) & (x <= 1)).all()):
             raise InputError(f"{name} must be images in [0, 1], got values in [{float(x.min()):g}, {float(x.max()):g}]")

@@ -15,8 +15,8 @@ from dat_lightning.core.constraints import (
     FixedPixels,
     PooledPixels,
     broadcasts,
-    check_images,
-    check_pixels,
+    require_images,
+    require_pixels,
 )
 from dat_lightning.core.errors import InputError, require_kind
 
@@ -47,11 +47,11 @@ class Edit:
     eps: float = math.inf
 
     def __post_init__(self) -> None:
-        check_images(start=self.start)
+        require_images(start=self.start)
         if self.constraint is not None:
             require_kind(Constraint, constraint=self.constraint)
             object.__setattr__(self, "start", self.constraint.nearest(self.start))
-        check_pixels(start=self.start)
+        require_pixels(start=self.start)
 
     def ascent(self, climb: Ascent) -> Ascent:
         """Returns an ascent from ``start`` that keeps what is to be kept.
@@ -128,7 +128,7 @@ def denoising(x: Tensor, sigma: float) -> Edit:
     """
     if not 0 <= sigma <= 1:
         raise InputError(f"sigma must lie in [0, 1], in units of [0, 1] pixels, got {sigma}")
-    check_pixels(x=x)
+    require_pixels(x=x)
     return Edit(x, eps=sigma * math.sqrt(x.shape[1:].numel()))
 
 

@@ -67,7 +67,7 @@ class EnergyModel(nn.Module):
         super().__init__()
         if (mean is None) != (std is None) or (mean is not None and std is not None and len(mean) != len(std)):
             raise InputError(f"mean and std go together and have one entry per channel, got mean={mean}, std={std}")
-        if std is not None and min(std) <= 0:
+        if std is not None and not all(s > 0 for s in std):
             raise InputError(f"std must be positive, got {list(std)}")
         self.backbone = backbone
         # Without normalisation there are no buffers, so that weights trained with it do not load.

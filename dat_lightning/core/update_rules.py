@@ -23,7 +23,8 @@ class Step:
     Attributes:
         x: Where the images are, detached.
         gradient: Gives ∇ of the objective at images of the shape of ``x``; a forward and a backward pass.
-        noise: Gives standard normal noise of the shape of ``x``, each image's of its own stream; anew in each step.
+        noise: Gives standard normal noise of the shape of ``x``, each image's of its own stream; anew in each step, the
+            same when it is called again in one.
         threat_model: Its ``step_size`` is the length, or the rate; its ``norm`` the geometry.
     """
 
@@ -156,8 +157,8 @@ class PixelAdam(UpdateRule):
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise InputError(f"betas must be in [0, 1), got {self.betas}")
-        if not 0 <= self.eps < math.inf:
-            raise InputError(f"eps must be a finite number of at least 0, got {self.eps}")
+        if not 0 < self.eps < math.inf:
+            raise InputError(f"eps must be a positive finite number, got {self.eps}")
 
     def move(self, step: Step, state: State) -> tuple[Tensor, State]:
         """Returns η·m̂/(√v̂ + eps), and the averages m, v with the number of steps."""

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from dat_lightning.core.attack import ROUNDING
 from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError
-
-# Rounding of a transform, or of half precision: a quarter of an eight-bit level.
-_TOLERANCE = 1e-3
 
 
 def check_images(images: Tensor, what: str) -> None:
@@ -48,7 +46,7 @@ def check_pixels(images: Tensor, what: str, *, allow_nan: bool = False) -> None:
     """
     check_images(images, what)
     low, high = _range(images, allow_nan=allow_nan)
-    if not (low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
         raise InputError(
             f"{what} must be images in [0, 1], got values in [{low:.3g}, {high:.3g}]: let the data give raw pixels;"
             " normalisation belongs into the network (mean and std of EnergyModel)"

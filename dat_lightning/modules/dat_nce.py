@@ -127,14 +127,15 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
     def proposals(self, draws: Sequence[int], like: Tensor) -> Tensor:
         """Returns images of q, shape of ``like`` (N, C, H, W), from streams named by each draw's number."""
         shape = tuple(like.shape[1:])
-        if self.gaussians is None:
+        if self.proposal == "uniform":
             return uniform_noise(self.seed, "proposal", draws, shape).to(like)
         component = uniform_noise(self.seed, "proposal component", draws, ())
-        return self.gaussians.sample(component.to(like), normal_noise(self.seed, "proposal", draws, shape).to(like))
+        noise = normal_noise(self.seed, "proposal", draws, shape)
+        return self._fitted().sample(component.to(like), noise.to(like))
 
     def proposal_log_density(self, x: Tensor) -> Tensor:
         """Returns log q, (N,), of images (N, C, H, W)."""
-        return x.new_zeros(len(x)) if self.gaussians is None else self.gaussians.log_prob(x)
+        return x.new_zeros(len(x)) if self.proposal == "uniform" else self._fitted().log_prob(x)
 
     def noise_contrastive_loss(self, logits_data: Tensor, logits_proposal: Tensor) -> Tensor:
         """Returns the BCE that tells data from proposals at the best c, a scalar.
@@ -176,8 +177,15 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
             InputError: If there is no DataModule with training images to fit them to.
         """
         super().on_fit_start()
+        self.gaussians = None
         if self.proposal == "gaussians" and self.nce_weight > 0:
+            self._fitted()
+
+    def _fitted(self) -> TiedGaussians:
+        # A callback may train before the module's own fit starts, as a search for a learning rate does.
+        if self.gaussians is None:
             self.gaussians = TiedGaussians.fitted(*self._training_images(), self.data_noise)
+        return self.gaussians
 
     def _training_images(self) -> tuple[Tensor, Tensor]:
         data: Any = getattr(self.trainer, "datamodule", None)

@@ -32,6 +32,14 @@ class ReplayBufferModule(EnergyModule):
         raise NotImplementedError
 
     @override
+    def on_fit_start(self) -> None:
+        """Loads the initial weights; a run that does not go on from a checkpoint begins with another buffer."""
+        super().on_fit_start()
+        self._collected_buffer = None  # of a validation that failed
+        if self.trainer.ckpt_path is None:
+            self.replay_buffer = self._restored_buffer = None
+
+    @override
     def on_validation_start(self) -> None:
         """Loads the initial weights, and collects the buffer: a signal in validation has rank zero alone save."""
         super().on_validation_start()

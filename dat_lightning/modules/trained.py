@@ -75,8 +75,9 @@ class TrainedModule(LightningModule):
         curriculum: The number of contrastive steps, in modules that have one; callbacks ask for it.
         network_evaluations: How often training has evaluated the network for an image, since it began and over all
             ranks, to compare methods at equal cost: a forward pass is one, with input gradient two, with gradients of
-            the parameters three. What :meth:`count_evaluations` is told of is counted. It is the sum over
-            all steps, and in checkpoints, so that steps and batches of any size share one axis.
+            the parameters three. What :meth:`count_evaluations` is told of is counted, by rank 0, and taken for that
+            of each rank. It is the sum over all steps, and in checkpoints, so that steps and batches of any size share
+            one axis.
     """
 
     trains_batch_norm: bool = False

@@ -159,7 +159,13 @@ class PGDSampler(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Checks that there are seeds to start from."""
+        """Checks that there are seeds to start from, and that consumers have one source of samples."""
+        samplers = [type(c).__name__ for c in trainer.callbacks if isinstance(c, PGDSampler)]  # type: ignore[attr-defined]
+        if len(samplers) > 1:
+            raise InputError(
+                f"trainer.callbacks has {' and '.join(samplers)}: every consumer would see the samples of both, and log"
+                " their mean; sample them in runs of their own"
+            )
         if not callable(getattr(trainer.datamodule, "held_out_seeds", None)):  # type: ignore[attr-defined]
             raise InputError(
                 "PGDSampler needs a DataModule with held_out_seeds(), which gives a function from the sample's index to"

@@ -81,5 +81,6 @@ class SampleGrid(SampleConsumer):
     def _tile(self, steps: int, images: Tensor) -> Tensor:
         if steps not in self._tiles:
             columns = min(self.plan.num_classes, self.max_columns)
-            self._tiles[steps] = images.new_zeros(self.num_rows, columns, *images.shape[1:])
+            # In float32, as a rank without tiles reduces it, whatever the precision of the samples.
+            self._tiles[steps] = torch.zeros(self.num_rows, columns, *images.shape[1:], device=images.device)
         return self._tiles[steps]

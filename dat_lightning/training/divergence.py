@@ -45,7 +45,7 @@ class DivergenceGuard(Callback):
     A step that is skipped leaves weights, the optimiser's moments, the average of
     :class:`~dat_lightning.ExponentialMovingAverage` and all buffers as they were: the curriculum's T and window, and
     the statistics of batch norm. What counts steps goes on: ``global_step``, a schedule by steps, the position in the
-    data.
+    data; and chains of a replay buffer and warm attacks have moved.
     A run that stops is left in that state too, so that a checkpoint saved on the way out is sound. With accumulated
     gradients the whole step is skipped, and the buffers are as before the step from the batch on that failed; over
     several processes all decide alike. In manual optimisation a step is a batch, or the batches up to one in which an

@@ -563,6 +563,7 @@ def test_an_ascent_asks_for_one_label_per_image(labels: int) -> None:
     ("change", "message"),
     [
         (lambda x, y: (2 * x - 1, y), r"x must be images in \[0, 1\], got values from -"),
+        (lambda x, y: (1.0021 * (x / x.max()), y), r"x must be images in \[0, 1\], got values from .* to 1.0021"),
         (lambda x, y: (x * torch.nan, y), r"x must be images in \[0, 1\], got values from nan"),
         (lambda x, y: ((x > 0.5).byte(), y), r"x must be images of floats in \[0, 1\], got torch.uint8"),
         (lambda x, y: (x, y - 100), "y must have labels of at least 0, got -100"),
@@ -581,6 +582,20 @@ def test_an_unknown_mode_is_refused_and_not_taken_for_train() -> None:
     x, y = images()
     with pytest.raises(InputError, match=r"mode must be one of \('eval', 'train'\), got 'evl'"):
         ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(), mode="evl")  # type: ignore[arg-type]
+
+
+def test_pixels_that_a_transform_has_rounded_are_taken_as_everywhere_else() -> None:
+    x, y = images()
+    found = ascend(TanhNetwork(), 1.0009 * (x / x.max()), y, cross_entropy, ThreatModel())
+    assert 0 <= found.min() <= found.max() <= 1
+
+
+@pytest.mark.parametrize("draws", [torch.arange(1), torch.arange(4), torch.arange(5).unsqueeze(1)])
+def test_each_image_needs_a_draw_of_its_own(draws: Tensor) -> None:
+    """One for all would give all the same random start."""
+    x, y = images()
+    with pytest.raises(InputError, match=f"draws must have one number for each of 5 images, .*{len(draws)}"):
+        ascend(TanhNetwork(), x, y, cross_entropy, ThreatModel(random_start=True), draws=draws)
 
 
 def test_a_start_that_cannot_be_is_refused() -> None:

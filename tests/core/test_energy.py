@@ -104,6 +104,7 @@ def test_the_model_s_energies_are_those_of_its_logits() -> None:
         (None, [0.5], "go together"),
         ([0.5], [0.5, 0.5], "one entry per channel"),
         ([0.5], [0.0], "std must be positive"),
+        ([0.5], [float("nan")], "std must be positive"),
     ],
 )
 def test_incomplete_normalisation_is_refused(mean: list[float] | None, std: list[float] | None, message: str) -> None:

@@ -261,6 +261,7 @@ def test_an_ascent_is_a_value() -> None:
         (lambda: Momentum(math.nan), "got nan"),
         (lambda: PixelAdam((0.9, 1.0)), r"betas must be in \[0, 1\), got \(0.9, 1.0\)"),
         (lambda: PixelAdam(eps=-1.0), "eps must be .* got -1.0"),
+        (lambda: PixelAdam(eps=0.0), "eps must be a positive finite number, got 0.0"),
         (lambda: Langevin(-0.01), "noise must be .* got -0.01"),
         (lambda: Langevin(math.inf), "got inf"),
     ],

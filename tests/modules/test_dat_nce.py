@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 from scipy import optimize, stats  # type: ignore[import-untyped]
 from torch import Tensor
 
@@ -168,6 +169,19 @@ def test_network_evaluations_are_those_of_dat_and_of_the_proposals(noise: float,
     module = started(proposal="gaussians" if noise else "uniform", data_noise=noise).train()
     module.training_step(by_hand.batch(dtype=torch.float32), 0)
     assert module.network_evaluations == 6 * (2 * 2 + 2 * 2 + 9 + more)
+
+
+def test_gaussians_are_there_for_whoever_trains_before_the_fit_begins(tmp_path: Path) -> None:
+    """As a search for a learning rate does, in a callback's ``on_fit_start``."""
+
+    class Early(Callback):
+        def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.found = pl_module.proposals([3], torch.zeros(1, 1, 16, 16))  # type: ignore[operator]
+
+    early, module = Early(), DATNoiseContrastiveModule(tiny.energy_model(), proposal="gaussians", data_noise=0.1)
+    tiny.trainer(tmp_path, [early], max_steps=1, limit_val_batches=0).fit(module, tiny.digits())
+    assert torch.equal(early.found, module.proposals([3], torch.zeros(1, 1, 16, 16)))
+    assert early.found.min() < 0  # uniform noise is not
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

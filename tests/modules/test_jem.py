@@ -109,6 +109,18 @@ def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert torch.equal(again.energy_model.backbone.get_parameter("fc.weight"), saved["state_dict"][_FC])
 
 
+def test_another_run_begins_with_another_buffer(tmp_path: Path) -> None:
+    """Not with the chains of the former one, nor with what a validation that failed had collected."""
+    _, module, buffer = run(tmp_path, 4)
+    module._collected_buffer = buffer.clone()
+    trainer = tiny.trainer(tmp_path, max_steps=1, max_epochs=-1, limit_val_batches=0)
+    trainer.fit(module, tiny.digits())
+    trainer.save_checkpoint(tmp_path / "b.ckpt")
+    first = module.first_images(range(64), (1, 16, 16))
+    untouched = (torch.load(tmp_path / "b.ckpt", weights_only=True)["replay_buffer"] == first).flatten(1).all(1)
+    assert int(untouched.sum()) == 32  # the first batch's chains are in the other half
+
+
 _FC = "energy_model.backbone.fc.weight"
 
 

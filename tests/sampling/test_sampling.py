@@ -3,7 +3,7 @@
 import errno
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,11 @@ class Changed(nn.Module):
 def test_a_consumer_needs_a_sampler(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"Collector consumes samples: add a PGDSampler to trainer.callbacks"):
         run(tmp_path, Collector())
+
+
+def test_two_samplers_would_mix_their_figures(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"trainer.callbacks has PGDSampler and PGDSampler: every consumer would see"):
+        run(tmp_path, sampler(), sampler(num_steps=[1]), Collector())
 
 
 def test_a_sampler_needs_seeds(tmp_path: Path) -> None:
@@ -1030,6 +1035,33 @@ def test_grids_have_a_column_per_class(tmp_path: Path) -> None:
         assert torch.equal(tile[0], pixels[index, 0])
     events = EventAccumulator(str(tmp_path / "logs")).Reload()
     assert set(events.Tags()["images"]) == {"test/samples/1_steps", "test/samples/3_steps"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_ranks_with_and_without_tiles_reduce_one_type(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most grids are of the first batch, which rank 0 has: the others know its shape, and not its precision."""
+    grid, trainer = SampleGrid(num_rows=2, dirpath=str(tmp_path)), tiny.trainer(tmp_path)
+    types = []
+
+    def reduce(tiles: Tensor, reduce_op: str) -> Tensor:
+        types.append(tiles.dtype)
+        return tiles
+
+    monkeypatch.setattr(trainer.strategy, "reduce", reduce)
+    run(tmp_path, collector := Collector(), sampler())
+    plan, batch = collector.plans[0], collector.batches[0]
+    batch = replace(batch, images={steps: x.to(dtype) for steps, x in batch.images.items()})
+    module = tiny.stage1()
+    for received in ([batch], []):
+        monkeypatch.setattr(trainer.strategy, "broadcast", lambda mine: [2, 10, 1, 16, 16])
+        grid.plan = plan
+        for part in received:
+            grid.on_samples_batch(trainer, module, part)
+        grid.on_samples_end(trainer, module)
+    assert len(types) == 2 * len(plan.num_steps)
+    assert set(types) == {torch.float32}
 
 
 def test_shipped_features_are_deterministic() -> None:
