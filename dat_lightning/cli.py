@@ -270,6 +270,9 @@ def main(args: ArgsType = None) -> None:
         if isinstance(arguments, list) and arguments[:1] == ["explore"]:
             run_explore(arguments[1:])
             return
+        if arguments == ["--version"]:
+            sys.stdout.write(f"dat-lightning {dat_lightning.__version__}\n")
+            return
         # A class path without dots is looked for among the classes that are loaded.
         for name in dat_lightning.__all__:
             getattr(dat_lightning, name)

@@ -61,6 +61,8 @@ class CIFARImages(Dataset[tuple[Image.Image, int]]):
             _check_files(root, source)
             raise
         except OSError as error:
+            if not download:
+                raise
             raise ConnectionError(f"could not download {source.url} to {root}: {error}") from error
         self.part = f"{name} {'train' if train else 'test'}"
         _check_names(skip_classes, data.classes, name)

@@ -123,6 +123,10 @@ def main(args: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="JSON file; by default JSON goes to the terminal")
     given = parser.parse_args(args)
     settings = {name: getattr(given, name) for name in defaults}
+    if given.out is not None and not given.out.parent.is_dir():
+        parser.error(f"--out {given.out}: there is no folder {given.out.parent}")
+    if given.extractor == "digits" and (given.layers or given.weights_path):
+        parser.error("--layers and --weights-path are for torch-fidelity's extractors, not for digits")
     try:
         figures = measure_sample_set(
             given.samples,

@@ -288,6 +288,8 @@ def _file_of(source: str, name: str, download: Callable[[str], str]) -> Path:
                 " (weights in other formats are not read)"
             )
         return Path(source) / name
+    if (Path(__file__).parent / "models" / source / name).is_file():
+        raise InputError(f"{source!r} ships with the package: dat_lightning.pretrained({source!r}) returns it")
     try:
         return Path(download(name))
     except HFValidationError:

@@ -163,6 +163,15 @@ def test_download_fetches_only_what_is_missing(tmp_path: Path, monkeypatch: pyte
     assert fetched == [(CIFAR100.url, tmp_path)]
 
 
+def test_a_file_that_cannot_be_read_is_no_failed_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", refuse)
+    with pytest.raises(PermissionError, match=str(tmp_path)):
+        CIFARImages("cifar10", tmp_path, train=True)
+
+
 def test_a_failed_download_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(url: str, root: Path, filename: str, md5: str) -> None:
         raise URLError("no route to host")

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import dat_lightning.weights.hub
 from dat_lightning import EnergyModel, SmallResNet, register_architecture, resnet50, timm_model
+from dat_lightning.core.errors import InputError
 
 
 def small_model(seed: int = 0, **kwargs: Any) -> EnergyModel:
@@ -406,6 +407,12 @@ def test_an_id_that_the_hub_does_not_have_is_named_without_pages_of_network_inte
         assert "more" not in str(caught.value)
         assert caught.value.__cause__ is None
         assert caught.value.__suppress_context__
+
+
+def test_the_name_of_a_model_that_ships_is_not_asked_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dat_lightning.weights.hub, "hf_hub_download", lambda *_, **__: pytest.fail("asked"))
+    with pytest.raises(InputError, match=r"'digits' ships with the package: dat_lightning.pretrained\('digits'\)"):
+        EnergyModel.from_pretrained("digits")
 
 
 def test_the_real_client_without_network_is_told_apart(tmp_path: Path) -> None:
