@@ -167,6 +167,9 @@ def test_without_weight_it_is_dat_to_the_last_bit() -> None:
 @pytest.mark.parametrize(("noise", "more"), [(0.0, 3), (0.1, 6)])
 def test_network_evaluations_are_those_of_dat_and_of_the_proposals(noise: float, more: int) -> None:
     module = started(proposal="gaussians" if noise else "uniform", data_noise=noise).train()
+    if noise:
+        data, labels = images()
+        module.gaussians = TiedGaussians.fitted(data.float(), labels, noise)
     module.training_step(by_hand.batch(dtype=torch.float32), 0)
     assert module.network_evaluations == 6 * (2 * 2 + 2 * 2 + 9 + more)
 
