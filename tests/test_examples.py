@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, DualAdversarialModule
 from dat_lightning.cli import main
-from dat_lightning.weights.shipped import MODELS, shipped_models
+from dat_lightning.weights.hub import MODELS
+from dat_lightning.weights.shipped import shipped_models
 from tests import lines_of_a_step, tiny
 
 ROOT = Path(__file__).resolve().parents[1]

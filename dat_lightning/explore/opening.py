@@ -26,8 +26,8 @@ from dat_lightning.sampling import PGDSampler
 from dat_lightning.weights import load_weights, read_checkpoint
 from dat_lightning.weights.described import described_network
 from dat_lightning.weights.extents import storages_in
-from dat_lightning.weights.hub import EnergyModel
-from dat_lightning.weights.shipped import MODELS, PAGE_FILE, is_exported, located
+from dat_lightning.weights.hub import MODELS, EnergyModel
+from dat_lightning.weights.shipped import PAGE_FILE, is_exported, located
 
 # Of networks whose files do not say it: those of this package are made for these.
 _USUAL_SIZES = {"SmallResNet": 16, "WideResNet": 32}

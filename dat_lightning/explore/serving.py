@@ -13,7 +13,8 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.explore.markup import FIRST
 from dat_lightning.explore.opening import Opened, open_checkpoint
 from dat_lightning.explore.uploads import MAX_MEGABYTES
-from dat_lightning.weights.shipped import MODELS, shipped_models
+from dat_lightning.weights.hub import MODELS
+from dat_lightning.weights.shipped import shipped_models
 
 logger = logging.getLogger(__name__)
 

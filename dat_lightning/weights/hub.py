@@ -22,6 +22,10 @@ from dat_lightning.weights.files import written_whole
 from dat_lightning.weights.values import fault_of
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+MODELS = Path(__file__).parent / "models"
+"""Has a folder of each model that ships: network, weights, model card, and what the web page begins with."""
+
 _LONGEST_CONFIG = 100_000  # bytes
 
 _CARD = """---
@@ -288,7 +292,7 @@ def _file_of(source: str, name: str, download: Callable[[str], str]) -> Path:
                 " (weights in other formats are not read)"
             )
         return Path(source) / name
-    if (Path(__file__).parent / "models" / source / name).is_file():
+    if (MODELS / source / name).is_file():
         raise InputError(f"{source!r} ships with the package: dat_lightning.pretrained({source!r}) returns it")
     try:
         return Path(download(name))

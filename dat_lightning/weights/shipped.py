@@ -3,10 +3,7 @@
 from pathlib import Path
 
 from dat_lightning.core.errors import InputError
-from dat_lightning.weights.hub import CONFIG_FILE, WEIGHTS_FILE, EnergyModel
-
-MODELS = Path(__file__).parent / "models"
-"""Has a folder of each model: network, weights, model card, and what the web page begins with."""
+from dat_lightning.weights.hub import CONFIG_FILE, MODELS, WEIGHTS_FILE, EnergyModel
 
 PAGE_FILE = "explore.yaml"
 """In such a folder, like a run's configuration: the data whose images the web page shows, and how it draws samples."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dat_lightning.explore import open_checkpoint, serving
-from dat_lightning.weights.shipped import MODELS
+from dat_lightning.weights.hub import MODELS
 
 APP = Path(serving.__file__).with_name("app.py")
 

@@ -19,8 +19,9 @@ from dat_lightning.core.errors import InputError
 from dat_lightning.explore import open_checkpoint
 from dat_lightning.features import DigitsJudge
 from dat_lightning.results.evaluation_file import read_evaluation
-from dat_lightning.weights import load_weights, shipped, shipped_models
-from dat_lightning.weights.shipped import MODELS, located
+from dat_lightning.weights import load_weights, shipped_models
+from dat_lightning.weights.hub import MODELS
+from dat_lightning.weights.shipped import located
 from tests.test_cli import STAGE2, TINY, refusal
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -187,4 +188,4 @@ def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_the_names_are_those_of_the_folders() -> None:
-    assert shipped_models() == tuple(sorted(path.name for path in shipped.MODELS.iterdir()))
+    assert shipped_models() == tuple(sorted(path.name for path in MODELS.iterdir()))
