@@ -157,7 +157,7 @@ def cifar_seeds(image_size: int, *, resized_crop: bool = False, gen: v2.Transfor
         first = [v2.RandomResizedCrop(_checked_size(image_size), antialias=True)]
     else:
         first = _resize_and_crop(image_size, image_size, "bicubic")
-    augmented = [v2.RandomCrop(image_size, padding=4), v2.RandomHorizontalFlip()] if gen is None else [gen]
+    augmented = _shift(image_size) if gen is None else [gen]
     return _composed(v2.PILToTensor(), *first, *augmented)
 
 
@@ -227,7 +227,11 @@ def _resize_and_crop(image_size: int, resize_size: int, interpolation: Interpola
 def _shift_and_flip(image_size: int) -> list[v2.Transform]:
     # The resize leaves CIFAR's own images as they are; it is for other sources.
     resize = _resize_and_crop(image_size, image_size, "bicubic")
-    return [*resize, v2.RandomCrop(image_size, padding=4), v2.RandomHorizontalFlip()]
+    return [*resize, *_shift(image_size)]
+
+
+def _shift(image_size: int) -> list[v2.Transform]:
+    return [v2.RandomCrop(image_size, padding=4), v2.RandomHorizontalFlip()]
 
 
 def _composed(*transforms: v2.Transform, after: v2.Transform | None = None) -> Transform:

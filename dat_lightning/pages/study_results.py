@@ -76,10 +76,10 @@ def collect(study: Study, out: Path) -> list[Result]:
         for seed in study.seeds_of(variant):
             folder = out / study.folder(variant.folder, seed)
             file = folder / "evaluation.json"
-            evaluation = read_evaluation(file) if file.is_file() else Evaluation("", [])
-            done = file.is_file() and evaluation.failure is None
+            evaluation = read_evaluation(file) if file.is_file() else _UNTESTED
+            done = evaluation.failure is None
             if not done:  # what a test that failed has measured is no part of a mean
-                evaluation = Evaluation("", [])
+                evaluation = _UNTESTED
             curves = read_curves(folder, study.curves)
             figures = {**_ends_of(curves), **figures_of(evaluation)} if done else {}
             known = {name: evaluation.provenance[name] for name in _PROVENANCE if name in evaluation.provenance}
@@ -90,6 +90,7 @@ def collect(study: Study, out: Path) -> list[Result]:
     return results
 
 
+_UNTESTED = Evaluation("", [], failure="there was no test")
 _PROVENANCE = ("versions", "python", "device", "checkpoint", "weights_sha256")
 
 

@@ -101,11 +101,10 @@ def path_for(path: Path, evaluation: Evaluation) -> Path:
             return place
         old = _evaluation_or_none(place)
         if old is not None and identity(old) is not None and identity(old) == identity(evaluation):
-            if old.failure is None and evaluation.failure is not None:
-                return path_for(place.with_stem(f"{name}-incomplete"), evaluation)
-            if old.failure is None and _names(old) - _names(evaluation):
-                return path_for(place.with_stem(f"{name}-fewer"), evaluation)
-            return place
+            if old.failure is not None or (evaluation.failure is None and _names(old) <= _names(evaluation)):
+                return place
+            less = "incomplete" if evaluation.failure is not None else "fewer"
+            return path_for(place.with_stem(f"{name}-{less}"), evaluation)
     raise InputError(f"{path} and a thousand files beside it belong to other checkpoints: name another path")
 
 

@@ -32,14 +32,12 @@ def gather(
     """
     names = batches[0].keys() if batches else ()
     mine = {name: torch.cat([batch[name] for batch in batches]) for name in names}
-    if mine:
-        _check_repeated(mine)
     filled = [part for part in all_ranks(mine) if part]
     if not filled:
         raise InputError(f"there are no examples to evaluate: {otherwise}")
     everything = {name: torch.cat([part[name] for part in filled]) for name in filled[0]}
-    if same_on_ranks:
-        _check_repeated(everything)
+    if mine:
+        _check_repeated(everything if same_on_ranks else mine)
     # A sampler of another project may pad with repeated examples.
     index, first = np.unique(everything["index"].numpy(), return_index=True)
     order = torch.from_numpy(first)
