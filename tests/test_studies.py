@@ -98,7 +98,7 @@ def test_the_command_line_takes_all_of_a_study_and_measures_what_it_shows(name: 
 
 def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
     """Names of the figures that callbacks, and the curves of a study, give."""
-    known = {*study.curves, *(f"max {name}" for name in study.curves), "accuracy", "robust_accuracy"}
+    known = {*study.curves, *(f"max {name}" for name in study.curves), "accuracy", "robust_accuracy", "train/seconds"}
     if "SampleMetrics" in callbacks:
         known |= {"fid", "fid num_steps", "precision", "recall"}
     if "LabelAgreement" in callbacks:
@@ -115,10 +115,13 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
         known |= {"kl", "energy_scale"}
     if "SampleSupport" in callbacks:
         known.add("sample_support")
+    if "AutoAttack" in callbacks:
+        known.add("autoattack_{norm}_{eps:g}".format(**callbacks["AutoAttack"]))
     if "Calibration" in callbacks:
         known.add("ece")
     search = callbacks.get("Counterfactuals", {})
-    what = ["success", "confidence", "fid", *(["plausibility"] if search.get("judge") else [])]
+    needed = {"plausibility": "judge", "fid": "extractor"}
+    what = ["success", "confidence", *(name for name, part in needed.items() if search.get(part))]
     for eps in search.get("eps", []):
         known |= {f"counterfactual_{name}_uniform{end}" for name in what for end in ("", f"_eps{eps:g}")}
     return known

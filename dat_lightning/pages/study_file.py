@@ -85,7 +85,8 @@ class Column:
 
     Attributes:
         figure: Name of a figure of ``evaluation.json``, or of a curve, whose last value counts; ``max NAME`` is its
-            largest, ``NAME num_steps`` the number of sampling steps that a figure was best with.
+            largest, ``NAME num_steps`` the number of sampling steps that a figure was best with; ``train/seconds`` is
+            how long the training logged, over all its lives.
         words: Its heading.
         percent: Whether it is shown in percent.
     """

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dat_lightning.pages.study_file import Study
-from dat_lightning.pages.training_log import read_training_log
+from dat_lightning.pages.training_log import Curve, TrainingLog, read_training_log
 from dat_lightning.results.evaluation_file import (
     Evaluation,
     is_of_one_step_count,
@@ -80,8 +80,9 @@ def collect(study: Study, out: Path) -> list[Result]:
             done = evaluation.failure is None
             if not done:  # what a test that failed has measured is no part of a mean
                 evaluation = _UNTESTED
-            curves = read_curves(folder, study.curves)
-            figures = {**_ends_of(curves), **figures_of(evaluation)} if done else {}
+            log = read_training_log(folder / "logs")
+            curves = {name: _points(log.curves[name]) for name in study.curves if name in log.curves}
+            figures = {**_ends_of(curves), **_time_of(log), **figures_of(evaluation)} if done else {}
             known = {name: evaluation.provenance[name] for name in _PROVENANCE if name in evaluation.provenance}
             better = {entry.name: str(entry.better) for entry in evaluation.entries if entry.better is not None}
             shown, sweeps = folder.relative_to(out).as_posix(), sweeps_of(evaluation)
@@ -113,13 +114,6 @@ def sweeps_of(evaluation: Evaluation) -> dict[str, Points]:
         for entry in evaluation.entries
         if "sweep" in entry.details and "sweep_steps" in entry.details
     }
-
-
-def read_curves(folder: Path, names: Sequence[str]) -> dict[str, Points]:
-    """Returns the logged scalars of a training, over all its lives."""
-    curves = read_training_log(folder / "logs").curves
-    found = {name: curves[name] for name in names if name in curves}
-    return {name: {"steps": list(map(float, c.steps)), "values": list(c.values)} for name, c in found.items()}
 
 
 def summaries(results: Sequence[Result], variant: str) -> dict[str, Summary]:
@@ -161,6 +155,14 @@ def write_results(path: Path, study: Study, results: Sequence[Result]) -> None:
         "runs": [asdict(result) for result in results],
     }
     write_text(path, json.dumps(primitive(contents), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _time_of(log: TrainingLog) -> dict[str, float]:
+    return {"train/seconds": log.seconds} if log.curves else {}
+
+
+def _points(curve: Curve) -> Points:
+    return {"steps": list(map(float, curve.steps)), "values": list(curve.values)}
 
 
 def _ends_of(curves: Mapping[str, Points]) -> dict[str, float]:

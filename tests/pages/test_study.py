@@ -231,7 +231,8 @@ def out(tmp_path: Path) -> Path:
         folder = tmp_path / "out" / name / f"seed{seed}"
         writer = EventFileWriter(str(folder / "logs" / "version_0"))
         for step, value in {1: 2.0, 2: 12.0, 3: 1.0}.items():
-            writer.add_event(Event(step=step, summary=Proto(value=[Proto.Value(tag="train/r1", simple_value=value)])))
+            scalar = Proto(value=[Proto.Value(tag="train/r1", simple_value=value)])
+            writer.add_event(Event(step=step, wall_time=5.0 * step, summary=scalar))
         writer.close()
         if math.isfinite(fid):
             entries = [
@@ -250,7 +251,8 @@ def test_runs_are_collected_with_figures_and_curves(out: Path, tmp_path: Path) -
         ("long one", 0, 4, True),
         ("long one", 1, 4, False),
     ]
-    assert rows[2].figures == {"fid": 4.0, "accuracy": 0.4, "train/r1": 1.0, "max train/r1": 12.0}
+    trained = {"train/r1": 1.0, "max train/r1": 12.0, "train/seconds": 10.0}
+    assert rows[2].figures == {"fid": 4.0, "accuracy": 0.4, **trained}
     assert rows[2].folder == "long_one/seed0"
     assert rows[2].provenance == {"device": "cpu"}
     assert rows[2].better == {"fid": "lower"}
