@@ -116,7 +116,8 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
     if "SampleSupport" in callbacks:
         known.add("sample_support")
     if "AutoAttack" in callbacks:
-        known.add("autoattack_{norm}_{eps:g}".format(**callbacks["AutoAttack"]))
+        attack = callbacks["AutoAttack"]
+        known.add(f"autoattack{'_custom' if attack.get('attacks') else ''}_{attack['norm']}_{attack['eps']:g}")
     if "Calibration" in callbacks:
         known.add("ece")
     search = callbacks.get("Counterfactuals", {})
