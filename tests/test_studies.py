@@ -16,7 +16,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 
-from dat_lightning import EnergyModule
+from dat_lightning import AutoAttack, EnergyModule
 from dat_lightning.cli import DATCLI, DATArgumentParser
 from dat_lightning.pages.study_file import Study, read_study
 from tests.frozen.record import ROOT
@@ -116,8 +116,7 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
     if "SampleSupport" in callbacks:
         known.add("sample_support")
     if "AutoAttack" in callbacks:
-        attack = callbacks["AutoAttack"]
-        known.add(f"autoattack{'_custom' if attack.get('attacks') else ''}_{attack['norm']}_{attack['eps']:g}")
+        known.add(AutoAttack(**callbacks["AutoAttack"]).name)
     if "Calibration" in callbacks:
         known.add("ece")
     search = callbacks.get("Counterfactuals", {})
