@@ -26,7 +26,7 @@ PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
 NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
 NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "digits/rare", "density/plane", "digits/cost"]
-NAMES += ["digits/rivals_tuning", "cifar10_cpu/ablations"]
+NAMES += ["digits/rivals_tuning", "cifar10_cpu/ablations", "cifar10_cpu/half_cost"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -112,7 +112,7 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
         for share in ("1", "0.1", "0.01"):
             known |= {f"{what}_share_{share}" for what in ("score", "class_score", "accuracy", "rarity_auroc")}
     if "Landscape" in callbacks:
-        known |= {"kl", "energy_scale"}
+        known |= {"kl", "energy_scale", "mass_off_support"}
     if "SampleSupport" in callbacks:
         known.add("sample_support")
     if "AutoAttack" in callbacks:

@@ -27,6 +27,8 @@ from dat_lightning.sampling.sweep import over_sweep
 # From dark blue over green to yellow: lightness rises all the way.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64)
 _BANDS = 32
+# Where log p is below this quantile of it over points of p is off the support.
+LEFT_OUT = 0.01
 # Scales between which the best is looked for.
 _LOWEST_SCALE, _HIGHEST_SCALE = 1e-3, 1e3
 
@@ -38,12 +40,14 @@ class Landscape(Evaluator):
     |---|---|
     | ``kl`` | Kullback–Leibler divergence of exp(−s E)/Z from p, in nats, at the best s |
     | ``energy_scale`` | that s: nats of log p for a unit of energy; near 0 if E has nothing to say |
+    | ``mass_off_support`` | share of exp(−s E)/Z where log p is below its 1 % quantile of test points; of p it is 1 % |
 
     p is that of :class:`~dat_lightning.data.PlaneDataModule`. The mean over p is that over the test points, Z the sum
     over the middles of a grid. The uniform density, which s = 0 is, has the ``kl`` in ``details["kl_uniform"]``.
 
-    Logged: ``test/{figure}``. The picture shows log p and −E over the square in bands of equal height, each from its
-    upper quartile on the grid, dark, to its largest value; loggers that take images get it as ``test/landscape``.
+    Logged: ``test/{figure}``. The picture shows log p and −s E − log Z over the square in the same colours: bands of
+    equal height, from that quantile, below which all is dark, to the largest log p on the grid. Loggers that take
+    images get it as ``test/landscape``.
 
     Args:
         cells: Cells of the grid in each direction.
@@ -79,12 +83,20 @@ class Landscape(Evaluator):
         on_grid = torch.cat([scores(pl_module, part.float().to(pl_module.device)) for part in grid.split(20_000)])
         at_points = values["score"]
         scale = best_scale(at_points, on_grid)
-        kl = float(values["log_density"].mean() - scale * at_points.mean() + log_mean_exp(scale * on_grid))
+        log_z = log_mean_exp(scale * on_grid)
+        kl = float(values["log_density"].mean() - scale * at_points.mean() + log_z)
+        data = density_of(trainer, type(self).__name__)
+        log_p = torch.cat([data.log_density(part, part[:, 0]) for part in grid.split(20_000)]).cpu()
+        lowest = values["log_density"].quantile(LEFT_OUT)
+        off_support = float((scale * on_grid).softmax(0)[log_p < lowest].sum())
         pictures = []
         if pictures_wanted(trainer, self.picture):
-            data = density_of(trainer, type(self).__name__)
-            log_p = torch.cat([data.log_density(part, part[:, 0]) for part in grid.split(20_000)])
-            tiles = [Tile(_painted(each, self.cells), name) for each, name in ((log_p, "log p"), (on_grid, "-E"))]
+            low, high = float(lowest), float(log_p.max())
+            told = (
+                (log_p, f"log p, {low:.1f} to {high:.1f} nats"),
+                (scale * on_grid - log_z, f"-sE - log Z, s = {scale:.3g}"),
+            )
+            tiles = [Tile(_painted(each, self.cells, low, high), words) for each, words in told]
             show_picture(trainer, "test/landscape", captioned_grid([tiles], type(pl_module).__name__), self.picture)
             pictures = [] if self.picture is None else [str(self.picture)]
         details = {"kl_uniform": float(values["log_density"].mean()), "pictures": pictures}
@@ -93,6 +105,15 @@ class Landscape(Evaluator):
         return [
             Measurement("kl", kl, words, len(at_points), details, "lower", settings),
             Measurement("energy_scale", scale, "the s of the least divergence", len(at_points), {}, None, settings),
+            Measurement(
+                "mass_off_support",
+                off_support,
+                f"share of exp(−s E)/Z where log p is below its {LEFT_OUT:g}-quantile of test points",
+                len(at_points),
+                {"threshold": float(lowest)},
+                "lower",
+                settings,
+            ),
         ]
 
 
@@ -112,7 +133,7 @@ class SampleSupport(SampleConsumer):
 
     stages = ("test",)
 
-    def __init__(self, left_out: float = 0.01) -> None:
+    def __init__(self, left_out: float = LEFT_OUT) -> None:
         if not 0 < left_out < 1:
             raise InputError(f"left_out must lie in (0, 1), got {left_out}")
         self.left_out = left_out
@@ -180,10 +201,8 @@ def log_mean_exp(values: Tensor) -> Tensor:
     return values.logsumexp(0) - math.log(len(values))
 
 
-def _painted(values: Tensor, cells: int) -> Tensor:
-    """Values on the grid, (cells²,), as a picture from their upper quartile to the largest, uint8 (3, cells, cells)."""
-    finite = values[values.isfinite()]
-    low, high = (float(finite.quantile(0.75)), float(finite.max())) if len(finite) else (0.0, 0.0)
+def _painted(values: Tensor, cells: int, low: float, high: float) -> Tensor:
+    """Values on the grid, (cells²,), as a picture in bands from ``low`` to ``high``, uint8 (3, cells, cells)."""
     share = ((values.nan_to_num(low) - low) / max(high - low, 1e-12)).clamp(0, 1)
     band = (_BANDS * share).floor().clamp_max(_BANDS - 1).long()
     places, ends = np.linspace(0, 1, _BANDS), np.linspace(0, 1, len(_RAMP))

@@ -29,7 +29,10 @@ def write_study(out: Path, study: Study, results: Sequence[Result]) -> list[Path
     rows = table(study, results)
     folders = {variant.name: variant.folder for variant in study.variants}
     seeds = ", ".join(map(str, study.seeds))
-    means = f"mean over those of seeds {seeds} that were run; bands and bars are standard deviations."
+    means = (
+        f"mean over those of seeds {seeds} that were run, thin lines single seeds; bands and bars are standard"
+        " deviations, both of the logarithms where curves have a logarithmic axis."
+    )
     files = [out / "study.json", out / "table.md"]
     write_results(files[0], study, results)
     write_text(files[1], markdown(study, rows))

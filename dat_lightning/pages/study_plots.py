@@ -30,14 +30,16 @@ class Line:
         name: The variant.
         x: Places on the horizontal axis.
         y: Means over the seeds.
-        spread: Standard deviations; 0 for one seed.
+        low: A standard deviation below; the mean for one seed.
+        high: A standard deviation above.
         single: Values of each seed, if they are drawn too.
     """
 
     name: str
     x: tuple[float, ...]
     y: tuple[float, ...]
-    spread: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
     single: tuple[tuple[float, ...], ...] = ()
 
 
@@ -72,7 +74,11 @@ def draw(study: Study, plot: Plot, results: Sequence[Result]) -> Any:
 
 
 def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
-    """Returns what each variant shows in a plot; ``values`` is one line through all variants with a value."""
+    """Returns what each variant shows in a plot; ``values`` is one line through all variants with a value.
+
+    On a logarithmic vertical axis means and deviations of curves are those of the logarithms: the mean of seeds that
+    differ tenfold is else that of the largest, and a deviation below it has no place on the axis.
+    """
     names = plot.variants or [variant.name for variant in study.variants]
     if plot.kind in ("values", "scatter"):
         return _line_of_values(study, plot, results, names)
@@ -89,14 +95,34 @@ def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
                     points.setdefault(x, []).append(y)
         if points:
             places = sorted(points)
-            each = [summary(points[x]) for x in places]
+            each = [_interval(points[x], plot.log) for x in places]
             seeds = tuple(single) if plot.kind == "curve" and len({len(s) for s in single}) == 1 else ()
             found.append(_line(name, places, each, seeds))
     return found
 
 
-def _line(name: str, places: Sequence[float], each: Sequence[Summary], single: tuple[tuple[float, ...], ...]) -> Line:
-    return Line(name, tuple(places), tuple(s.mean for s in each), tuple(s.sd or 0.0 for s in each), single)
+def _interval(values: Sequence[float], of_logarithms: bool) -> tuple[float, float, float]:
+    """Mean, and a standard deviation below and above it."""
+    if not of_logarithms:
+        return _around(summary(values))
+    found = summary([math.log(value) if value > 0 else math.nan for value in values])
+    mean, low, high = map(math.exp, _around(found))
+    return mean, low, high
+
+
+def _around(found: Summary) -> tuple[float, float, float]:
+    sd = found.sd or 0.0
+    return found.mean, found.mean - sd, found.mean + sd
+
+
+def _line(
+    name: str,
+    places: Sequence[float],
+    each: Sequence[tuple[float, float, float]],
+    single: tuple[tuple[float, ...], ...] = (),
+) -> Line:
+    mean, low, high = zip(*each, strict=True)
+    return Line(name, tuple(places), mean, low, high, single)
 
 
 def _line_of_values(study: Study, plot: Plot, results: Sequence[Result], names: Sequence[str]) -> list[Line]:
@@ -107,8 +133,8 @@ def _line_of_values(study: Study, plot: Plot, results: Sequence[Result], names: 
         at = variant.value if plot.kind == "values" else figures[plot.x].mean if plot.x in figures else None
         if variant.name in names and at is not None and plot.figure in figures:
             places.append(at)
-            each.append(figures[plot.figure])
-    return [_line("", places, each, ())] if places else []
+            each.append(_around(figures[plot.figure]))
+    return [_line("", places, each)] if places else []
 
 
 def _points(plot: Plot, result: Result) -> Iterator[tuple[float, float]]:
@@ -131,17 +157,16 @@ def _lines(axes: Any, shown: Sequence[Line], order: Sequence[str], with_markers:
         if line.single:
             for values in line.single:
                 axes.plot(line.x, values, color=color, lw=0.8, alpha=0.4)
-        elif any(line.spread):
-            low = [y - s for y, s in zip(line.y, line.spread, strict=True)]
-            high = [y + s for y, s in zip(line.y, line.spread, strict=True)]
-            axes.fill_between(line.x, low, high, color=color, alpha=0.15, lw=0)
+        elif line.low != line.high:
+            axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, lw=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _values(axes: Any, line: Line) -> None:
     order = sorted(range(len(line.x)), key=line.x.__getitem__)
-    x, y, spread = ([part[k] for k in order] for part in (line.x, line.y, line.spread))
-    axes.errorbar(x, y, yerr=spread, fmt="o-", color=PALETTE[0], capsize=3)
+    x, y, low, high = ([part[k] for k in order] for part in (line.x, line.y, line.low, line.high))
+    beside = [[m - part for m, part in zip(y, low, strict=True)], [part - m for m, part in zip(y, high, strict=True)]]
+    axes.errorbar(x, y, yerr=beside, fmt="o-", color=PALETTE[0], capsize=3)
     axes.set_xticks(x, [f"{place:g}" for place in x])
     axes.minorticks_off()
     if axes.get_yscale() == "linear" and min(y) >= 0:

@@ -48,6 +48,7 @@ def test_an_energy_that_is_log_p_over_a_scale_has_no_divergence_at_that_scale(a:
     assert found["energy_scale"].value == pytest.approx(1 / a, rel=0.03)
     assert abs(found["kl"].value) < 2e-3
     assert found["kl"].details["kl_uniform"] > 1.5
+    assert found["mass_off_support"].value == pytest.approx(0.01, abs=0.003)
 
 
 def test_kept_values_are_none_of_the_density_s_own(tmp_path: Path) -> None:
@@ -81,6 +82,11 @@ def test_divergence_and_scale_are_those_of_scipy(tmp_path: Path) -> None:
     assert found["kl"].value == pytest.approx(best.fun, abs=1e-4)
     assert found["energy_scale"].value == pytest.approx(np.exp(best.x), rel=0.05)
 
+    weights = np.exp(found["energy_scale"].value * on_grid)
+    off = data.log_density(grid, grid).numpy() < np.quantile(log_p, 0.01)
+    assert 0.05 < found["mass_off_support"].value < 0.95
+    assert found["mass_off_support"].value == pytest.approx(weights[off].sum() / weights.sum(), rel=1e-6)
+
 
 def test_an_energy_that_says_nothing_has_no_scale() -> None:
     generator = torch.Generator().manual_seed(0)
@@ -106,6 +112,22 @@ def test_the_picture_shows_high_values_where_they_are(tmp_path: Path) -> None:
         assert square[15, 50] > square[85, 50] > square[50, 50] == 1
     assert np.abs(squares[0] - squares[1]).max() <= 13  # a band
     assert 20 < len(np.unique(squares[0])) <= 32
+
+
+def test_both_squares_of_the_picture_have_the_same_colours(tmp_path: Path) -> None:
+    """An energy that says nothing is the uniform density, whose logarithm is 0 nats everywhere."""
+    path, data = tmp_path / "landscape.png", points("gaussians")
+    measured(tmp_path, Known(0.0, "gaussians"), data, cells=100, picture=str(path))
+    x, y = test_examples(data)
+    middles = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
+    log_p = data.log_density(torch.cartesian_prod(middles, middles).view(-1, 2, 1, 1), torch.zeros(10_000))
+    low, high = np.quantile(data.log_density(x, y).numpy(), 0.01), float(log_p.max())
+    band = np.floor(32 * (0 - low) / (high - low)) / 31
+    green = np.interp(band, np.linspace(0, 1, 5), [1, 82, 145, 201, 253])
+    pixels = np.asarray(Image.open(path)).astype(int)
+    flat = (np.abs(pixels[..., 1] - green) < 0.51) & (pixels.sum(2) < 600)
+    assert flat.sum(0).max() >= 100  # a column of the right square
+    assert (flat.sum(0) >= 100).sum() >= 99
 
 
 class Kept(SampleConsumer):

@@ -323,7 +323,20 @@ def test_a_sweep_is_the_mean_over_seeds_with_its_deviation(tmp_path: Path) -> No
     rows = [result("long one", seed, sweeps=sweep) for seed, sweep in enumerate(sweeps)]
     (line,) = lines(found, each, rows)
     assert (line.name, line.x, line.y) == ("long one", (5.0, 10.0), (2.0, 4.0))
-    assert line.spread == pytest.approx((2**0.5, 0.0))
+    assert line.low == pytest.approx((2 - 2**0.5, 4.0))
+    assert line.high == pytest.approx((2 + 2**0.5, 4.0))
+
+
+def test_on_a_logarithmic_axis_means_are_those_of_logarithms(tmp_path: Path) -> None:
+    found, each = shown(tmp_path, {"kind": "curve", "figure": "train/r1", "log": True})
+    rows = [result("short", s, curves={"train/r1": {"steps": [1.0], "values": [v]}}) for s, v in enumerate((1, 100))]
+    (line,) = lines(found, each, rows)
+    factor = 10 ** (2**0.5)  # the deviation of 0 and 2
+    assert (*line.y, *line.low, *line.high) == pytest.approx((10.0, 10 / factor, 10 * factor))
+    # What has no logarithm has no place on the axis.
+    rows.append(result("short", 2, curves={"train/r1": {"steps": [1.0], "values": [0.0]}}))
+    (line,) = lines(found, each, rows)
+    assert [math.isnan(v) for v in (*line.y, *line.low, *line.high)] == [True] * 3
 
 
 def test_curves_keep_each_seed(tmp_path: Path) -> None:
