@@ -3,18 +3,22 @@
 import os
 import re
 from collections.abc import Callable
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dat_lightning import DualAdversarialModule, ExponentialMovingAverage
-from dat_lightning.cli import main
+from dat_lightning.cli import DATCLI, DATArgumentParser, main
 from dat_lightning.core.errors import InputError
+from dat_lightning.modules import EnergyModule
+from dat_lightning.runs.error_sentences import error_sentence
+from dat_lightning.runs.resume import find_checkpoint, protect
 from tests import tiny
 from tests.reliability.conditions import STAGE2, TINY
 from tests.test_cli import refusal
@@ -199,13 +203,45 @@ def test_the_checkpoint_itself_can_be_restored(whole: Path) -> None:
     main(["fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", changed(whole, lambda contents: None)])
 
 
+@pytest.fixture(scope="module")
+def network(whole: Path) -> tuple[DualAdversarialModule, LightningDataModule]:
+    """What the program would make of ARGUMENTS, made once."""
+    cli = DATCLI(
+        EnergyModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        parser_class=DATArgumentParser,
+        run=False,
+        args=[*ARGUMENTS, "--trainer.logger", "false"],
+    )
+    return cli.model, cli.datamodule  # type: ignore[return-value]
+
+
 @pytest.mark.parametrize("name", STATES)
-def test_training_does_not_go_on_from_an_impossible_state(
-    name: str, whole: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_training_does_not_go_on_from_an_impossible_state(name: str, whole: Path, network: Any, tmp_path: Path) -> None:
+    """By the steps of the program, without its parser, which takes most of a second."""
     change, expected = STATES[name]
     path = changed(whole, change)
-    said = refusal(capsys, "fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", path)
+    module, data = map(deepcopy, network)
+    saver = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
+    trainer = tiny.trainer(tmp_path, [ExponentialMovingAverage(), saver], enable_checkpointing=True, max_epochs=2)
+    protect(trainer)
+    with pytest.raises(Exception) as stop:  # noqa: PT011, PT012 - which sentence it is, is what counts
+        found = find_checkpoint(path, trainer, module, to_train=True)
+        trainer.fit(module, datamodule=data, ckpt_path=found, weights_only=True)
+    said = error_sentence(stop.value)
+    assert said is not None
+    assert re.search(expected, said), said
+    assert "changed.ckpt" in said
+
+
+@pytest.mark.parametrize("name", ["loops_empty", "progress_empty", "moments", "state_list", "T_large", "format"])
+def test_the_program_says_so(name: str, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change, expected = STATES[name]
+    said = refusal(capsys, "fit", *ARGUMENTS, "--trainer.max_epochs", "2", "--ckpt_path", changed(whole, change))
     assert re.search(expected, said), said
     assert "changed.ckpt" in said
 
