@@ -217,7 +217,7 @@ def network(whole: Path) -> tuple[DualAdversarialModule, LightningDataModule]:
         run=False,
         args=[*ARGUMENTS, "--trainer.logger", "false"],
     )
-    return cli.model, cli.datamodule  # type: ignore[return-value]
+    return cli.model, cli.datamodule
 
 
 @pytest.mark.parametrize("name", STATES)
