@@ -13,7 +13,8 @@ from dat_lightning.core.errors import InputError
 
 
 def entries(data: DigitsDataModule, split: Any = "train") -> tuple[Tensor, Tensor]:
-    x, y = zip(*(data.in_distribution(split)[k] for k in range(len(data.in_distribution(split)))), strict=True)
+    images = data.in_distribution(split)
+    x, y = zip(*(images[k] for k in range(len(images))), strict=True)
     return torch.stack(x), torch.stack(y)
 
 

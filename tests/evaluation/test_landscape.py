@@ -43,7 +43,7 @@ def measured(path: Path, module: LightningModule, data: Any, **arguments: Any) -
 
 @pytest.mark.parametrize("a", [1.0, 0.2])
 def test_an_energy_that_is_log_p_over_a_scale_has_no_divergence_at_that_scale(a: float, tmp_path: Path) -> None:
-    found = measured(tmp_path, Known(a), PlaneDataModule("moons", 64, 5000))
+    found = measured(tmp_path, Known(a), PlaneDataModule("moons", 64, 5000), cells=200)
     # Test points are a sample, whose best scale is not quite that of p.
     assert found["energy_scale"].value == pytest.approx(1 / a, rel=0.03)
     assert abs(found["kl"].value) < 2e-3

@@ -39,7 +39,8 @@ def measured(path: Path, module: LightningModule, data: Any, **trainer: Any) -> 
 
 
 def test_examples(data: Any) -> tuple[Tensor, Tensor]:
-    x, y = zip(*(data.in_distribution("test")[k] for k in range(len(data.in_distribution("test")))), strict=True)
+    entries = data.in_distribution("test")
+    x, y = zip(*(entries[k] for k in range(len(entries))), strict=True)
     return torch.stack(x), torch.stack(y)
 
 
