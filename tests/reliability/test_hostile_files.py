@@ -230,7 +230,10 @@ def with_zeros(path: Path, name: str, shape: tuple[int, ...], kind: str) -> None
     header = io.BytesIO()
     np.lib.format.write_array_header_1_0(header, {"descr": kind, "fortran_order": False, "shape": shape})
     size = math.prod(shape) * np.dtype(kind).itemsize
-    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive, archive.open(f"{name}.npy", "w") as part:
+    with (
+        zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED, compresslevel=1) as archive,
+        archive.open(f"{name}.npy", "w") as part,
+    ):
         part.write(header.getvalue())
         for _ in range(size // (16 * hostile.MEGABYTE)):
             part.write(bytes(16 * hostile.MEGABYTE))
