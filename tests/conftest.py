@@ -10,8 +10,7 @@ from torch.utils.data import _utils
 # Their files come first, so that at the end no process is left alone with one.
 LONG = ("test_frozen.py", "tests/runs/", "tests/ddp/", "test_cli.py", "test_demo.py", "test_studies.py", "tests/speed/")
 
-# How long a loader in which an image could not be read waits for each of its processes, which do not end before they get
-# a signal. It is 5 s in torch.
+# Torch waits 5 s for each process of a loader in which an image could not be read.
 _utils.MP_STATUS_CHECK_INTERVAL = 0.5
 
 
