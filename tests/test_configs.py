@@ -11,22 +11,21 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 
 import dat_lightning
 from dat_lightning import (
     CIFARImages,
     DualAdversarialModule,
-    EnergyModule,
     ExponentialMovingAverage,
     ImageDataModule,
     PGDSampler,
     RobustClassifierModule,
 )
-from dat_lightning.cli import DATCLI, DATArgumentParser, main
+from dat_lightning.cli import main
 from dat_lightning.data.entries import image_name
 from tests.data.parquet import needs_datasets
 from tests.frozen.record import ADDED, printed
+from tests.program import program
 from tests.recipes import CLASSES, Means, write_all, write_parquet_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,17 +108,7 @@ def lists_of(part: Any, key: str = "") -> list[tuple[str, list[Any]]]:
 def instantiate(recipe: Path, *args: str) -> Any:
     """The program's objects, with weights that take no memory."""
     with torch.device("meta"):
-        return DATCLI(
-            EnergyModule,
-            LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            auto_configure_optimizers=False,
-            save_config_callback=None,
-            parser_class=DATArgumentParser,
-            run=False,
-            args=["--config", str(recipe), "--data.init_args.validation_size=5", *args],
-        )
+        return program("--config", str(recipe), "--data.init_args.validation_size=5", *args)
 
 
 def small_data(recipe: Path) -> list[str]:

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
 
-from dat_lightning import AutoAttack, EnergyModule
-from dat_lightning.cli import DATCLI, DATArgumentParser
+from dat_lightning import AutoAttack
+from dat_lightning.cli import DATCLI
 from dat_lightning.pages.study_file import Study, read_study
 from tests.frozen.record import ROOT
+from tests.program import program
 
 STUDIES = ROOT / "configs" / "studies"
 PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
@@ -41,18 +41,7 @@ class Parsing(DATCLI):
 @lru_cache(maxsize=1)
 def parser() -> Any:
     """The command line's parser, which takes seconds to make."""
-    cli = Parsing(
-        EnergyModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        parser_class=DATArgumentParser,
-        run=False,
-        args=["--config", str(ROOT / "configs" / "digits" / "stage1.yaml")],
-    )
-    return cli.parser
+    return program("--config", str(ROOT / "configs" / "digits" / "stage1.yaml"), kind=Parsing).parser
 
 
 def parsed(arguments: str) -> Any:

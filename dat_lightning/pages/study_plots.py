@@ -164,9 +164,9 @@ def _lines(axes: Any, shown: Sequence[Line], order: Sequence[str], with_markers:
 
 def _values(axes: Any, line: Line) -> None:
     order = sorted(range(len(line.x)), key=line.x.__getitem__)
-    x, y, low, high = ([part[k] for k in order] for part in (line.x, line.y, line.low, line.high))
-    beside = [[m - part for m, part in zip(y, low, strict=True)], [part - m for m, part in zip(y, high, strict=True)]]
-    axes.errorbar(x, y, yerr=beside, fmt="o-", color=PALETTE[0], capsize=3)
+    x, y, high = ([part[k] for k in order] for part in (line.x, line.y, line.high))
+    spread = [top - mean for mean, top in zip(y, high, strict=True)]  # as far below: these means are none of logarithms
+    axes.errorbar(x, y, yerr=spread, fmt="o-", color=PALETTE[0], capsize=3)
     axes.set_xticks(x, [f"{place:g}" for place in x])
     axes.minorticks_off()
     if axes.get_yscale() == "linear" and min(y) >= 0:

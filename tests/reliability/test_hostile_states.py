@@ -14,12 +14,12 @@ from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dat_lightning import DualAdversarialModule, ExponentialMovingAverage
-from dat_lightning.cli import DATCLI, DATArgumentParser, main
+from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
-from dat_lightning.modules import EnergyModule
 from dat_lightning.runs.error_sentences import error_sentence
 from dat_lightning.runs.resume import find_checkpoint, protect
 from tests import tiny
+from tests.program import program
 from tests.reliability.conditions import STAGE2, TINY
 from tests.test_cli import refusal
 
@@ -204,19 +204,9 @@ def test_the_checkpoint_itself_can_be_restored(whole: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def network(whole: Path) -> tuple[DualAdversarialModule, LightningDataModule]:
+def network() -> tuple[DualAdversarialModule, LightningDataModule]:
     """What the program would make of ARGUMENTS, made once."""
-    cli = DATCLI(
-        EnergyModule,
-        LightningDataModule,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        auto_configure_optimizers=False,
-        save_config_callback=None,
-        parser_class=DATArgumentParser,
-        run=False,
-        args=[*ARGUMENTS, "--trainer.logger", "false"],
-    )
+    cli = program(*ARGUMENTS, "--trainer.logger", "false")
     return cli.model, cli.datamodule
 
 
