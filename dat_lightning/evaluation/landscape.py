@@ -28,7 +28,7 @@ from dat_lightning.sampling.sweep import over_sweep
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64)
 _BANDS = 32
 # Where log p is below this quantile of it over points of p is off the support.
-LEFT_OUT = 0.01
+_LEFT_OUT = 0.01
 # Scales between which the best is looked for.
 _LOWEST_SCALE, _HIGHEST_SCALE = 1e-3, 1e3
 
@@ -83,18 +83,19 @@ class Landscape(Evaluator):
         on_grid = torch.cat([scores(pl_module, part.float().to(pl_module.device)) for part in grid.split(20_000)])
         at_points = values["score"]
         scale = best_scale(at_points, on_grid)
-        log_z = log_mean_exp(scale * on_grid)
+        scaled = scale * on_grid
+        log_z = log_mean_exp(scaled)
         kl = float(values["log_density"].mean() - scale * at_points.mean() + log_z)
         data = density_of(trainer, type(self).__name__)
         log_p = torch.cat([data.log_density(part, part[:, 0]) for part in grid.split(20_000)]).cpu()
-        lowest = values["log_density"].quantile(LEFT_OUT)
-        off_support = float((scale * on_grid).softmax(0)[log_p < lowest].sum())
+        lowest = values["log_density"].quantile(_LEFT_OUT)
+        off_support = float(scaled.softmax(0)[log_p < lowest].sum())
         pictures = []
         if pictures_wanted(trainer, self.picture):
             low, high = float(lowest), float(log_p.max())
             told = (
                 (log_p, f"log p, {low:.1f} to {high:.1f} nats"),
-                (scale * on_grid - log_z, f"-sE - log Z, s = {scale:.3g}"),
+                (scaled - log_z, f"-sE - log Z, s = {scale:.3g}"),
             )
             tiles = [Tile(_painted(each, self.cells, low, high), words) for each, words in told]
             show_picture(trainer, "test/landscape", captioned_grid([tiles], type(pl_module).__name__), self.picture)
@@ -108,7 +109,7 @@ class Landscape(Evaluator):
             Measurement(
                 "mass_off_support",
                 off_support,
-                f"share of exp(−s E)/Z where log p is below its {LEFT_OUT:g}-quantile of test points",
+                f"share of exp(−s E)/Z where log p is below its {_LEFT_OUT:g}-quantile of test points",
                 len(at_points),
                 {"threshold": float(lowest)},
                 "lower",
@@ -133,7 +134,7 @@ class SampleSupport(SampleConsumer):
 
     stages = ("test",)
 
-    def __init__(self, left_out: float = LEFT_OUT) -> None:
+    def __init__(self, left_out: float = _LEFT_OUT) -> None:
         if not 0 < left_out < 1:
             raise InputError(f"left_out must lie in (0, 1), got {left_out}")
         self.left_out = left_out
