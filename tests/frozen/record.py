@@ -1,7 +1,7 @@
 """Records what the program computes, so that moving its parts about can be shown to change nothing.
 
 ``python -m tests.frozen.record`` writes ``values.json`` and ``resolved.json`` anew, which is right where a value is
-meant to change alone; ``python -m tests.frozen.record FILE`` writes the values into a file.
+meant to change alone; with ``--resolved`` the latter alone, and with a file's name the values into that file.
 """
 
 import contextlib
@@ -192,12 +192,16 @@ def values() -> dict[str, Any]:
             os.chdir(here)
 
 
-if __name__ == "__main__":
-    text = json.dumps(values(), indent=1) + "\n"
-    if sys.argv[1:]:
-        Path(sys.argv[1]).write_text(text, encoding="utf-8")
-        sys.exit()
-    VALUES.write_text(text, encoding="utf-8")
+def write_resolved() -> None:
+    """Writes the configurations anew, a line each."""
     found = {name: resolved(paths) for name, paths in recipes().items()}
     lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(config)}" for name, config in found.items())
     RESOLVED.write_text("{\n" + lines + "\n}\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] != ["--resolved"]:
+        text = json.dumps(values(), indent=1) + "\n"
+        Path(sys.argv[1] if sys.argv[1:] else VALUES).write_text(text, encoding="utf-8")
+    if sys.argv[1:] in ([], ["--resolved"]):
+        write_resolved()
