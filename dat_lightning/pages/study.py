@@ -30,8 +30,9 @@ def write_study(out: Path, study: Study, results: Sequence[Result]) -> list[Path
     folders = {variant.name: variant.folder for variant in study.variants}
     seeds = ", ".join(map(str, study.seeds))
     means = (
-        f"mean over those of seeds {seeds} that were run, thin lines single seeds; bands and bars are standard"
-        " deviations, both of the logarithms where curves have a logarithmic axis."
+        f"mean over those of seeds {seeds} that were run, thin lines single seeds; bands are standard"
+        " deviations, of the logarithms where the axis is logarithmic, and bars reach from the least seed to the"
+        " largest."
     )
     files = [out / "study.json", out / "table.md"]
     write_results(files[0], study, results)

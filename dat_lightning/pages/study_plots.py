@@ -1,4 +1,4 @@
-"""The plots of a study: means over seeds, with their standard deviation or each seed."""
+"""The plots of a study: means over seeds, with their standard deviation, their extent, or each seed."""
 
 import math
 import re
@@ -12,6 +12,9 @@ from dat_lightning.pages.study_file import Plot, PlotKind, Study
 from dat_lightning.pages.study_results import Result, Summary, summaries, summary
 
 _SIZE = (7.2, 4.2)
+# Once a study has used up the colours, what comes next has another marker and another line.
+_MARKERS = "os^D"
+_DASHES = ("-", "--", ":", "-.")
 # What stands at the horizontal axis, if the study does not say.
 _X: Mapping[PlotKind, str] = {
     "steps": "sampling steps",
@@ -20,6 +23,8 @@ _X: Mapping[PlotKind, str] = {
     "radii": "radius ε",
     "values": "",
 }
+
+Seed = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,9 @@ class Line:
         name: The variant.
         x: Places on the horizontal axis.
         y: Means over the seeds.
-        low: A standard deviation below; the mean for one seed.
-        high: A standard deviation above.
-        single: Values of each seed, if they are drawn too.
+        low: A standard deviation below; the mean for one seed. Of ``values`` and ``scatter`` the least seed.
+        high: A standard deviation above, or the largest seed.
+        single: Of each seed, if it is drawn too, its places and values.
     """
 
     name: str
@@ -40,7 +45,7 @@ class Line:
     y: tuple[float, ...]
     low: tuple[float, ...]
     high: tuple[float, ...]
-    single: tuple[tuple[float, ...], ...] = ()
+    single: tuple[Seed, ...] = ()
 
 
 def draw(study: Study, plot: Plot, results: Sequence[Result]) -> Any:
@@ -77,7 +82,8 @@ def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
     """Returns what each variant shows in a plot; ``values`` is one line through all variants with a value.
 
     On a logarithmic vertical axis means and deviations of curves are those of the logarithms: the mean of seeds that
-    differ tenfold is else that of the largest, and a deviation below it has no place on the axis.
+    differ tenfold is else that of the largest, and a deviation below it has no place on the axis. ``values`` and
+    ``scatter`` keep the mean that the table has; the least and the largest seed have a place on every axis.
     """
     names = plot.variants or [variant.name for variant in study.variants]
     if plot.kind in ("values", "scatter"):
@@ -90,14 +96,13 @@ def lines(study: Study, plot: Plot, results: Sequence[Result]) -> list[Line]:
             if result.variant == name:
                 mine = dict(_points(plot, result))
                 if mine:
-                    single.append(tuple(mine.values()))
+                    single.append((tuple(mine), tuple(mine.values())))
                 for x, y in mine.items():
                     points.setdefault(x, []).append(y)
         if points:
             places = sorted(points)
             each = [_interval(points[x], plot.log) for x in places]
-            seeds = tuple(single) if plot.kind == "curve" and len({len(s) for s in single}) == 1 else ()
-            found.append(_line(name, places, each, seeds))
+            found.append(_line(name, places, each, tuple(single) if plot.kind == "curve" else ()))
     return found
 
 
@@ -119,7 +124,7 @@ def _line(
     name: str,
     places: Sequence[float],
     each: Sequence[tuple[float, float, float]],
-    single: tuple[tuple[float, ...], ...] = (),
+    single: tuple[Seed, ...] = (),
 ) -> Line:
     mean, low, high = zip(*each, strict=True)
     return Line(name, tuple(places), mean, low, high, single)
@@ -133,8 +138,24 @@ def _line_of_values(study: Study, plot: Plot, results: Sequence[Result], names: 
         at = variant.value if plot.kind == "values" else figures[plot.x].mean if plot.x in figures else None
         if variant.name in names and at is not None and plot.figure in figures:
             places.append(at)
-            each.append(_around(figures[plot.figure]))
+            each.append(_extent(figures[plot.figure]))
     return [_line("", places, each)] if places else []
+
+
+def _extent(found: Summary) -> tuple[float, float, float]:
+    """Mean, and the least and the largest seed; the mean of equal numbers may be rounded past them."""
+    return found.mean, min(found.mean, *found.values), max(found.mean, *found.values)
+
+
+def _bars(y: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """How far they reach below and above, as matplotlib takes it."""
+    return [[b - a for a, b in zip(low, y, strict=True)], [b - a for a, b in zip(y, high, strict=True)]]
+
+
+def _style(number: int) -> tuple[str, str, str]:
+    """Colour, marker and line of the ``number``-th of a study's variants or groups."""
+    lap, place = divmod(number, len(PALETTE))
+    return PALETTE[place], _MARKERS[lap % len(_MARKERS)], _DASHES[lap % len(_DASHES)]
 
 
 def _points(plot: Plot, result: Result) -> Iterator[tuple[float, float]]:
@@ -151,22 +172,19 @@ def _points(plot: Plot, result: Result) -> Iterator[tuple[float, float]]:
 
 def _lines(axes: Any, shown: Sequence[Line], order: Sequence[str], with_markers: bool) -> None:
     for line in shown:
-        color = PALETTE[order.index(line.name) % len(PALETTE)]
-        dashed = "--" if order.index(line.name) >= len(PALETTE) else "-"
-        axes.plot(line.x, line.y, dashed, marker="o" if with_markers else "", color=color, label=label(line.name))
+        color, marker, dashes = _style(order.index(line.name))
+        axes.plot(line.x, line.y, dashes, marker=marker if with_markers else "", color=color, label=label(line.name))
         if line.single:
-            for values in line.single:
-                axes.plot(line.x, values, color=color, lw=0.8, alpha=0.4)
+            for places, values in line.single:
+                axes.plot(places, values, color=color, lw=0.8, alpha=0.4)
         elif line.low != line.high:
             axes.fill_between(line.x, line.low, line.high, color=color, alpha=0.15, lw=0)
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
 
 
 def _values(axes: Any, line: Line) -> None:
-    order = sorted(range(len(line.x)), key=line.x.__getitem__)
-    x, y, high = ([part[k] for k in order] for part in (line.x, line.y, line.high))
-    spread = [top - mean for mean, top in zip(y, high, strict=True)]  # as far below: these means are none of logarithms
-    axes.errorbar(x, y, yerr=spread, fmt="o-", color=PALETTE[0], capsize=3)
+    x, y, low, high = zip(*sorted(zip(line.x, line.y, line.low, line.high, strict=True)), strict=True)
+    axes.errorbar(x, y, yerr=_bars(y, low, high), fmt="o-", color=PALETTE[0], capsize=3)
     axes.set_xticks(x, [f"{place:g}" for place in x])
     axes.minorticks_off()
     if axes.get_yscale() == "linear" and min(y) >= 0:
@@ -183,8 +201,9 @@ def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence
         if plot.x in figures and plot.figure in figures and variant.name in (plot.variants or [variant.name]):
             x, y = figures[str(plot.x)], figures[plot.figure]
             if math.isfinite(x.mean) and math.isfinite(y.mean):
-                color = PALETTE[order.index(variant.group or variant.name) % len(PALETTE)]
-                axes.errorbar(x.mean, y.mean, yerr=y.sd, xerr=x.sd, fmt="o", color=color, ms=7, lw=1, capsize=2)
+                color, marker, _ = _style(order.index(variant.group or variant.name))
+                across, up = (_bars(*([value] for value in _extent(each))) for each in (x, y))
+                axes.errorbar(x.mean, y.mean, up, across, fmt=marker, color=color, ms=7, lw=1, capsize=2)
                 if variant.group is not None:
                     groups.setdefault(variant.group, []).append((x.mean, y.mean))
                     continue
@@ -192,8 +211,8 @@ def _scatter(figure: Any, axes: Any, study: Study, plot: Plot, results: Sequence
                 names.append(label(variant.name))
                 points.append((x.mean, y.mean))
     for name, places in groups.items():
-        color = PALETTE[order.index(name) % len(PALETTE)]
-        axes.plot(*zip(*sorted(places), strict=True), color=color, lw=1.5, label=label(name))
+        color, _, dashes = _style(order.index(name))
+        axes.plot(*zip(*sorted(places), strict=True), dashes, color=color, lw=1.5, label=label(name))
     if groups:
         axes.legend(loc="upper left", bbox_to_anchor=(1, 1))
     axes.margins(0.15)
