@@ -6,9 +6,10 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -231,7 +232,7 @@ def read_study(path: Path) -> Study:
         raise FileNotFoundError(f"no study at {path}")
     raw = read_yaml(path, yaml.safe_load)
     try:
-        study = _built(Study, raw, "the study", {"path": path})
+        study = _built(Study, raw, "", {"path": path})
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     for problem in _problems(study):
@@ -244,41 +245,54 @@ def read_study(path: Path) -> Study:
 
 
 def _built(kind: type[T], entry: Any, what: str, further: Mapping[str, Any] | None = None) -> T:
-    """The dataclass that a mapping describes, with those inside it."""
+    """The dataclass that a mapping describes, with those inside it; ``further`` are fields that no file has."""
     if not isinstance(entry, dict):
-        raise InputError(f"{what} must be a mapping, got {entry!r}")
+        raise InputError(f"{what or 'the study'} must be a mapping, got {entry!r}")
     known = {each.name: each for each in fields(kind) if each.name not in (further or {})}  # type: ignore[arg-type]
     for name in entry:
         if name not in known:
-            raise InputError(f"{what} has {name!r}, expected some of {list(known)}")
+            raise InputError(f"{what or 'the study'} has {name!r}, expected some of {list(known)}")
     for name, each in known.items():
         if name not in entry and each.default is MISSING and each.default_factory is MISSING:
-            raise InputError(f"{what} lacks {name!r}")
-    values = {**entry, **(further or {})}
-    if kind is Study:
-        values["bases"] = {k: _built(Base, v, f"base {k!r}") for k, v in _of(dict, entry, "bases", what).items()}
-        values["evaluation"] = _built(Evaluation, entry["evaluation"], "evaluation")
-        for name, inner in (("variants", Variant), ("columns", Column), ("plots", Plot)):
-            values[name] = [_built(inner, each, f"an entry of {name}") for each in _of(list, entry, name, what)]
-        for name in ("seeds", "curves", "pictures"):
-            values[name] = _of(list, entry, name, what) or ([0] if name == "seeds" else [])
-    for name, wanted in (
-        ("configs", list),
-        ("arguments", dict),
-        ("after", list),
-        ("variants", list),
-        ("evaluation", list),
-    ):
-        if kind is not Study and name in entry:
-            _of(wanted, entry, name, what)
-    return kind(**values)
+            raise InputError(f"{what or 'the study'} lacks {name!r}")
+    hints = get_type_hints(kind)
+    values = {name: _checked(hints[name], value, f"{what}.{name}".lstrip(".")) for name, value in entry.items()}
+    return kind(**values, **(further or {}))
 
 
-def _of(kind: type[T], entry: Mapping[str, Any], name: str, what: str) -> T:
-    value = entry.get(name, kind())
-    if not isinstance(value, kind):
-        raise InputError(f"{what}: {name} must be a {kind.__name__}, got {value!r}")
+def _checked(hint: Any, value: Any, what: str) -> Any:
+    """A value of the type of a field, with the dataclasses inside it."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any or (value is None and NoneType in inner):
+        return value
+    if isinstance(hint, type) and is_dataclass(hint):
+        return _built(hint, value, what)
+    if origin is UnionType:
+        return _checked(inner[0], value, what)
+    if origin is Literal:
+        if value not in inner:
+            raise InputError(f"{what} must be one of {inner}, got {value!r}")
+        return value
+    wanted = origin or hint
+    # A yes is no number, though Python counts with it.
+    if not (type(value) is wanted or (wanted is float and type(value) is int)):
+        raise InputError(f"{what} must be {_WORDS[wanted]}, got {value!r}")
+    if wanted is list:
+        return [_checked(inner[0], each, f"{what}[{place}]") for place, each in enumerate(value)]
+    if wanted is dict:
+        names = [_checked(str, name, f"a name in {what}") for name in value]
+        return {name: _checked(inner[1], value[name], f"{what}.{name}") for name in names}
     return value
+
+
+_WORDS: Mapping[type, str] = {
+    str: "a text",
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    list: "a list",
+    dict: "a mapping",
+}
 
 
 def _options(arguments: Mapping[str, Any]) -> list[str]:
@@ -298,7 +312,7 @@ def _contents(path: Path) -> list[Any]:
 def _problems(study: Study) -> Iterator[str]:
     """What is wrong beyond names and types, as sentences."""
     seeds = study.seeds
-    if not all(isinstance(s, int) and s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
+    if not all(s >= 0 for s in seeds) or len(set(seeds)) < len(seeds):
         yield f"seeds must be different numbers of at least 0, got {seeds}"
     folders = [*study.bases, *(v.folder for v in study.variants if v.arguments)]
     if not study.variants or len({v.name for v in study.variants}) < len(study.variants):
@@ -330,8 +344,6 @@ def _problems_of_plots(study: Study) -> Iterator[str]:
     for plot in study.plots:
         if not re.fullmatch(r"[\w-]+", plot.name):
             yield f"plot name {plot.name!r} must be letters, digits, _ and - alone, as it names a file"
-        if plot.kind not in get_args(PlotKind):
-            yield f"plot {plot.name!r} has kind {plot.kind!r}, expected one of {get_args(PlotKind)}"
         if plot.kind == "scatter" and plot.x is None:
             yield f"plot {plot.name!r} of kind scatter must have 'x'"
         if plot.kind == "curve" and plot.figure not in study.curves:
