@@ -1,7 +1,6 @@
 """Points of a plane whose density is known, as images of two channels and one pixel, with uniform seeds around them."""
 
 import math
-from functools import lru_cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -53,11 +52,6 @@ class PlaneDensity:
         """Number of classes."""
         return int(self.labels.max()) + 1
 
-    @property
-    def class_shares(self) -> Tensor:
-        """Share of each class, (K,), float64."""
-        return torch.zeros(self.num_classes, dtype=torch.float64).index_add(0, self.labels, self.shares)
-
     def log_prob(self, points: Tensor) -> Tensor:
         """Returns log p, (N,), float64, of points of the square (N, 2) or (N, 2, 1, 1)."""
         points = points.detach().cpu().double().flatten(1)
@@ -76,7 +70,6 @@ class PlaneDensity:
         return points.clamp(0, 1).float(), self.labels[component]
 
 
-@lru_cache(maxsize=4)
 def plane_density(name: Plane) -> PlaneDensity:
     """Returns a density whose first class is the most common one.
 
@@ -140,21 +133,24 @@ class PlaneDataModule(PairedDataModule):
         require_choice(get_args(Plane), density=density)
         require_at_least(1, num_train=num_train, num_test=num_test, num_ood=num_ood, num_held_out=num_held_out)
         self.density = density
+        self._plane = plane_density(density)
         self.sizes: dict[Split, int] = {"train": num_train, "val": num_test, "test": num_test}
         self.num_ood, self.num_held_out = num_ood, num_held_out
 
     @property
     def num_classes(self) -> int:
         """Number of classes."""
-        return plane_density(self.density).num_classes
+        return self._plane.num_classes
 
     def in_distribution(self, split: Split) -> SizedDataset:
         """Returns the points of a split, with their classes."""
-        return _points(self.density, split, self.sizes[split])
+        points, labels = self._plane.sample(self.sizes[split], "plane", self.density, split)
+        return TensorDataset(points.view(-1, 2, 1, 1), labels)
 
     def out_of_distribution(self, split: OODSplit) -> SizedDataset | None:
         """Returns uniform points."""
-        return _uniform(split, self.num_ood if split == "train" else self.num_held_out)
+        size = self.num_ood if split == "train" else self.num_held_out
+        return TensorDataset(torch.rand(size, 2, 1, 1, generator=stream_generator("plane", "seeds", split)))
 
     def transform(self, stream: Stream) -> Transform:
         """Returns points as they are."""
@@ -177,18 +173,7 @@ class PlaneDataModule(PairedDataModule):
 
     def log_density(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns log p(x), (N,), float64, of points (N, 2, 1, 1)."""
-        return plane_density(self.density).log_prob(x)
-
-
-@lru_cache(maxsize=8)
-def _points(density: Plane, split: Split, size: int) -> TensorDataset:
-    points, labels = plane_density(density).sample(size, "plane", density, split)
-    return TensorDataset(points.view(-1, 2, 1, 1), labels)
-
-
-@lru_cache(maxsize=4)
-def _uniform(split: OODSplit, size: int) -> TensorDataset:
-    return TensorDataset(torch.rand(size, 2, 1, 1, generator=stream_generator("plane", "seeds", split)))
+        return self._plane.log_prob(x)
 
 
 def _unchanged() -> Transform:

@@ -1,7 +1,7 @@
 """Digits of which some are rare: classes, or styles within each class, in known shares."""
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal
 
@@ -35,7 +35,8 @@ class RareDigitsDataModule(DigitsDataModule):
         shared: The arguments of :class:`DigitsDataModule`.
 
     Raises:
-        InputError: If there are fewer than two groups, a share is outside (0, 1], or they do not fall.
+        InputError: If there are fewer than two groups, a share is outside (0, 1], they do not fall, or do so beyond the
+            sixth digit alone, which names of figures do not show.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class RareDigitsDataModule(DigitsDataModule):
         super().__init__(**shared)
         if rare_by not in ("class", "ink"):
             raise InputError(f"rare_by must be 'class' or 'ink', got {rare_by!r}")
-        falling = all(a >= b for a, b in pairwise(shares))
+        falling = all(a > b for a, b in pairwise(shares))
         if len(shares) < 2 or not all(0 < share <= 1 for share in shares) or not falling:
-            raise InputError(f"shares must be two or more numbers in (0, 1], the largest first, got {list(shares)}")
+            raise InputError(f"shares must be two or more falling numbers in (0, 1], got {list(shares)}")
         self.rare_by = rare_by
         self.shares = tuple(shares)
+        if len(set(self.group_names)) < len(shares):
+            raise InputError(f"shares must differ in six digits, by which their figures are named, got {list(shares)}")
 
     def in_distribution(self, split: Split) -> SizedDataset:
         """Returns a split of the digits; of training images the share that is kept."""
@@ -78,18 +81,17 @@ class RareDigitsDataModule(DigitsDataModule):
         count = len(self.shares)
         if self.rare_by == "class":
             return (y + self.seed) % count
-        ink, ends = x.flatten(1).double().sum(1), _ink_levels(self.validation_size, count)
+        ink, ends = x.flatten(1).double().sum(1), self._ink_levels
         return ((ink.unsqueeze(1) > ends.to(ink)[y]).sum(1) + self.seed) % count
 
     def log_density(self, x: Tensor, y: Tensor) -> Tensor:
         """Returns log of the share that is kept of each image's group, (N,), float64: log p but for what is equal."""
         return torch.tensor(self.shares, dtype=torch.float64).log()[self.groups(x, y).cpu()]
 
-
-@lru_cache(maxsize=4)
-def _ink_levels(validation_size: int, count: int) -> Tensor:
-    """The sums of pixels that cut each class of the training images into parts of equal size, (10, count − 1)."""
-    places = torch.as_tensor(split_indices(validation_size)["train"])
-    images, labels = (part[places] for part in load_images())
-    inner = torch.arange(1, count, dtype=torch.float64) / count
-    return torch.stack([images[labels == label].double().sum((1, 2, 3)).quantile(inner) for label in range(10)])
+    @cached_property
+    def _ink_levels(self) -> Tensor:
+        """The sums of pixels that cut each class of the training images into parts of equal size, (10, groups − 1)."""
+        places = torch.as_tensor(split_indices(self.validation_size)["train"])
+        images, labels = (part[places] for part in load_images())
+        inner = torch.arange(1, len(self.shares), dtype=torch.float64) / len(self.shares)
+        return torch.stack([images[labels == label].double().sum((1, 2, 3)).quantile(inner) for label in range(10)])

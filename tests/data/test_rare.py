@@ -77,6 +77,17 @@ def test_group_and_density_of_an_image_say_what_was_kept_of_its_like(rare_by: An
         assert float((groups == (bold.long() + 1) % 2).double().mean()) > 0.98
 
 
+def test_nobody_changes_another_s_groups() -> None:
+    """What one DataModule hands out, or keeps, is none of the next one's."""
+    found = []
+    for _ in range(2):
+        data = RareDigitsDataModule("ink")
+        x, y = entries(data)
+        found.append(data.groups(x, y).clone())
+        data._ink_levels.zero_()
+    assert torch.equal(*found)
+
+
 def test_validation_test_and_reference_images_are_all_digits() -> None:
     ours, all_digits = RareDigitsDataModule(seed=2), DigitsDataModule()
     for split in ("val", "test"):
@@ -89,7 +100,9 @@ def test_validation_test_and_reference_images_are_all_digits() -> None:
     ("arguments", "said"),
     [
         ({"rare_by": "size"}, "rare_by must be 'class' or 'ink', got 'size'"),
-        ({"shares": [0.1, 1.0]}, r"shares must be .*, the largest first, got \[0.1, 1.0\]"),
+        ({"shares": [0.1, 1.0]}, r"shares must be two or more falling numbers in \(0, 1\], got \[0.1, 1.0\]"),
+        ({"shares": [1.0, 0.1, 0.1]}, r"falling numbers .*, got \[1.0, 0.1, 0.1\]"),
+        ({"shares": [0.1234567, 0.1234566]}, "shares must differ in six digits"),
         ({"shares": [1.0]}, "shares must be two or more"),
         ({"shares": [1.0, 0.0]}, r"in \(0, 1\]"),
     ],
