@@ -149,6 +149,11 @@ class Constrained(UpdateRule):
         """Those of the other rule."""
         return self.rule.gradients_per_step
 
+    @property
+    def uses_noise(self) -> bool:  # type: ignore[override]
+        """Whether the other rule does."""
+        return self.rule.uses_noise
+
     def move(self, step: Step, state: State) -> tuple[Tensor, State]:
         """Returns the way to the point of the constraint nearest to where the other rule leads, and its state."""
 

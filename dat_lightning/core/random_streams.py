@@ -25,12 +25,14 @@ def stream_generator(*parts: int | str) -> torch.Generator:
 
 def normal_noise(seed: int, name: str, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Returns standard normal noise of shape (N, *shape) on the CPU; row i depends on ``indices[i]`` alone."""
-    return torch.stack([torch.randn(shape, generator=stream_generator(seed, name, int(i))) for i in indices])
+    rows = [torch.randn(shape, generator=stream_generator(seed, name, int(i))) for i in indices]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 def uniform_noise(seed: int, name: str, indices: Iterable[int], shape: tuple[int, ...]) -> Tensor:
     """Returns uniform noise in [0, 1) of shape (N, *shape) on the CPU; row i depends on ``indices[i]`` alone."""
-    return torch.stack([torch.rand(shape, generator=stream_generator(seed, name, int(i))) for i in indices])
+    rows = [torch.rand(shape, generator=stream_generator(seed, name, int(i))) for i in indices]
+    return torch.stack(rows) if rows else torch.empty(0, *shape)
 
 
 class RandomPermutation:

@@ -39,11 +39,12 @@ class UpdateRule(ABC):
 
     A rule is a value, a frozen dataclass of numbers, strings and the like, by which samples are told apart: it keeps
     nothing itself, what it has to remember goes through ``state``. In a configuration it is named by its class path.
-    A rule that asks for more than one gradient in a step says so in
-    :attr:`gradients_per_step`.
+    A rule that asks for more than one gradient in a step says so in :attr:`gradients_per_step`, and one that asks for
+    noise in :attr:`uses_noise`.
     """
 
     gradients_per_step: int = 1
+    uses_noise: bool = False
 
     @abstractmethod
     def move(self, step: Step, state: State) -> tuple[Tensor, State]:
@@ -73,23 +74,27 @@ class RandomLength(UpdateRule):
     How far a seed lies from the images that it is to become differs from seed to seed. Walks of one length end too
     early for some and too late for others, and all alike; u, drawn once for each walk, is uniform in
     [1 − spread, 1 + spread], and of a stream named by the image's global index. The other rule knows nothing of u:
-    where it looks ahead, as Nesterov's momentum does, it looks as far as without.
+    where it looks ahead, as Nesterov's momentum does, it looks as far as without. It may use no noise: u is made of a
+    pixel of the first step's, which would no longer be normal, nor independent of the length of the walk.
 
     Attributes:
         spread: In [0, 1); 0 is the other rule alone.
         rule: The other rule, by default the steepest.
 
     Raises:
-        InputError: If the spread is outside its range, or the rule is none.
+        InputError: If the spread is outside its range, or the rule is none or uses noise.
     """
 
     spread: float = 0.3
     rule: UpdateRule = STEEPEST
+    uses_noise = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.spread < 1:
             raise InputError(f"spread must be in [0, 1), got {self.spread}")
         require_kind(UpdateRule, rule=self.rule)
+        if self.rule.uses_noise:
+            raise InputError(f"rule must be one without noise, of which the length is made, got {self.rule}")
 
     @property
     def gradients_per_step(self) -> int:  # type: ignore[override]
@@ -193,6 +198,11 @@ class Langevin(UpdateRule):
     def __post_init__(self) -> None:
         if not 0 <= self.noise < math.inf:
             raise InputError(f"noise must be a finite deviation of at least 0, got {self.noise}")
+
+    @property
+    def uses_noise(self) -> bool:  # type: ignore[override]
+        """Unless its deviation is 0."""
+        return self.noise > 0
 
     def move(self, step: Step, state: State) -> tuple[Tensor, State]:
         """Returns η·g + noise·N(0, I)."""

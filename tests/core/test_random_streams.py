@@ -43,6 +43,13 @@ def test_a_row_of_noise_depends_on_its_own_index_and_name_alone(noise: Noise) ->
     assert not torch.equal(noise(3, "b", [5], (2, 4))[0], rows[0])
 
 
+@pytest.mark.parametrize("noise", [normal_noise, uniform_noise])
+@pytest.mark.parametrize("shape", [(), (3, 2)])
+def test_no_images_have_no_noise(noise: Noise, shape: tuple[int, ...]) -> None:
+    found, one = noise(0, "a", [], shape), noise(0, "a", [0], shape)
+    assert (found.shape, found.dtype) == ((0, *shape), one.dtype)
+
+
 def test_noise_neither_reads_nor_moves_the_global_generator() -> None:
     torch.manual_seed(0)
     before, first = torch.get_rng_state(), normal_noise(0, "a", [0], (3,))

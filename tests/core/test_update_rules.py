@@ -14,6 +14,8 @@ from typing_extensions import override
 
 from dat_lightning.core import (
     Ascent,
+    Constrained,
+    FixedPixels,
     Langevin,
     Momentum,
     Norm,
@@ -239,6 +241,23 @@ def test_an_ascent_knows_how_often_the_network_is_evaluated(rule: UpdateRule) ->
     assert ascent.network_evaluations(0) == 0
 
 
+@pytest.mark.parametrize("rule", [*RULES, RandomLength(0.3, Langevin(0.0)), Midpoint()], ids=str)
+def test_a_rule_knows_whether_it_uses_noise(rule: UpdateRule) -> None:
+    (x, _), asked = images(), []
+
+    def noise() -> Tensor:
+        asked.append(True)
+        return torch.zeros_like(x)
+
+    step = Step(x, lambda z: z, noise, ThreatModel())
+    anywhere = Constrained(FixedPixels(x, torch.ones(x.shape[2:], dtype=torch.bool)), rule)
+    for each in (rule, anywhere):
+        asked.clear()
+        _, state = each.move(step, ())
+        each.move(step, state)
+        assert each.uses_noise == bool(asked)
+
+
 def test_an_ascent_is_a_value() -> None:
     network, (x, y) = TanhNetwork(), images()
     threat = ThreatModel("L2", 0.3, 0.1, 4)
@@ -256,6 +275,8 @@ def test_an_ascent_is_a_value() -> None:
         (lambda: RandomLength(1.0), r"spread must be in \[0, 1\), got 1.0"),
         (lambda: RandomLength(-0.1), "got -0.1"),
         (lambda: RandomLength(0.1, {"momentum": 0.4}), "rule must be of the class UpdateRule, got {'momentum': 0.4}"),  # type: ignore[arg-type]
+        (lambda: RandomLength(0.3, Langevin()), r"rule must be one without noise, .* got Langevin\(noise=0.01\)"),
+        (lambda: RandomLength(0.3, RandomLength()), "rule must be one without noise"),
         (lambda: Momentum(1.0), r"momentum must be in \[0, 1\), got 1.0"),
         (lambda: Momentum(-0.1), "got -0.1"),
         (lambda: Momentum(math.nan), "got nan"),
