@@ -8,11 +8,9 @@ from torch import Tensor
 from dat_lightning.core.ascent import Ascent, AttackMode, Logits
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import Objective
+from dat_lightning.core.pixels import require_pixels
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
-
-ROUNDING = 1e-3
-"""How far from [0, 1] a pixel may lie, by a transform's rounding or half precision: a quarter of an eight-bit level."""
 
 
 def ascend(
@@ -36,11 +34,10 @@ def ascend(
     threat model's.
 
     Raises:
-        InputError: If images are not in [0, 1], to within :data:`ROUNDING`, which the walk would bring them into, or
-            labels are negative, which torch's losses may leave out, besides what :meth:`Ascent.snapshots` refuses.
+        InputError: If images are not in [0, 1], which the walk would bring them into, or labels are negative, which
+            torch's losses may leave out, besides what :meth:`Ascent.snapshots` refuses.
     """
-    if x.numel() and not (x.min() >= -ROUNDING and x.max() <= 1 + ROUNDING):
-        raise InputError(f"x must be images in [0, 1], got values from {float(x.min()):g} to {float(x.max()):g}")
+    require_pixels(x, "x")
     if y.numel() and y.min() < 0:
         raise InputError(f"y must have labels of at least 0, got {int(y.min())}")
     if num_steps is not None:

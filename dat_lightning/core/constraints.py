@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pixel_shuffle, pixel_unshuffle
 
 from dat_lightning.core.errors import InputError, require_counts, require_kind
+from dat_lightning.core.pixels import require_pixels
 from dat_lightning.core.update_rules import STEEPEST, State, Step, UpdateRule
 
 
@@ -28,7 +29,7 @@ class FixedPixels(Constraint):
     """Images whose pixels outside of a mask are those of given ones, bit for bit.
 
     Attributes:
-        known: The given images, (N, C, H, W), in [0, 1].
+        known: The given images, (N, C, H, W), in [0, 1]; what rounding has brought out of it is clipped.
         mask: What may change, bool, (H, W) or four dimensions that broadcast to theirs, such as (N, 1, H, W); it is
             brought to their device.
 
@@ -50,7 +51,8 @@ class FixedPixels(Constraint):
             raise InputError(f"mask must be (H, W), or four dimensions that broadcast to {wanted}, got {shape}")
         object.__setattr__(self, "mask", self.mask.to(self.known.device))
         # What the mask hides may be anything.
-        require_pixels(known=torch.where(self.mask, 0, self.known))
+        require_pixels(torch.where(self.mask, 0, self.known), "known")
+        object.__setattr__(self, "known", self.known.clamp(0, 1))
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions that are zero outside of the mask."""
@@ -66,7 +68,7 @@ class PooledPixels(Constraint):
     """Images whose average over blocks of ``factor`` × ``factor`` pixels are given: what smaller images show of them.
 
     Attributes:
-        pooled: The smaller images, (N, C, h, w), in [0, 1].
+        pooled: The smaller images, (N, C, h, w), in [0, 1]; what rounding has brought out of it is clipped.
         factor: Side of a block, 1 at least.
 
     Raises:
@@ -79,7 +81,9 @@ class PooledPixels(Constraint):
 
     def __post_init__(self) -> None:
         require_counts(1, factor=self.factor)
-        require_pixels(pooled=self.pooled)
+        require_images(pooled=self.pooled)
+        require_pixels(self.pooled, "pooled")
+        object.__setattr__(self, "pooled", self.pooled.clamp(0, 1))
 
     def tangent(self, direction: Tensor) -> Tensor:
         """Returns directions less their mean over each block."""
@@ -184,14 +188,6 @@ def require_images(**images: Tensor) -> None:
         require_kind(Tensor, **{name: x})
         if x.dim() != 4 or not x.is_floating_point():
             raise InputError(f"{name} must be float images (N, C, H, W) in [0, 1], got {x.dtype} {tuple(x.shape)}")
-
-
-def require_pixels(**images: Tensor) -> None:
-    """Raises an InputError as :func:`require_images` does, and unless all values lie in [0, 1]; waits for a device."""
-    require_images(**images)
-    for name, x in images.items():
-        if not bool(((x >= 0) & (x <= 1)).all()):
-            raise InputError(f"{name} must be images in [0, 1], got values in [{float(x.min()):g}, {float(x.max()):g}]")
 
 
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:

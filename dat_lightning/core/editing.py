@@ -16,9 +16,9 @@ from dat_lightning.core.constraints import (
     PooledPixels,
     broadcasts,
     require_images,
-    require_pixels,
 )
 from dat_lightning.core.errors import InputError, require_kind
+from dat_lightning.core.pixels import require_pixels
 
 # Keeps divisions finite.
 _TINY = 1e-30
@@ -33,8 +33,8 @@ class Edit:
     :func:`~dat_lightning.core.negative_marginal_energy` is climbed.
 
     Attributes:
-        start: The images to begin with, (N, C, H, W), in [0, 1]; with a constraint, the nearest to those given on which
-            it holds.
+        start: The images to begin with, (N, C, H, W), in [0, 1], clipped where rounding has brought them out of it;
+            with a constraint, the nearest to those given on which it holds.
         constraint: What all states of the walk have in common, exactly.
         eps: Radius of the L2 ball around ``start``, in units of [0, 1] pixels, if the ascent's own is not smaller.
 
@@ -51,7 +51,8 @@ class Edit:
         if self.constraint is not None:
             require_kind(Constraint, constraint=self.constraint)
             object.__setattr__(self, "start", self.constraint.nearest(self.start))
-        require_pixels(start=self.start)
+        require_pixels(self.start, "start")
+        object.__setattr__(self, "start", self.start.clamp(0, 1))
 
     def ascent(self, climb: Ascent) -> Ascent:
         """Returns an ascent from ``start`` that keeps what is to be kept.
@@ -107,12 +108,11 @@ def inpainting(x: Tensor, mask: Tensor, fill: Tensor | float | None = None) -> E
     """
     constraint = FixedPixels(x, mask)
     if fill is None:
-        return Edit(harmonic(x, constraint.mask), constraint)
+        return Edit(harmonic(constraint.known, constraint.mask), constraint)
     fill = torch.as_tensor(fill, dtype=x.dtype, device=x.device)
     if not broadcasts(tuple(fill.shape), tuple(x.shape)):
         raise InputError(f"fill must have a shape that broadcasts to {tuple(x.shape)}, got {tuple(fill.shape)}")
-    if not bool(((fill >= 0) & (fill <= 1)).all()):
-        raise InputError(f"fill must lie in [0, 1], got {float(fill.min()):g} … {float(fill.max()):g}")
+    require_pixels(fill, "fill")
     return Edit(fill.expand_as(x), constraint)
 
 
@@ -128,7 +128,8 @@ def denoising(x: Tensor, sigma: float) -> Edit:
     """
     if not 0 <= sigma <= 1:
         raise InputError(f"sigma must lie in [0, 1], in units of [0, 1] pixels, got {sigma}")
-    require_pixels(x=x)
+    require_images(x=x)
+    require_pixels(x, "x")
     return Edit(x, eps=sigma * math.sqrt(x.shape[1:].numel()))
 
 
@@ -145,7 +146,7 @@ def super_resolution(pooled: Tensor, factor: int) -> Edit:
         InputError: If the factor is no whole number of at least 1, or the images are outside of [0, 1].
     """
     constraint = PooledPixels(pooled, factor)
-    return Edit(interpolate(pooled, scale_factor=factor, mode="bicubic"), constraint)
+    return Edit(interpolate(constraint.pooled, scale_factor=factor, mode="bicubic"), constraint)
 
 
 def harmonic(x: Tensor, mask: Tensor) -> Tensor:

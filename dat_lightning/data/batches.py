@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from dat_lightning.core.attack import ROUNDING
 from dat_lightning.core.energy import first_weight
 from dat_lightning.core.errors import InputError
+from dat_lightning.core.pixels import require_pixels
 
 
 def check_images(images: Tensor, what: str) -> None:
@@ -37,29 +37,9 @@ def check_precision(images: Tensor, network: nn.Module | None, what: str) -> Non
 
 
 def check_pixels(images: Tensor, what: str, *, allow_nan: bool = False) -> None:
-    """Raises an InputError unless all pixels lie in [0, 1], to within a quarter of an eight-bit level.
-
-    Args:
-        images: Any shape.
-        what: What they are; begins the message.
-        allow_nan: Whether NaN and infinite pixels are somebody else's matter.
-    """
+    """Raises an InputError as :func:`check_images` and :func:`~dat_lightning.core.pixels.require_pixels` do."""
     check_images(images, what)
-    low, high = _range(images, allow_nan=allow_nan)
-    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
-        raise InputError(
-            f"{what} must be images in [0, 1], got values in [{low:.3g}, {high:.3g}]: let the data give raw pixels;"
-            " normalisation belongs into the network (mean and std of EnergyModel)"
-        )
-
-
-def _range(images: Tensor, *, allow_nan: bool) -> tuple[float, float]:
-    values = images.detach().flatten()
-    values = values[values.isfinite()] if allow_nan else values
-    if values.numel() == 0:
-        return 0.0, 0.0
-    low, high = torch.aminmax(values.float())
-    return float(low), float(high)
+    require_pixels(images, what, allow_nan=allow_nan)
 
 
 def stacked(images: Sequence[Any], what: str) -> Tensor:

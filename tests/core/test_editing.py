@@ -305,6 +305,29 @@ def test_an_edit_begins_where_its_constraint_holds() -> None:
         torch.testing.assert_close(small, pooled(x, 2), rtol=0, atol=1e-14)
 
 
+def test_what_rounding_has_brought_out_of_the_box_is_clipped() -> None:
+    """All that an evaluator accepts: a quarter of an eight-bit level, and no more."""
+    exact = images(2, (1, 4, 4))
+    rounded = exact + 9e-4 * ((exact == 1).double() - (exact == 0).double())
+    mask = torch.tensor([False, True, True, False]).expand(4, 4)
+    assert float(rounded.min()) < 0
+    assert float(rounded.max()) > 1
+    makers: list[Callable[[Tensor], Edit]] = [
+        Edit,
+        lambda x: denoising(x, 0.1),
+        lambda x: inpainting(x, mask),
+        lambda x: inpainting(torch.full_like(x, 0.5), mask, x),
+        lambda x: super_resolution(x, 2),
+    ]
+    for make in makers:
+        edits = [make(x) for x in (exact, rounded)]
+        ends = [e(network(tuple(e.start.shape[1:])), torch.tensor([0, 1]), climb(step_size=0.1)) for e in edits]
+        assert torch.equal(edits[0].start, edits[1].start)
+        assert torch.equal(*ends)
+        with pytest.raises(InputError, match=r"must be images in \[0, 1\], got values in \[-0.00[12]"):
+            make(exact - 1.3e-3)
+
+
 def test_what_is_made_of_images_that_want_gradients_wants_none() -> None:
     x, y = images(2, (1, 4, 4)).requires_grad_(), torch.tensor([0, 1])
     for edit in (inpainting(x, MASK), super_resolution(x, 2)):
@@ -333,7 +356,10 @@ MASK = torch.zeros(4, 4, dtype=torch.bool)
         (lambda: inpainting(SMALL, MASK, SMALL[:, :, :2]), r"broadcasts to \(2, 1, 4, 4\), got \(2, 1, 2, 4\)"),
         (lambda: inpainting(SMALL, torch.ones(1, 2, 1, 4, 4, dtype=torch.bool)), r"got \(1, 2, 1, 4, 4\)"),
         (lambda: inpainting(SMALL, torch.ones(3, 1, 4, 4, dtype=torch.bool)), r"got \(3, 1, 4, 4\)"),
-        (lambda: inpainting(SMALL, torch.ones(4, 4, dtype=torch.bool), 1.5), r"fill must lie in \[0, 1\], got 1.5"),
+        (
+            lambda: inpainting(SMALL, torch.ones(4, 4, dtype=torch.bool), 1.5),
+            r"fill must be images in \[0, 1\], got values in \[1.5, 1.5\]",
+        ),
         (lambda: super_resolution(SMALL, 0), "factor must be a whole number of at least 1, got 0"),
         (lambda: super_resolution(SMALL, 2.0), "factor must be a whole number of at least 1, got 2.0"),  # type: ignore[arg-type]
         (lambda: super_resolution(SMALL + 0.5, 2), r"pooled must be images in \[0, 1\], got values in \[0.5, 1.5\]"),

@@ -152,6 +152,16 @@ def test_without_labels_the_marginal_energy_is_climbed(tmp_path: Path) -> None:
     assert figures["inpainting_center_psnr_unknown"].compared_by != figures["inpainting_center_psnr_known"].compared_by
 
 
+def test_images_that_rounding_has_brought_out_of_the_box_are_edited(tmp_path: Path) -> None:
+    """What the evaluator has accepted with each batch, no edit refuses after the last one."""
+    x, y = grey_images(4)
+    x[:, :, :, :2] = 1 + 1e-6
+    evaluator = Editing(TASKS, labels=["known"])
+    batches = loader(x, y, 2, np.arange(4))
+    tiny.trainer(tmp_path, [evaluator]).test(Linear(), dataloaders=batches, verbose=False)
+    assert len(evaluator.figures) == len(TASKS) * 2 * 3
+
+
 def test_what_is_left_of_an_image_is_all_that_an_edit_sees() -> None:
     """Other originals with the same remains are restored alike."""
     x = torch.from_numpy(grey_images(4)[0])
