@@ -219,7 +219,10 @@ def unbounded_ascent(step_size: float, num_steps: int) -> ThreatModel:
 
 
 class _Streams:
-    """Random numbers of the examples ``x``, each from streams named by the example's global index."""
+    """Random numbers of the examples ``x``, each from streams named by the example's global index.
+
+    Nothing names the ascent: those of one training step, of one seed and the same draws, have the same numbers.
+    """
 
     def __init__(self, x: Tensor, draws: Tensor | None, seed: int) -> None:
         self.x, self.draws, self.seed = x, draws, seed

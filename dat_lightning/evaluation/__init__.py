@@ -7,7 +7,7 @@ from dat_lightning.evaluation.editing import Editing
 from dat_lightning.evaluation.energy_statistics import EnergyStatistics
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import LabelAgreement
-from dat_lightning.evaluation.landscape import Landscape, SampleSupport
+from dat_lightning.evaluation.landscape import Landscape
 from dat_lightning.evaluation.ood_detection import OODDetection
 from dat_lightning.evaluation.ood_images import OODEvaluator
 from dat_lightning.evaluation.ood_scores import auroc, detection_scores, false_positive_rates
@@ -16,6 +16,7 @@ from dat_lightning.evaluation.relative_density import KnownDensity, RelativeDens
 from dat_lightning.evaluation.reliability import calibration_error, fit_temperature, reliability
 from dat_lightning.evaluation.restorations import Denoising, Inpainting, Restoration, SuperResolution
 from dat_lightning.evaluation.robustness import RobustAccuracy
+from dat_lightning.evaluation.sample_support import SampleSupport
 
 __all__ = [
     "AutoAttack",

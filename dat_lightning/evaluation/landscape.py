@@ -1,9 +1,8 @@
-"""Energies over the unit square beside a density that is known there: a picture, a divergence, where samples lie."""
+"""Energies over the unit square beside a density that is known there: a picture, a divergence."""
 
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +13,12 @@ from typing_extensions import override
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError, require_at_least
 from dat_lightning.data.batches import logits_of, require_finite
+from dat_lightning.data.plane import PlaneDataModule
 from dat_lightning.evaluation.evaluator import Evaluator
-from dat_lightning.evaluation.relative_density import density_of
-from dat_lightning.results.gathering import Values, gather
+from dat_lightning.results.gathering import Values
 from dat_lightning.results.measurement import Measurement
 from dat_lightning.results.pictures import pictures_wanted, show_picture
-from dat_lightning.sampling.pgd_sampler import SampleConsumer
 from dat_lightning.sampling.picture_grids import Tile, captioned_grid
-from dat_lightning.sampling.plan import SampleBatch, SamplingPlan
-from dat_lightning.sampling.sweep import over_sweep
 
 # From dark blue over green to yellow: lightness rises all the way.
 _RAMP = np.array([[68, 1, 84], [59, 82, 139], [33, 145, 140], [94, 201, 98], [253, 231, 37]], dtype=np.float64)
@@ -55,7 +51,8 @@ class Landscape(Evaluator):
         dirpath: See :class:`Evaluator`.
 
     Raises:
-        InputError: If the grid has no cell; in a test, if the DataModule knows no density, or logits are not finite.
+        InputError: If the grid has no cell; in a test, if the DataModule is none of the plane, or logits are not
+            finite.
     """
 
     def __init__(self, cells: int = 400, picture: str | None = None, dirpath: str | None = None) -> None:
@@ -65,6 +62,12 @@ class Landscape(Evaluator):
         self.picture = None if picture is None else Path(picture)
 
     @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Looks at the DataModule, and forgets the last evaluation."""
+        plane_of(trainer, type(self).__name__)
+        super().on_test_start(trainer, pl_module)
+
+    @override
     def evaluate_batch(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns −E(x)."""
         return {"score": scores(pl_module, batch["x"])}
@@ -72,7 +75,7 @@ class Landscape(Evaluator):
     @override
     def known_values(self, pl_module: LightningModule, batch: Mapping[str, Tensor]) -> Values:
         """Returns log p(x)."""
-        data = density_of(pl_module.trainer, type(self).__name__)
+        data = plane_of(pl_module.trainer, type(self).__name__)
         return {"log_density": data.log_density(batch["x"], batch["y"]).cpu()}
 
     @override
@@ -86,8 +89,10 @@ class Landscape(Evaluator):
         scaled = scale * on_grid
         log_z = log_mean_exp(scaled)
         kl = float(values["log_density"].mean() - scale * at_points.mean() + log_z)
-        data = density_of(trainer, type(self).__name__)
-        log_p = torch.cat([data.log_density(part, part[:, 0]) for part in grid.split(20_000)]).cpu()
+        data = plane_of(trainer, type(self).__name__)
+        no_class = torch.zeros(len(grid), dtype=torch.int64)
+        parts = zip(grid.split(20_000), no_class.split(20_000), strict=True)
+        log_p = torch.cat([data.log_density(*part) for part in parts])
         lowest = values["log_density"].quantile(_LEFT_OUT)
         off_support = float(scaled.softmax(0)[log_p < lowest].sum())
         pictures = []
@@ -118,58 +123,16 @@ class Landscape(Evaluator):
         ]
 
 
-class SampleSupport(SampleConsumer):
-    """Measures the share of samples that lie where the density of the data is not small.
-
-    That is where log p is above the quantile of test points that ``left_out`` says, so that of points of p the share
-    1 − ``left_out`` lies there. ``figures`` are ``sample_support``, after the best number of sampling steps, and
-    ``sample_support_{steps}_steps``. Samples are of all classes alike, however common these are.
-
-    Args:
-        left_out: The quantile, in (0, 1).
+def plane_of(trainer: Trainer, who: str) -> PlaneDataModule:
+    """Returns the Trainer's DataModule.
 
     Raises:
-        InputError: If the quantile is outside its range; in a test, if the DataModule knows no density.
+        InputError: If its density is none of the plane.
     """
-
-    stages = ("test",)
-
-    def __init__(self, left_out: float = _LEFT_OUT) -> None:
-        if not 0 < left_out < 1:
-            raise InputError(f"left_out must lie in (0, 1), got {left_out}")
-        self.left_out = left_out
-        self.figures: list[Measurement] = []
-        self._samples: dict[int, list[Values]] = {}
-
-    @override
-    def on_samples_start(self, trainer: Trainer, pl_module: LightningModule, plan: SamplingPlan) -> None:
-        """Starts anew."""
-        self.figures, self._samples = [], {steps: [] for steps in plan.num_steps}
-
-    @override
-    def on_samples_batch(self, trainer: Trainer, pl_module: LightningModule, batch: SampleBatch) -> None:
-        """Keeps log p of the batch."""
-        data = density_of(trainer, type(self).__name__)
-        for steps, images in batch.images.items():
-            log_p = data.log_density(images, batch.labels).cpu()
-            self._samples[steps].append({"index": batch.indices.cpu(), "log_density": log_p})
-
-    @override
-    def on_samples_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the figures."""
-        data: Any = density_of(trainer, type(self).__name__)
-        points = data.in_distribution("test")
-        x, y = zip(*(points[k] for k in range(len(points))), strict=True)
-        threshold = float(data.log_density(torch.stack(x), torch.stack(y)).quantile(self.left_out))
-        words = f"share of samples where log p is above its {self.left_out:g}-quantile of test points"
-        made = {}
-        for steps, mine in self._samples.items():
-            above = gather(mine, "no samples were generated")["log_density"] >= threshold
-            details, size = {"num_steps": steps, "threshold": threshold}, len(above)
-            share, plan = float(above.double().mean()), self.plan.settings
-            made[steps] = [Measurement("sample_support", share, words, size, details, "higher", plan)]
-        best = max(made, key=lambda steps: made[steps][0].value)
-        self._samples, self.figures = {}, over_sweep(made, made[best])
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if not isinstance(data, PlaneDataModule):
+        raise InputError(f"{who} needs a PlaneDataModule, or a subclass of it, got {type(data).__name__}")
+    return data
 
 
 def scores(pl_module: LightningModule, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Energies over the square: divergence and scale against scipy, the picture, and where samples are."""
+"""Energies over the square: divergence and scale against scipy, and the picture."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,13 @@ from PIL import Image
 from scipy import optimize  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dat_lightning import Landscape, PGDSampler, PlaneDataModule, SampleConsumer, SampleSupport
+from dat_lightning import Landscape, PlaneDataModule, RareDigitsDataModule
 from dat_lightning.core.errors import InputError
 from dat_lightning.data import plane_density
 from dat_lightning.evaluation.landscape import best_scale
 from dat_lightning.results import Measurement
 from tests import tiny
-from tests.evaluation.test_relative_density import plane_module, points, test_examples
+from tests.evaluation.planes import examples_of, plane_module, points
 
 
 class Known(LightningModule):
@@ -67,7 +67,7 @@ def test_kept_values_are_none_of_the_density_s_own(tmp_path: Path) -> None:
 def test_divergence_and_scale_are_those_of_scipy(tmp_path: Path) -> None:
     data, module = points("gaussians"), plane_module(8)
     found = measured(tmp_path, module, data, cells=60)
-    x, y = test_examples(data)
+    x, y = examples_of(data)
     middles = (np.arange(60) + 0.5) / 60
     grid = torch.tensor([[a, b] for a in middles for b in middles], dtype=torch.float32).view(-1, 2, 1, 1)
     with torch.no_grad():
@@ -118,7 +118,7 @@ def test_both_squares_of_the_picture_have_the_same_colours(tmp_path: Path) -> No
     """An energy that says nothing is the uniform density, whose logarithm is 0 nats everywhere."""
     path, data = tmp_path / "landscape.png", points("gaussians")
     measured(tmp_path, Known(0.0, "gaussians"), data, cells=100, picture=str(path))
-    x, y = test_examples(data)
+    x, y = examples_of(data)
     middles = (torch.arange(100, dtype=torch.float64) + 0.5) / 100
     log_p = data.log_density(torch.cartesian_prod(middles, middles).view(-1, 2, 1, 1), torch.zeros(10_000))
     low, high = np.quantile(data.log_density(x, y).numpy(), 0.01), float(log_p.max())
@@ -130,34 +130,38 @@ def test_both_squares_of_the_picture_have_the_same_colours(tmp_path: Path) -> No
     assert (flat.sum(0) >= 100).sum() >= 99
 
 
-class Kept(SampleConsumer):
-    """Keeps samples."""
+class Untouched(LightningModule):
+    """Says so if a batch reaches it."""
 
-    stages = ("test",)
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError
 
-    def on_samples_batch(self, trainer: Any, pl_module: Any, batch: Any) -> None:
-        self.images = batch.images
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        raise AssertionError
 
 
-def test_the_share_of_samples_on_the_support(tmp_path: Path) -> None:
-    data, support, kept = points("moons"), SampleSupport(left_out=0.2), Kept()
-    sampler = PGDSampler(num_samples=30, num_steps=[0, 30], step_size=0.05)
-    tiny.trainer(tmp_path, [sampler, support, kept]).test(plane_module(2), datamodule=data, verbose=False)
-    x, _ = test_examples(data)
-    threshold = np.quantile(data.log_density(x, x).numpy(), 0.2)
-    expected = {n: float((data.log_density(s, s) >= threshold).double().mean()) for n, s in kept.images.items()}
-    found = {figure.name: figure for figure in support.figures}
-    assert {n: found[f"sample_support_{n}_steps"].value for n in (0, 30)} == pytest.approx(expected)
-    assert found["sample_support"].value == max(expected.values())
-    assert found["sample_support"].details["sweep"] == list(expected.values())
+def test_other_data_are_refused_before_the_first_batch(tmp_path: Path) -> None:
+    """Those of rare digits know a density as well, but of digits."""
+    for data in (tiny.digits(), RareDigitsDataModule("ink", num_ood=50, num_held_out=50)):
+        with pytest.raises(InputError, match=f"Landscape needs a PlaneDataModule, .*, got {type(data).__name__}"):
+            measured(tmp_path, Untouched(), data)
+
+
+def test_the_density_is_asked_for_points_and_classes(tmp_path: Path) -> None:
+    """Integers, one for each, as of any batch."""
+    data, asked = points("moons"), []
+
+    def log_density(x: Tensor, y: Tensor) -> Tensor:
+        asked.append((tuple(x.shape[1:]), y.dtype, y.shape == x.shape[:1]))
+        return plane_density("moons").log_prob(x)
+
+    data.log_density = log_density  # type: ignore[method-assign]
+    measured(tmp_path, Known(1.0), data, cells=150)  # more than one part
+    assert set(asked) == {((2, 1, 1), torch.int64, True)}
 
 
 def test_what_cannot_be_measured_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cells must be at least 1, got 0"):
         Landscape(cells=0)
-    with pytest.raises(InputError, match=r"left_out must lie in \(0, 1\), got 1.0"):
-        SampleSupport(left_out=1.0)
-    with pytest.raises(InputError, match="Landscape needs a DataModule with group_names"):
-        measured(tmp_path, tiny.stage1(), tiny.digits())
     with pytest.raises(InputError, match="Landscape needs finite logits"):
         measured(tmp_path, Known(float("nan")), points("moons"), cells=10)

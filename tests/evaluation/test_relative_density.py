@@ -10,22 +10,12 @@ from lightning.pytorch import LightningModule
 from scipy import stats  # type: ignore[import-untyped]
 from torch import Tensor
 
-from dat_lightning import ATEBMModule, EnergyModel, Perceptron, PlaneDataModule, RareDigitsDataModule, RelativeDensity
+from dat_lightning import PlaneDataModule, RareDigitsDataModule, RelativeDensity
 from dat_lightning.core.errors import InputError
 from dat_lightning.evaluation import rank_correlation
 from dat_lightning.results import Measurement
 from tests import tiny
-
-
-def points(density: Any = "pinwheel") -> PlaneDataModule:
-    return PlaneDataModule(density, num_train=64, num_test=400, num_ood=50, num_held_out=50)
-
-
-def plane_module(num_classes: int = 5) -> Any:
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        network = EnergyModel(Perceptron(num_classes, widths=(16,)), mean=[0.5, 0.5], std=[0.1, 0.1])
-    return tiny.stage1(energy_model=network) if num_classes > 1 else ATEBMModule(network)
+from tests.evaluation.planes import examples_of, plane_module, points
 
 
 def measured(path: Path, module: LightningModule, data: Any, **trainer: Any) -> dict[str, Measurement]:
@@ -38,20 +28,11 @@ def measured(path: Path, module: LightningModule, data: Any, **trainer: Any) -> 
     return found
 
 
-def test_examples(data: Any) -> tuple[Tensor, Tensor]:
-    entries = data.in_distribution("test")
-    x, y = zip(*(entries[k] for k in range(len(entries))), strict=True)
-    return torch.stack(x), torch.stack(y)
-
-
-test_examples.__test__ = False  # type: ignore[attr-defined]
-
-
 @pytest.mark.parametrize("num_classes", [5, 1])
 def test_figures_of_the_plane_are_those_of_scipy(num_classes: int, tmp_path: Path) -> None:
     data, module = points(), plane_module(num_classes)
     found = measured(tmp_path, module, data)
-    x, y = test_examples(data)
+    x, y = examples_of(data)
     with torch.no_grad():
         logits = module.eval()(x).double().numpy()
     score = np.log(np.exp(logits).sum(1))
@@ -98,7 +79,7 @@ def test_an_energy_that_is_the_density_has_a_rank_correlation_of_one(tmp_path: P
 def test_groups_of_digits_are_compared(rare_by: Any, tmp_path: Path) -> None:
     data, module = RareDigitsDataModule(rare_by, num_ood=50, num_held_out=50), tiny.stage1()
     found = measured(tmp_path, module, data)
-    x, y = test_examples(data)
+    x, y = examples_of(data)
     with torch.no_grad():
         score = module.eval()(x).double().logsumexp(1).numpy()
     groups = data.groups(x, y).numpy()
