@@ -19,7 +19,7 @@ from dat_lightning.core.errors import InputError, require_counts, require_kind
 from dat_lightning.core.objectives import Objective, negative_marginal_energy, targeted_logit
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.core.update_rules import STEEPEST, UpdateRule
-from dat_lightning.data.batches import logits_of
+from dat_lightning.data.batches import logits_of, require_finite
 from dat_lightning.data.pixels import to_uint8_rgb
 from dat_lightning.evaluation.evaluator import Evaluator
 from dat_lightning.evaluation.label_agreement import check_independent, classes_read
@@ -62,7 +62,7 @@ class Editing(Evaluator):
 
     Args:
         tasks: What to undo, each with steps of its own.
-        labels: Whether classes are known.
+        labels: Whether classes are known; a network of one logit has none, and takes ``["unknown"]`` alone.
         rule: How steps are made.
         judge: An independent classifier, images to logits.
         max_images: Edit only as many, chosen by a hash of (seed, index), whatever order the data have.
@@ -75,7 +75,8 @@ class Editing(Evaluator):
 
     Raises:
         InputError: If an argument is outside its range; in a test, if images are too small or their sides no multiple
-            of a factor, labels do not fit the network's classes, or the judge is part of the network or gives NaN.
+            of a factor, known labels do not fit the network's classes, or the judge is part of the network or gives
+            NaN.
 
     Source: Santurkar et al. 2019 (arXiv 1906.09453), inpainting and super-resolution by a robust classifier; Wang et
         al. 2004 for the structural similarity.
@@ -178,7 +179,11 @@ class Editing(Evaluator):
         """
         x, y, index = batch["x"], batch["y"], batch["index"]
         with torch.no_grad(), no_trace(pl_module):
-            self.check_logits(logits_of(pl_module, x, "Editing"), y)
+            logits = logits_of(pl_module, x, "Editing")
+        if "known" in self.labels:
+            self.check_logits(logits, y)
+        else:
+            require_finite(logits, "Editing")
         values: Values = {} if self.judge is None else {"original_agreement": self.read(x, y) == y}
         for task in self.tasks:
             degraded = task.degraded(x, index.tolist(), self.seed)

@@ -152,6 +152,23 @@ def test_without_labels_the_marginal_energy_is_climbed(tmp_path: Path) -> None:
     assert figures["inpainting_center_psnr_unknown"].compared_by != figures["inpainting_center_psnr_known"].compared_by
 
 
+def test_an_energy_without_classes_restores_as_the_same_energy_of_many(tmp_path: Path) -> None:
+    """Where logsumexp has one logit it is that logit, and of K of them that are equal log K more, which moves nothing."""
+    one, many = Linear(), Linear()
+    one.net.weight.data = one.net.weight.data[:1]
+    many.net.weight.data = one.net.weight.data.expand(CLASSES, -1).clone()
+    found = [run(tmp_path, Editing(TASKS, labels=["unknown"]), module) for module in (one, many)]
+    values = [{name: figure.value for name, figure in each.items()} for each in found]
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    for task in TASKS:
+        assert abs(values[0][f"{task.name}_psnr_unknown"] - values[0][f"{task.name}_psnr_degraded"]) > 0.01
+    with pytest.raises(InputError, match=r"Editing needs logits \(N, K\) of at least 2 classes, got shape \(\d+, 1\)"):
+        run(tmp_path, Editing(TASKS), one)
+    one.net.weight.data.fill_(math.nan)
+    with pytest.raises(InputError, match="Editing needs finite logits"):
+        run(tmp_path, Editing(TASKS, labels=["unknown"]), one)
+
+
 def test_images_that_rounding_has_brought_out_of_the_box_are_edited(tmp_path: Path) -> None:
     """What the evaluator has accepted with each batch, no edit refuses after the last one."""
     x, y = grey_images(4)
