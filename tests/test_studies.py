@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 
-from dat_lightning import AutoAttack
+from dat_lightning import AutoAttack, evaluation
 from dat_lightning.cli import DATCLI
 from dat_lightning.pages.study_file import Study, read_study
 from tests.frozen.record import ROOT
@@ -26,7 +26,7 @@ PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
 NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
 NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "digits/rare", "density/plane", "digits/cost"]
-NAMES += ["digits/rivals_tuning", "cifar10_cpu/ablations", "cifar10_cpu/half_cost"]
+NAMES += ["digits/rivals_tuning", "digits/editing", "cifar10_cpu/ablations", "cifar10_cpu/half_cost"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 
@@ -78,8 +78,10 @@ def test_the_command_line_takes_all_of_a_study_and_measures_what_it_shows(name: 
         assert config["model"]["init_args"]["seed"] == config["seed_everything"] == 0
     for variant in study.variants:
         tested = parsed(study.test_arguments(variant.folder, 1, "out"))
+        folder = f"out/{study.folder(variant.folder, 1)}"
+        assert tested["trainer"]["default_root_dir"] == folder
         report = callbacks_of(tested)["EvaluationReport"]
-        assert report["path"] == f"out/{study.folder(variant.folder, 1)}/evaluation.json"
+        assert report["path"] in (None, f"{folder}/evaluation.json")  # by default in the run's folder
     shown = {column.figure for column in study.columns} | {plot.figure for plot in study.plots}
     shown |= {plot.x for plot in study.plots if plot.x is not None}
     assert shown <= measured(study, callbacks_of(tested))
@@ -108,6 +110,10 @@ def measured(study: Study, callbacks: dict[str, Any]) -> set[str]:
         known.add(AutoAttack(**callbacks["AutoAttack"]).name)
     if "Calibration" in callbacks:
         known.add("ece")
+    for task in callbacks.get("Editing", {}).get("tasks", []):
+        made = getattr(evaluation, task["class_path"].rpartition(".")[2])(**task["init_args"])
+        endings = [f"{measure}_{label}" for measure in ("psnr", "agreement") for label in ("known", "unknown")]
+        known |= {f"edit_{made.name}_{ending}" for ending in endings}
     search = callbacks.get("Counterfactuals", {})
     needed = {"plausibility": "judge", "fid": "extractor"}
     what = ["success", "confidence", *(name for name, part in needed.items() if search.get(part))]

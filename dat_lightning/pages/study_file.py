@@ -188,9 +188,13 @@ class Study:
         return shlex.join([*self._given(base.configs), *_options(arguments)])
 
     def test_arguments(self, name: str, seed: int, out: str) -> str:
-        """Returns the arguments of ``test`` for what a training has left, as :meth:`fit_arguments` does."""
+        """Returns the arguments of ``test`` for what a training has left, as :meth:`fit_arguments` does.
+
+        The folder is said once more after the evaluation's files, of which one may name its own.
+        """
         folder = f"{out}/{self.folder(name, seed)}"
-        given = shlex.join([*self._given(self.evaluation_configs(name)), f"--ckpt_path={folder}/checkpoints/last.ckpt"])
+        own = {"trainer.default_root_dir": folder, "ckpt_path": f"{folder}/checkpoints/last.ckpt"}
+        given = shlex.join([*self._given(self.evaluation_configs(name)), *_options(own)])
         return f"{self.fit_arguments(name, seed, out)} {given}"
 
     def digest(self, name: str, seed: int) -> str:

@@ -36,7 +36,7 @@ class Result:
         folder: Of the run.
         done: Whether it has been tested.
         figures: Name → number.
-        sweeps: Figure → ``steps`` and ``values`` over the number of sampling steps.
+        sweeps: Figure → ``steps`` and ``values`` over the number of sampling steps, or of an edit's.
         curves: Logged scalar → ``steps`` and ``values`` over training.
         provenance: Versions, device, hashes of the checkpoint and its weights.
         better: Figure → what is better, ``higher`` or ``lower``, as far as its evaluator says it.
@@ -108,12 +108,15 @@ def figures_of(evaluation: Evaluation) -> dict[str, float]:
 
 
 def sweeps_of(evaluation: Evaluation) -> dict[str, Points]:
-    """Returns figure → values over the number of sampling steps."""
-    return {
-        entry.name: {"steps": list(entry.details["sweep_steps"]), "values": list(entry.details["sweep"])}
-        for entry in evaluation.entries
-        if "sweep" in entry.details and "sweep_steps" in entry.details
-    }
+    """Returns figure → values over the number of sampling steps, or of an edit's steps, from none on."""
+    sweeps: dict[str, Points] = {}
+    for entry in evaluation.entries:
+        if "sweep" in entry.details and "sweep_steps" in entry.details:
+            sweeps[entry.name] = {"steps": list(entry.details["sweep_steps"]), "values": list(entry.details["sweep"])}
+        elif entry.details.get("after_each_step"):
+            values = list(entry.details["after_each_step"])
+            sweeps[entry.name] = {"steps": [float(step) for step in range(len(values))], "values": values}
+    return sweeps
 
 
 def summaries(results: Sequence[Result], variant: str) -> dict[str, Summary]:

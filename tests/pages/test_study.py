@@ -77,6 +77,7 @@ def test_a_training_gets_files_arguments_seeds_and_what_it_starts_from(tmp_path:
     )
     assert found.test_arguments("long_one", 0, "out") == (
         f"{found.fit_arguments('long_one', 0, 'out')} --config={tmp_path}/evaluation.yaml"
+        " --trainer.default_root_dir=out/long_one/seed0"  # whatever the file of the evaluation says
         " --ckpt_path=out/long_one/seed0/checkpoints/last.ckpt"
     )
     assert (found.parent("long_one", 1), found.parent("first", 1)) == ("first/seed1", None)
@@ -246,6 +247,15 @@ def test_figures_of_single_step_counts_are_left_to_the_sweep() -> None:
     evaluation = Evaluation("e", entries)
     assert figures_of(evaluation) == {"fid": 3.0, "fid num_steps": 10.0, "accuracy": 0.5}
     assert sweeps_of(evaluation) == {"fid": {"steps": [5, 10], "values": [4.0, 3.0]}}
+
+
+def test_what_an_edit_has_after_each_step_is_a_sweep_from_none_on() -> None:
+    details: dict[str, Any] = {"after_each_step": [17.5, 19.0, 18.0]}
+    edited = Measurement("edit_psnr_known", 18.0, "p", 8, details)
+    plain = Measurement("edit_psnr_simple", 17.5, "p", 8, {"after_each_step": []})
+    assert sweeps_of(Evaluation("e", [edited, plain])) == {
+        "edit_psnr_known": {"steps": [0, 1, 2], "values": [17.5, 19.0, 18.0]}
+    }
 
 
 @pytest.fixture
