@@ -121,7 +121,8 @@ def open_checkpoint(
 
     Raises:
         FileNotFoundError: If a file or the data of a configuration are missing.
-        InputError: If the checkpoint is damaged, of another kind, or does not fit; or an argument is wrong.
+        InputError: If the checkpoint is damaged, of another kind, or does not fit; its images have another number of
+            channels than 1 or 3; or an argument is wrong.
     """
     path = located(ckpt_path)
     ships = path.parent == MODELS
@@ -174,6 +175,8 @@ def _put_together(
         notes.append("No data are known for this checkpoint: --config with the run's configuration adds its images.")
         if image_size is None:
             notes.append(f"Images of {size}×{size} pixels are a guess from the network; --image_size changes it.")
+    if shape[0] not in (1, 3):
+        raise InputError(f"explore shows images of 1 or 3 channels, and those of {name} have {shape[0]}")
     seeds = None
     if data is not None and (held_out := data.out_of_distribution("held_out")) is not None and len(held_out):
         seeds = data.held_out_seeds()

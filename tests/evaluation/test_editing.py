@@ -153,7 +153,7 @@ def test_without_labels_the_marginal_energy_is_climbed(tmp_path: Path) -> None:
 
 
 def test_an_energy_without_classes_restores_as_the_same_energy_of_many(tmp_path: Path) -> None:
-    """Where logsumexp has one logit it is that logit, and of K of them that are equal log K more, which moves nothing."""
+    """Of one logit logsumexp is that logit, and of K equal ones log K more, which moves nothing."""
     one, many = Linear(), Linear()
     one.net.weight.data = one.net.weight.data[:1]
     many.net.weight.data = one.net.weight.data.expand(CLASSES, -1).clone()

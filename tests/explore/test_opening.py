@@ -10,11 +10,13 @@ from dat_lightning import (
     DualAdversarialModule,
     EnergyModel,
     Momentum,
+    Perceptron,
     RandomLength,
     SmallResNet,
     Steepest,
     pretrained,
 )
+from dat_lightning.core.errors import InputError
 from dat_lightning.explore import open_checkpoint, opening
 from dat_lightning.features import DigitsJudge
 from dat_lightning.weights import load_weights
@@ -272,6 +274,18 @@ def test_without_a_file_s_hints_steps_grow_with_the_image(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path / "model")
     # 1 % of the box's diagonal, √(3·32·32).
     assert open_checkpoint(tmp_path / "model", image_size=32).step_size == 0.55
+
+
+def test_images_that_no_page_can_show_are_refused(tmp_path: Path) -> None:
+    """Points of the plane, as configs/density has them, and whatever a network's first layer says."""
+    said = r"explore shows images of 1 or 3 channels, and those of .*model have 2"
+    EnergyModel(Perceptron(2, widths=(4,)), mean=[0.5, 0.5], std=[0.1, 0.1]).save_pretrained(tmp_path / "model")
+    (tmp_path / "plane.yaml").write_text("data: {class_path: dat_lightning.PlaneDataModule}\n")
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(tmp_path / "model", [tmp_path / "plane.yaml"])
+    EnergyModel(SmallResNet(num_classes=3, in_channels=2, widths=(4, 8))).save_pretrained(tmp_path / "second_model")
+    with pytest.raises(InputError, match=said):
+        open_checkpoint(tmp_path / "second_model")
 
 
 @pytest.mark.parametrize(
