@@ -1,13 +1,14 @@
 """A buffer of images that chains go on from: each rank has its share, a checkpoint the whole."""
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.ranks import gathered, number_of_ranks
 
 
 class ReplayBufferModule(EnergyModule):
@@ -67,20 +68,19 @@ class ReplayBufferModule(EnergyModule):
     def _buffer_of(self, x: Tensor) -> Tensor:
         """This rank's share of the buffer, made or taken from a checkpoint at the first step."""
         if self.replay_buffer is None:
-            rank, world_size, whole = self.trainer.global_rank, self.trainer.world_size, self._restored_buffer
-            if self.buffer_size % world_size or (whole is not None and len(whole) != self.buffer_size):
+            rank, ranks, whole = self.global_rank, number_of_ranks(), self._restored_buffer
+            if self.buffer_size % ranks or (whole is not None and len(whole) != self.buffer_size):
                 kept = "" if whole is None else f", and be {len(whole)} as in the checkpoint"
                 raise InputError(
-                    f"buffer_size must be a multiple of the number of processes, {world_size}{kept}; got"
+                    f"buffer_size must be a multiple of the number of processes, {ranks}{kept}; got"
                     f" {self.buffer_size}"
                 )
-            places, shape = range(rank, self.buffer_size, world_size), tuple(x.shape[1:])
-            share = self.first_images(places, shape) if whole is None else whole[rank::world_size]
+            places, shape = range(rank, self.buffer_size, ranks), tuple(x.shape[1:])
+            share = self.first_images(places, shape) if whole is None else whole[rank::ranks]
             self.replay_buffer, self._restored_buffer = share.to(x, copy=True), None
         return self.replay_buffer
 
     def _gathered(self) -> Tensor | None:
         if self.replay_buffer is None:
             return self._restored_buffer
-        shares = cast(Tensor, self.all_gather(self.replay_buffer))
-        return (shares if self.trainer.world_size == 1 else shares.transpose(0, 1).flatten(0, 1)).cpu()
+        return gathered(self.replay_buffer).transpose(0, 1).flatten(0, 1).cpu()
