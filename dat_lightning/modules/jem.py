@@ -9,11 +9,12 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import InputError, TrainingFailureError
+from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least, require_counts
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.random_streams import normal_noise, stream_generator, uniform_noise
 from dat_lightning.core.update_rules import Langevin
+from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.modules.replay_buffer import ReplayBufferModule
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
@@ -47,7 +48,8 @@ class JEMModule(ReplayBufferModule):
             attack in training: ``threat_model`` is that of evaluation, ``attack_mode`` and ``attack_rule`` do nothing.
 
     Raises:
-        InputError: If a number is outside its range.
+        InputError: If a number is outside its range; in training, if the buffer cannot be shared evenly by ranks, or is
+            smaller than a batch.
         TrainingFailureError: In training, if it diverges.
 
     Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 9 and Algorithm 1, where images lie in [−1, 1].
@@ -70,10 +72,12 @@ class JEMModule(ReplayBufferModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
-        if buffer_size < 1 or not 0 <= restart_share <= 1:
-            raise InputError(f"a buffer has images and a share of restarts, got {buffer_size=} and {restart_share=}")
-        if min(data_noise, energy_weight) < 0 or not max_energy_gap > 0:
-            raise InputError(f"numbers must not be negative, got {data_noise=}, {energy_weight=} and {max_energy_gap=}")
+        require_counts(1, buffer_size=buffer_size)
+        require_at_least(0, data_noise=data_noise, energy_weight=energy_weight)
+        if not 0 <= restart_share <= 1:
+            raise InputError(f"restart_share must lie in [0, 1], got {restart_share}")
+        if not max_energy_gap > 0:
+            raise InputError(f"max_energy_gap must be positive, got {max_energy_gap}")
         self.chain = Ascent(negative_marginal_energy, unbounded_ascent(step_size, num_steps), Langevin(noise))
         self.buffer_size, self.restart_share = buffer_size, restart_share
         self.data_noise, self.energy_weight, self.max_energy_gap = data_noise, energy_weight, max_energy_gap
@@ -93,7 +97,8 @@ class JEMModule(ReplayBufferModule):
     def chain_samples(self, buffer: Tensor, draws: Sequence[int]) -> Tensor:
         """Returns the ends of a chain for each draw, detached, which take their starts' places in the buffer."""
         if len(draws) > len(buffer):
-            raise InputError(f"buffer_size must be at least the batch size, got {self.buffer_size}")
+            batch_size = len(draws) * number_of_ranks()
+            raise InputError(f"buffer_size must be at least the batch size, {batch_size}, got {self.buffer_size}")
         order = torch.randperm(len(buffer), generator=stream_generator(self.seed, "chains", draws[0]))
         places = order[: len(draws)].to(buffer.device)
         old, noise = buffer[places], uniform_noise(self.seed, "start", draws, tuple(buffer.shape[1:])).to(buffer)
