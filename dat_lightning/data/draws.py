@@ -13,7 +13,7 @@ from typing_extensions import override
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import RandomPermutation, stream_seed
 from dat_lightning.data.batches import stacked
-from dat_lightning.data.entries import ReadableImages, SizedDataset
+from dat_lightning.data.entries import ReadableImages, SizedDataset, image_of
 
 Transform = Callable[[Any], Tensor]
 """Maps a raw image to a float tensor (C, H, W) in [0, 1]; randomness comes from torch's global generator."""
@@ -85,6 +85,10 @@ class DrawStream:
         index, entry = self._entry(draw)
         with self._random_numbers_of(draw):
             return self.images.transformed(index, entry, self.transform)
+
+    def unaugmented(self, draw: int) -> Any:
+        """Returns the image of a draw as its data set has it."""
+        return image_of(self._entry(draw)[1])
 
     def replayed(self, draw: int, image: Any) -> Tensor:
         """Returns another image, augmented as that of the draw is."""

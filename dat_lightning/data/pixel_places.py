@@ -2,12 +2,27 @@
 
 import torch
 from torch import Tensor
+from torchvision.transforms.v2.functional import get_size
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream
 
 # Places as pixels in [0, 1], exact in float32 up to four thousand pixels a side.
 _SCALE = 2.0**-24
+
+
+def image_size(stream: DrawStream, draws: list[int]) -> tuple[int, int]:
+    """Returns height and width that the images of some draws have in their data set.
+
+    Raises:
+        InputError: If they differ.
+    """
+    sizes = sorted({tuple(get_size(stream.unaugmented(draw))) for draw in draws})
+    if len(sizes) > 1:
+        found = ", ".join(f"{height}×{width}" for height, width in sizes[:3])
+        raise InputError(f"the images of the {stream.name!r} stream must all have one size, got {found}")
+    height, width = sizes[0]
+    return height, width
 
 
 def pixel_places(stream: DrawStream, draws: list[int], size: tuple[int, int]) -> Tensor:

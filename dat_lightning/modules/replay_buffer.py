@@ -72,8 +72,7 @@ class ReplayBufferModule(EnergyModule):
             if self.buffer_size % ranks or (whole is not None and len(whole) != self.buffer_size):
                 kept = "" if whole is None else f", and be {len(whole)} as in the checkpoint"
                 raise InputError(
-                    f"buffer_size must be a multiple of the number of processes, {ranks}{kept}; got"
-                    f" {self.buffer_size}"
+                    f"buffer_size must be a multiple of the number of processes, {ranks}{kept}; got {self.buffer_size}"
                 )
             places, shape = range(rank, self.buffer_size, ranks), tuple(x.shape[1:])
             share = self.first_images(places, shape) if whole is None else whole[rank::ranks]

@@ -80,6 +80,7 @@ def test_a_replayed_draw_is_the_draw_and_leaves_the_generator_alone() -> None:
     images = Images(3, 16, 16)
     stream = DrawStream(images, cifar_weak(16), seed=1, name="gen")
     before = torch.get_rng_state()
-    again = stream.replayed(11, images.images[stream.index(11)])
+    assert torch.equal(stream.unaugmented(11), images.images[stream.index(11)])
+    again = stream.replayed(11, stream.unaugmented(11))
     assert torch.equal(again, stream(11)[0])
     assert torch.equal(torch.get_rng_state(), before)

@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader
 from dat_lightning import (
     AUCCurriculum,
     DATBalancedModule,
+    DATContinuedChainsModule,
     DATNoiseContrastiveModule,
     EnergyModel,
     EnergyModule,
     SmallResNet,
     ThreatModel,
-    ThriftyDATModule,
     TradesModule,
     ascend,
 )
@@ -233,7 +233,7 @@ def _own_loader(numbered: bool, count: int = 6) -> Any:
         partial(_made, TradesModule),
         partial(_made, DATBalancedModule, curriculum=AUCCurriculum(initial_steps=1)),
         partial(_made, DATNoiseContrastiveModule),
-        partial(_made, ThriftyDATModule, restart_share=0.5, buffer_size=40),
+        partial(_made, DATContinuedChainsModule, restart_share=0.5, buffer_size=40),
     ],
 )
 def test_examples_without_numbers_are_counted(make: Callable[..., EnergyModule], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from dat_lightning import (
     ATEBMModule,
     DATBalancedModule,
+    DATContinuedChainsModule,
     DATLikelihoodModule,
     DATNoiseContrastiveModule,
     DATRatioModule,
@@ -21,7 +22,6 @@ from dat_lightning import (
     RATIOModule,
     SmallResNet,
     ThreatModel,
-    ThriftyDATModule,
     TradesModule,
 )
 from dat_lightning.modules.dat_nce import TiedGaussians
@@ -65,7 +65,7 @@ MODULES: dict[str, Callable[[int], Any]] = {
     "classification attack of Stage 2": stage2(threat_model=RANDOM_START),
     "contrastive chain": stage2(contrastive_rule=RandomLength(0.5)),
     "AT-EBM's chain": one_logit,
-    "thrifty chain": stage2(ThriftyDATModule, contrastive_rule=RandomLength(0.5)),
+    "chain that may go on": stage2(DATContinuedChainsModule, contrastive_rule=RandomLength(0.5)),
     "balanced classes": stage2(DATBalancedModule),
     "OOD attack of DAT with RATIO": stage2(DATRatioModule, ood_threat_model=RANDOM_START),
     "likelihood chain": stage2(DATLikelihoodModule, likelihood_steps=2, likelihood_noise=0.1),

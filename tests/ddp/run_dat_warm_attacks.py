@@ -1,4 +1,4 @@
-"""Thrifty DAT on one and two ranks, whole and in two lives; ``python -m tests.ddp.run_thrifty folder``."""
+"""Warm attacks on one and two ranks, whole and in two lives; ``python -m tests.ddp.run_dat_warm_attacks folder``."""
 
 import sys
 from pathlib import Path
@@ -7,13 +7,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, Trainer
 
-from dat_lightning import AUCCurriculum, ThreatModel, ThriftyDATModule
+from dat_lightning import AUCCurriculum, DATWarmAttacksModule, ThreatModel
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
 
 NUM_STEPS, STOP = 9, 5  # of 128 images: each of the 437 comes twice at least
-WARM: dict[str, Any] = {"warm_attacks": True}
-CHAINS: dict[str, Any] = {**WARM, "restart_share": 0.4, "buffer_size": 40}
 
 
 class Keeper(Callback):
@@ -27,31 +25,28 @@ class Keeper(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
         self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        buffer = pl_module.replay_buffer
-        self.state = {"perturbations": pl_module.perturbations.clone()}
-        self.state |= {} if buffer is None else {"buffer": buffer.clone()}
+        self.perturbations = pl_module.perturbations.clone()
 
 
-def main(folder: Path, name: str, ways: dict[str, Any], ranks: int, steps: int, resume: Path | None) -> None:
-    # Lightning loads a checkpoint before it makes the module one of float64.
-    precision: Any = "32-true" if "restart_share" in ways else "64-true"
+def main(folder: Path, name: str, precision: Any, ranks: int, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
     fixed = {"energy_model": tiny.energy_model(), "threat_model": ThreatModel(step_size=0.3, num_steps=3)}
-    module = ThriftyDATModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **ways})
+    module = DATWarmAttacksModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum})
     keeper = Keeper()
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": ranks, "strategy": strategy(ranks)}
     trainer = tiny.trainer(folder, [keeper], precision=precision, **options)
     data = tiny.digits(batch_size=128, validation_size=1000)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
     trainer.save_checkpoint(folder / f"{name}.ckpt")
-    kept = {"losses": keeper.losses, "weights": keeper.weights, **keeper.state}
+    kept = {"losses": keeper.losses, "weights": keeper.weights, "perturbations": keeper.perturbations}
     torch.save(kept, folder / f"{name}-{trainer.global_rank}.pt")
 
 
 if __name__ == "__main__":
     where = Path(sys.argv[1])
-    launch(main, 2, where, "two", WARM, 2, NUM_STEPS, None)
-    launch(main, 2, where, "whole", CHAINS, 2, NUM_STEPS, None)
-    launch(main, 2, where, "first", CHAINS, 2, STOP, None)
-    launch(main, 2, where, "second", CHAINS, 2, NUM_STEPS, where / "first.ckpt")
-    launch(main, 1, where, "one", WARM, 1, NUM_STEPS, None)
+    launch(main, 2, where, "two", "64-true", 2, NUM_STEPS, None)
+    # Lightning loads a checkpoint before it makes the module one of float64.
+    launch(main, 2, where, "whole", "32-true", 2, NUM_STEPS, None)
+    launch(main, 2, where, "first", "32-true", 2, STOP, None)
+    launch(main, 2, where, "second", "32-true", 2, NUM_STEPS, where / "first.ckpt")
+    launch(main, 1, where, "one", "64-true", 1, NUM_STEPS, None)
