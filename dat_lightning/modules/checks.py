@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -81,7 +81,8 @@ def check_restored(module: LightningModule, contents: Mapping[str, Any], to_trai
 
     Raises:
         InputError: If weights cannot be any, T lies beyond the curriculum, a count is none, or, to train, progress is
-            missing or the optimiser's state is not one of this module's.
+            missing or the optimiser's state is not one of this module's; or if a module that keeps more, and checks it
+            in ``check_entries``, refuses that.
     """
     try:
         _check_restored(module, contents, to_train)
@@ -103,10 +104,37 @@ def _check_restored(module: LightningModule, contents: Mapping[str, Any], to_tra
                 _check_curriculum(name, part, saved, _most_steps(contents), to_train)
     if to_train:
         require_counts(0, network_evaluations=contents.get("network_evaluations", 0))
+        getattr(module, "check_entries", lambda contents: None)(contents)
         progress = (contents.get("loops") or {}).get("fit_loop") or {}
         if not {"epoch_progress", "epoch_loop.batch_progress"} <= progress.keys():
             raise InputError("it does not say how far training has come: loops.fit_loop lacks its progress")
         _check_optimizer(module, contents.get("optimizer_states") or [])
+
+
+def check_entry(name: str, value: object, *shape: int | str, allow_nan: bool = False) -> None:
+    """Checks a tensor of floats that a module keeps in checkpoints besides its weights.
+
+    Args:
+        name: Of the checkpoint's entry.
+        value: What it is; there may be none.
+        shape: What the tensor's has to be; a word stands for any number.
+        allow_nan: Whether numbers need not be finite.
+
+    Raises:
+        InputError: With the name, if it is something else.
+    """
+    if value is None:
+        return
+    if fault := fault_of(f"the checkpoint's {name}", value, torch.empty(()), allow_nan=allow_nan):
+        raise InputError(fault)
+    check_entry_shape(name, cast(Tensor, value), *shape)
+
+
+def check_entry_shape(name: str, tensor: Tensor, *shape: int | str) -> None:
+    """Raises an InputError if such a tensor has another shape, which is known on the host."""
+    found = tuple(tensor.shape)
+    if len(found) != len(shape) or any(isinstance(n, int) and n != m for n, m in zip(shape, found, strict=True)):
+        raise InputError(f"the checkpoint's {name} must have the shape ({', '.join(map(str, shape))}), got {found}")
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]]) -> None:

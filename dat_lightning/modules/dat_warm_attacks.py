@@ -1,5 +1,6 @@
 """DAT for fewer network evaluations: attacks that begin where the last one on the same image ended."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from dat_lightning.core.ascent import Ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.data.draws import DrawStream
 from dat_lightning.data.pixel_places import image_size, pixel_places
+from dat_lightning.modules.checks import check_entry, check_entry_shape
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule
 from dat_lightning.modules.ranks import gathered
 from dat_lightning.weights.hub import EnergyModel
@@ -104,9 +106,14 @@ class DATWarmAttacksModule(DualAdversarialModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the perturbations."""
+        """Takes the perturbations where training goes on."""
         super().on_load_checkpoint(checkpoint)
-        self.perturbations = checkpoint.get("perturbations")
+        if self._is_fitting():
+            self.perturbations = checkpoint.get("perturbations")
+
+    def check_entries(self, contents: Mapping[str, Any]) -> None:
+        """Raises an InputError if a checkpoint's perturbations are none."""
+        check_entry("perturbations", contents.get("perturbations"), "images", "C", "H·W")
 
     # Parts.
 
@@ -124,10 +131,11 @@ class DATWarmAttacksModule(DualAdversarialModule):
             self._source = stream, image_size(stream, numbers)
         return self._source
 
-    def _table(self, shape: tuple[int, ...], x: Tensor) -> Tensor:
+    def _table(self, shape: tuple[int, int, int], x: Tensor) -> Tensor:
         """The perturbations, made or taken from a checkpoint at the first step."""
         if self.perturbations is None:
             self.perturbations = x.new_zeros(shape)
+        check_entry_shape("perturbations", self.perturbations, *shape)
         self.perturbations = self.perturbations.to(x)  # those of a checkpoint are elsewhere
         return self.perturbations
 

@@ -1,6 +1,6 @@
 """A buffer of images that chains go on from: each rank has its share, a checkpoint the whole."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -8,6 +8,7 @@ from typing_extensions import override
 
 from dat_lightning.core.errors import InputError
 from dat_lightning.modules.base import EnergyModule
+from dat_lightning.modules.checks import check_entry, check_entry_shape
 from dat_lightning.modules.ranks import gathered, number_of_ranks
 
 
@@ -61,9 +62,14 @@ class ReplayBufferModule(EnergyModule):
 
     @override
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes the whole buffer, of which the next step keeps this rank's share."""
+        """Takes the whole buffer where training goes on; the next step keeps this rank's share of it."""
         super().on_load_checkpoint(checkpoint)
-        self.replay_buffer, self._restored_buffer = None, checkpoint.get("replay_buffer")
+        if self._is_fitting():
+            self.replay_buffer, self._restored_buffer = None, checkpoint.get("replay_buffer")
+
+    def check_entries(self, contents: Mapping[str, Any]) -> None:
+        """Raises an InputError if a checkpoint's buffer is none of images."""
+        check_entry("replay_buffer", contents.get("replay_buffer"), "N", "C", "H", "W", allow_nan=True)
 
     def _buffer_of(self, x: Tensor) -> Tensor:
         """This rank's share of the buffer, made or taken from a checkpoint at the first step."""
@@ -75,6 +81,8 @@ class ReplayBufferModule(EnergyModule):
                     f"buffer_size must be a multiple of the number of processes, {ranks}{kept}; got {self.buffer_size}"
                 )
             places, shape = range(rank, self.buffer_size, ranks), tuple(x.shape[1:])
+            if whole is not None:
+                check_entry_shape("replay_buffer", whole, self.buffer_size, *shape)
             share = self.first_images(places, shape) if whole is None else whole[rank::ranks]
             self.replay_buffer, self._restored_buffer = share.to(x, copy=True), None
         return self.replay_buffer

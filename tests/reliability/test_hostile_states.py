@@ -13,7 +13,14 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from dat_lightning import DualAdversarialModule, ExponentialMovingAverage
+from dat_lightning import (
+    DATContinuedChainsModule,
+    DATWarmAttacksModule,
+    DualAdversarialModule,
+    EnergyModule,
+    ExponentialMovingAverage,
+    JEMModule,
+)
 from dat_lightning.cli import main
 from dat_lightning.core.errors import InputError
 from dat_lightning.runs.error_sentences import error_sentence
@@ -189,6 +196,102 @@ STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
         r"\\x1b\]0;title\\x07; this is",
     ),
 }
+
+
+IMAGES = torch.zeros(64, 1, 16, 16)
+# (module, entry of the checkpoint, what it is instead, what is said of it)
+KEPT: dict[str, tuple[type[EnergyModule], str, Any, str]] = {
+    "buffer_text": (JEMModule, "replay_buffer", "x", "the checkpoint's replay_buffer holds no plain numbers"),
+    "buffer_whole": (JEMModule, "replay_buffer", IMAGES.int(), "replay_buffer holds torch.int32 instead of"),
+    "buffer_flat": (JEMModule, "replay_buffer", IMAGES[0], r"must have the shape \(N, C, H, W\), got \(1, 16, 16\)"),
+    "buffer_small": (
+        JEMModule,
+        "replay_buffer",
+        IMAGES[..., :8],
+        r"replay_buffer must have the shape \(64, 1, 16, 16\), got \(64, 1, 16, 8\)",
+    ),
+    "chains_flat": (DATContinuedChainsModule, "replay_buffer", torch.zeros(40), r"shape \(N, C, H, W\), got \(40,\)"),
+    "chains_channels": (
+        DATContinuedChainsModule,
+        "replay_buffer",
+        IMAGES[:40].expand(40, 3, 16, 16).clone(),
+        r"replay_buffer must have the shape \(40, 1, 16, 16\), got \(40, 3, 16, 16\)",
+    ),
+    "perturbations_text": (DATWarmAttacksModule, "perturbations", "x", "the checkpoint's perturbations holds no plain"),
+    "perturbations_nan": (
+        DATWarmAttacksModule,
+        "perturbations",
+        torch.full((437, 1, 256), torch.nan),
+        "perturbations holds NaN or infinite numbers",
+    ),
+    "perturbations_images": (
+        DATWarmAttacksModule,
+        "perturbations",
+        IMAGES,
+        r"perturbations must have the shape \(images, C, H·W\), got \(64, 1, 16, 16\)",
+    ),
+    "perturbations_of_others": (
+        DATWarmAttacksModule,
+        "perturbations",
+        torch.zeros(500, 1, 256),
+        r"perturbations must have the shape \(437, 1, 256\), got \(500, 1, 256\)",
+    ),
+}
+SETTINGS: dict[type[EnergyModule], dict[str, Any]] = {
+    JEMModule: {"num_steps": 1, "buffer_size": 64},
+    DATContinuedChainsModule: {"buffer_size": 40},
+}
+
+
+def keeping(kind: type[EnergyModule]) -> EnergyModule:
+    """A module that keeps images from step to step."""
+    network, optimizer = tiny.energy_model(), partial(torch.optim.Adam, lr=1e-3)
+    return kind(network, threat_model=tiny.ATTACK, optimizer=optimizer, **SETTINGS.get(kind, {}))
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Callable[[type[EnergyModule]], Path]:
+    """Checkpoints of such modules, each made once."""
+    folder = tmp_path_factory.mktemp("kept")
+
+    def checkpoint(kind: type[EnergyModule]) -> Path:
+        path = folder / f"{kind.__name__}.ckpt"
+        if not path.exists():
+            trainer = tiny.trainer(folder, limit_train_batches=2)
+            trainer.fit(keeping(kind), datamodule=tiny.digits(validation_size=1000))
+            trainer.save_checkpoint(path)
+        return path
+
+    return checkpoint
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_training_does_not_go_on_from_images_that_cannot_be_those_of_the_module(
+    name: str, kept: Callable[[type[EnergyModule]], Path], tmp_path: Path
+) -> None:
+    kind, entry, value, expected = KEPT[name]
+    path = kept(kind)
+    data, trainer = tiny.digits(validation_size=1000), tiny.trainer(tmp_path, max_epochs=2, limit_train_batches=2)
+    with pytest.raises(InputError, match=expected):
+        trainer.fit(keeping(kind), datamodule=data, ckpt_path=changed(path, put(entry, value=value)), weights_only=True)
+    if "holds" in expected:  # seen before a run begins
+        module, protected = keeping(kind), tiny.trainer(tmp_path, max_epochs=2)
+        with pytest.raises(InputError, match=f"changed.ckpt: .*{expected}"):
+            find_checkpoint("changed.ckpt", protected, module, to_train=True)
+    # Evaluation takes weights alone.
+    tiny.trainer(tmp_path, limit_test_batches=1).test(
+        keeping(kind), datamodule=data, ckpt_path="changed.ckpt", weights_only=True, verbose=False
+    )
+
+
+@pytest.mark.parametrize("kind", [JEMModule, DATContinuedChainsModule, DATWarmAttacksModule])
+def test_training_goes_on_from_images_as_they_were_saved(
+    kind: type[EnergyModule], kept: Callable[[type[EnergyModule]], Path], tmp_path: Path
+) -> None:
+    trainer = tiny.trainer(tmp_path, max_epochs=2, limit_train_batches=2)
+    data = tiny.digits(validation_size=1000)
+    trainer.fit(keeping(kind), datamodule=data, ckpt_path=kept(kind), weights_only=True)
+    assert trainer.global_step == 4
 
 
 def changed(whole: Path, change: Callable[[dict[str, Any]], None]) -> str:
