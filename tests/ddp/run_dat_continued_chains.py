@@ -30,7 +30,7 @@ class Keeper(Callback):
 
 def main(folder: Path, name: str, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
-    fixed = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "restart_share": 0.4}
+    fixed: dict[str, Any] = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "restart_share": 0.4}
     module = DATContinuedChainsModule(**{**fixed, "buffer_size": 40, "optimizer": tiny.SGD, "curriculum": curriculum})
     keeper = Keeper()
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": 2, "strategy": strategy(2)}

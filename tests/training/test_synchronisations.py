@@ -10,7 +10,15 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from dat_lightning import AUCCurriculum, Diagnostics, DivergenceGuard, ExponentialMovingAverage, SignalCheckpoint
+from dat_lightning import (
+    AUCCurriculum,
+    DATContinuedChainsModule,
+    DATWarmAttacksModule,
+    Diagnostics,
+    DivergenceGuard,
+    ExponentialMovingAverage,
+    SignalCheckpoint,
+)
 from tests import tiny
 
 # What hands values of a tensor to Python; on a GPU each of them waits for all that has been asked of it.
@@ -25,12 +33,13 @@ class Counting(Callback):
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps: list[Counter[str]] = []
         self.inside = False
+        self.numbers: Tensor | None = None  # of draws, which stay on the host: see the last test
         for name in READERS:
             monkeypatch.setattr(Tensor, name, self.counted(name, getattr(Tensor, name)))
 
     def counted(self, name: str, original: Any) -> Any:
         def read(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
-            if self.steps and not self.inside:
+            if self.steps and not self.inside and tensor is not self.numbers:
                 self.inside = True
                 frames = traceback.extract_stack()[:-1]
                 if not any(part in frame.filename for frame in frames for part in ON_THE_HOST):
@@ -42,6 +51,7 @@ class Counting(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.steps.append(Counter())
+        self.numbers = batch["draw"]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.steps.append(Counter())
@@ -70,6 +80,23 @@ def test_a_step_waits_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     module = tiny.stage2(curriculum=growing())
     assert reads(tmp_path, monkeypatch, module, *callbacks) == [guard] * 4
     assert int(module.curriculum.num_steps) == 6
+
+
+@pytest.mark.parametrize("guarded", [False, True])
+def test_a_step_that_keeps_images_waits_no_more(guarded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chains are shared out on the host, which reads the classes with T."""
+    common: dict[str, Any] = {"threat_model": tiny.ATTACK, "optimizer": tiny.SGD}
+    warm = DATWarmAttacksModule(tiny.energy_model(), curriculum=growing(), **common)
+    chains = DATContinuedChainsModule(tiny.energy_model(), curriculum=growing(), **common)
+    guard = {"tolist in divergence.py:_look": 1} if guarded else {}
+    callbacks = [DivergenceGuard()] if guarded else []
+    expected = guard or {"__int__ in curriculum.py:steps_on_host": 1}
+    assert reads(tmp_path, monkeypatch, warm, *callbacks) == [expected] * 4
+    expected = {**guard, "tolist in dat_continued_chains.py:contrastive_samples": 1}
+    assert reads(tmp_path, monkeypatch, chains, *callbacks) == [expected] * 4
+    assert warm.perturbations is not None
+    assert chains._anew is not None
+    assert 0 < int(chains._anew.sum()) < 32
 
 
 def test_the_chain_is_as_long_as_t_whoever_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
