@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dat_lightning.core.ascent import Logits
-from dat_lightning.core.errors import require_at_least
+from dat_lightning.core.errors import require_counts
 from dat_lightning.core.random_streams import normal_noise
 from dat_lightning.core.threat_model import per_example_norm
 
@@ -22,11 +22,11 @@ def jacobian_norm(logits: Logits, x: Tensor, num_steps: int = 20, seed: int = 0)
         seed: Of the start vectors in the space of logits; that of row i depends on i alone.
 
     Raises:
-        InputError: If ``num_steps`` is negative.
+        InputError: If ``num_steps`` is no whole number, or negative.
 
     Source: Golub & Van Loan, Matrix Computations, 8.2.1, on JJᵀ; Miyato et al. 2018 (arXiv 1802.05957) for networks.
     """
-    require_at_least(0, num_steps=num_steps)
+    require_counts(0, num_steps=num_steps)
     x = x.detach().requires_grad_(True)
     output = logits(x)
     direction = torch.zeros_like(output, requires_grad=True)

@@ -14,7 +14,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.curriculum import AUCCurriculum
-from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least, require_choice
+from dat_lightning.core.errors import InputError, TrainingFailureError, require_choice, require_counts
 from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
@@ -53,7 +53,7 @@ class Diagnostics(Callback):
             0 for none. A look at one costs as much as about thirty training passes of it.
 
     Raises:
-        InputError: If a number is not positive, ``jacobian_images`` is negative, or ``action`` is unknown.
+        InputError: If a count is no whole number or too small, a limit is not positive, or ``action`` is unknown.
         TrainingFailureError: In training, as said above.
 
     Source: DAT (arXiv 2510.13872), on the roles of batch norm, of the classification attack and of the OOD data.
@@ -68,11 +68,11 @@ class Diagnostics(Callback):
         action: Literal["stop", "warn"] = "stop",
         jacobian_images: int = 0,
     ) -> None:
-        limits = {"every_n_steps": every_n_steps, "patience": patience, "max_energy": max_energy}
-        for name, value in {**limits, "max_gradient": max_gradient}.items():
+        require_counts(1, every_n_steps=every_n_steps, patience=patience)
+        require_counts(0, jacobian_images=jacobian_images)
+        for name, value in {"max_energy": max_energy, "max_gradient": max_gradient}.items():
             if not value > 0:
                 raise InputError(f"{name} must be positive, got {value}")
-        require_at_least(0, jacobian_images=jacobian_images)
         require_choice(("stop", "warn"), action=action)
         self.every_n_steps = every_n_steps
         self.patience = patience

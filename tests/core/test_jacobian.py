@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from dat_lightning import EnergyModel, SmallResNet
 from dat_lightning.core import energy_gradient_norm, jacobian_norm, no_trace, normal_noise
+from dat_lightning.core.errors import InputError
 
 SHAPE = (1, 6, 6)
 
@@ -100,6 +101,7 @@ def test_slopes_too_large_to_square_flat_ones_and_nan() -> None:
     torch.testing.assert_close(found, torch.tensor([3e15, 0.0, torch.nan, 2.0]), rtol=1e-6, atol=0, equal_nan=True)
 
 
-def test_steps_are_not_negative() -> None:
-    with pytest.raises(ValueError, match="num_steps must be at least 0, got -1"):
-        jacobian_norm(network(), images(1), num_steps=-1)
+def test_steps_are_a_whole_number_and_not_negative() -> None:
+    for steps in (-1, 2.5):
+        with pytest.raises(InputError, match=f"num_steps must be a whole number of at least 0, got {steps}"):
+            jacobian_norm(network(), images(1), num_steps=steps)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
 from dat_lightning.core import jacobian_norm
+from dat_lightning.core.errors import InputError
 from dat_lightning.data import SizedDataset
 from dat_lightning.data.digits import digits, split_indices
 from dat_lightning.training import TrainingFailureError
@@ -182,11 +183,14 @@ def test_it_looks_at_every_nth_step_once(accumulated: int, tmp_path: Path, monke
     assert looks == [3, 6, 9, 12]
 
 
-def test_limits_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="patience must be positive, got 0"):
-        Diagnostics(patience=0)
-    with pytest.raises(ValueError, match="jacobian_images must be at least 0, got -1"):
-        Diagnostics(jacobian_images=-1)
+def test_counts_are_whole_and_limits_positive() -> None:
+    for name, least in (("every_n_steps", 1), ("patience", 1), ("jacobian_images", 0)):
+        for value in (least - 1, 2.5):
+            with pytest.raises(InputError, match=f"{name} must be a whole number of at least {least}, got {value}"):
+                Diagnostics(**{name: value})  # type: ignore[arg-type]
+    for name in ("max_energy", "max_gradient"):
+        with pytest.raises(InputError, match=f"{name} must be positive, got 0"):
+            Diagnostics(**{name: 0})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"action must be one of \('stop', 'warn'\), got 'Stop'"):
         Diagnostics(action="Stop")  # type: ignore[arg-type]
 
