@@ -16,7 +16,15 @@ from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.editing import Edit, denoising, harmonic, inpainting, super_resolution
 from dat_lightning.core.energy import batch_norm_layers, joint_energy, marginal_energy
 from dat_lightning.core.jacobian import jacobian_norm
-from dat_lightning.core.losses import energy_bce, energy_gradient_norm, is_right, r1_penalty, robust_cross_entropy
+from dat_lightning.core.losses import (
+    energy_bce,
+    energy_difference,
+    energy_gradient_norm,
+    is_right,
+    mean_distance_to_uniform,
+    r1_penalty,
+    robust_cross_entropy,
+)
 from dat_lightning.core.objectives import (
     Objective,
     cross_entropy,
@@ -74,6 +82,7 @@ __all__ = [
     "denoising",
     "distance_to_uniform",
     "energy_bce",
+    "energy_difference",
     "energy_gradient_norm",
     "harmonic",
     "inpainting",
@@ -82,6 +91,7 @@ __all__ = [
     "jacobian_norm",
     "joint_energy",
     "marginal_energy",
+    "mean_distance_to_uniform",
     "negative_marginal_energy",
     "no_trace",
     "normal_noise",

@@ -1,4 +1,4 @@
-"""The loss terms of Stage 2, as functions of energies and logits."""
+"""Loss terms, as functions of energies and logits."""
 
 import torch
 import torch.nn.functional as F
@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dat_lightning.core.ascent import Logits
 from dat_lightning.core.energy import marginal_energy
+from dat_lightning.core.objectives import distance_to_uniform
 
 
 def energy_bce(energy_real: Tensor, energy_contrast: Tensor) -> Tensor:
@@ -22,6 +23,26 @@ def energy_bce(energy_real: Tensor, energy_contrast: Tensor) -> Tensor:
     logits = -torch.cat([energy_real, energy_contrast])
     target = torch.cat([torch.ones_like(energy_real), torch.zeros_like(energy_contrast)])
     return F.binary_cross_entropy_with_logits(logits, target)
+
+
+def energy_difference(energy_data: Tensor, energy_samples: Tensor) -> Tensor:
+    """Returns E_data[E(x)] − E_q[E(x)], a scalar: if q is the model's density, the gradient of −log p of the data.
+
+    Args:
+        energy_data: E of images, shape (N,).
+        energy_samples: E of samples of q, shape (M,).
+
+    Source: Grathwohl et al. 2020 (arXiv 1912.03263), Eq. 2.
+    """
+    return energy_data.mean() - energy_samples.mean()
+
+
+def mean_distance_to_uniform(logits: Tensor) -> Tensor:
+    """Returns the mean of KL(uniform ‖ softmax) over logits (N, K), a scalar.
+
+    Source: Augustin et al. 2020, RATIO (arXiv 2003.09461), Eq. 5.
+    """
+    return distance_to_uniform(logits, logits).mean()
 
 
 def robust_cross_entropy(logits_adv: Tensor, y: Tensor) -> Tensor:

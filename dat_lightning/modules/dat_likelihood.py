@@ -8,6 +8,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import require_at_least
+from dat_lightning.core.losses import energy_difference
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.update_rules import Langevin
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
@@ -65,7 +66,7 @@ class DATLikelihoodModule(DualAdversarialModule):
 
     def likelihood_loss(self, energy_data: Tensor, energy_samples: Tensor) -> Tensor:
         """Returns E_data[E(x)] − E_q[E(x)], a scalar, from energies (N,) each."""
-        return energy_data.mean() - energy_samples.mean()
+        return energy_difference(energy_data, energy_samples)
 
     @override
     def loss_terms(self, logits: JointLogits, batch: Batch) -> dict[str, tuple[float, Tensor]]:

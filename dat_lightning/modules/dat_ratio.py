@@ -6,9 +6,10 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.errors import InputError, require_at_least, require_kind
+from dat_lightning.core.losses import mean_distance_to_uniform
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
-from dat_lightning.modules.ratio import OOD_ATTACK, confident_images, mean_distance_to_uniform
+from dat_lightning.modules.ratio import OOD_ATTACK, confident_images
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 

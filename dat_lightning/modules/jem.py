@@ -10,7 +10,7 @@ from typing_extensions import override
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError, TrainingFailureError, require_at_least, require_counts
-from dat_lightning.core.losses import is_right
+from dat_lightning.core.losses import energy_difference, is_right
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.random_streams import normal_noise, stream_generator, uniform_noise
 from dat_lightning.core.update_rules import Langevin
@@ -111,7 +111,7 @@ class JEMModule(ReplayBufferModule):
 
     def energy_loss(self, energy_data: Tensor, energy_samples: Tensor) -> Tensor:
         """Returns E_data[E(x)] − E_q[E(x)], a scalar, whose gradient is that of the negative log-likelihood."""
-        return energy_data.mean() - energy_samples.mean()
+        return energy_difference(energy_data, energy_samples)
 
     # Lightning's hooks.
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dat_lightning.core.ascent import Ascent
 from dat_lightning.core.errors import require_at_least, require_kind
-from dat_lightning.core.losses import is_right
+from dat_lightning.core.losses import is_right, mean_distance_to_uniform
 from dat_lightning.core.objectives import cross_entropy, distance_to_uniform
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.base import EnergyModule
@@ -112,8 +112,3 @@ def confident_images(module: EnergyModule, threat_model: ThreatModel, x: Tensor,
     no_class = torch.zeros(len(x), dtype=torch.long, device=x.device)  # the divergence does not look at labels
     attack = Ascent(distance_to_uniform, threat_model, module.attack_rule)
     return module.ascend(attack, x, no_class, mode=module.attack_mode, draws=draws)
-
-
-def mean_distance_to_uniform(logits: Tensor) -> Tensor:
-    """Returns the mean of KL(uniform ‖ softmax) over logits (N, K), a scalar."""
-    return distance_to_uniform(logits, logits).mean()

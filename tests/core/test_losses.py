@@ -7,9 +7,11 @@ from torch import Tensor, nn
 
 from dat_lightning.core import (
     energy_bce,
+    energy_difference,
     energy_gradient_norm,
     is_right,
     marginal_energy,
+    mean_distance_to_uniform,
     r1_penalty,
     robust_cross_entropy,
 )
@@ -65,6 +67,24 @@ def test_energy_bce_is_the_mean_over_all_logits_of_the_logistic_loss(num_real: i
 def test_energy_bce_of_huge_energies_is_finite() -> None:
     real, contrast = torch.tensor([1e4, -1e4]), torch.tensor([1e4, -1e4])
     assert energy_bce(real, contrast).item() == pytest.approx((1e4 + 0 + 0 + 1e4) / 4)
+
+
+def test_the_difference_of_energies_has_the_gradient_of_the_likelihood() -> None:
+    """Three data, and samples of a density over three states, each as often as it is likely."""
+    energy = torch.tensor([0.0, math.log(2.0), math.log(4.0)], dtype=torch.float64, requires_grad=True)
+    data, samples = [2, 0, 2], [0, 0, 0, 0, 1, 1, 2]  # exp(−E) is as 4 : 2 : 1
+    value = energy_difference(energy[data], energy[samples])
+    assert value.item() == pytest.approx(2 / 3 * math.log(4) - (2 * math.log(2) + math.log(4)) / 7, rel=1e-12)
+    likelihood = -(-energy - (-energy).exp().sum().log())[data].mean()
+    gradients = [torch.autograd.grad(v, energy)[0] for v in (value, likelihood)]
+    torch.testing.assert_close(*gradients, rtol=1e-12, atol=1e-15)
+
+
+def test_the_distance_to_uniform_is_that_by_hand() -> None:
+    """½ log(½ / ¾) + ½ log(½ / ¼) of the first, 0 of the second."""
+    logits = torch.tensor([[math.log(3.0), 0.0], [5.0, 5.0]], dtype=torch.float64)
+    by_hand = 0.5 * math.log(2 / 3) + 0.5 * math.log(2)
+    assert mean_distance_to_uniform(logits).item() == pytest.approx(by_hand / 2, rel=1e-12)
 
 
 def test_robust_cross_entropy_is_the_mean_over_the_batch() -> None:
