@@ -1,5 +1,6 @@
 """The one error about what a user gave: an argument, a file, data; and its like about a run that fails."""
 
+import math
 from numbers import Integral
 
 
@@ -33,6 +34,17 @@ def require_at_least(minimum: float, **values: float | None) -> None:
     for name, value in values.items():
         if value is None or not value >= minimum:
             raise InputError(f"{name} must be at least {minimum}, got {value}")
+
+
+def require_finite(minimum: float, **values: float | None) -> None:
+    """Checks numbers that a loss is multiplied by, or noise: finite, and not less than a least one.
+
+    Raises:
+        InputError: Naming the first that is something else.
+    """
+    for name, value in values.items():
+        if value is None or not minimum <= value < math.inf:
+            raise InputError(f"{name} must be a finite number of at least {minimum}, got {value}")
 
 
 def require_counts(minimum: int, **values: object) -> None:

@@ -7,7 +7,7 @@ from typing_extensions import override
 
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import require_at_least
+from dat_lightning.core.errors import require_at_least, require_finite
 from dat_lightning.core.losses import energy_difference
 from dat_lightning.core.objectives import negative_marginal_energy
 from dat_lightning.core.update_rules import Langevin
@@ -52,7 +52,7 @@ class DATLikelihoodModule(DualAdversarialModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
-        require_at_least(0, likelihood_weight=likelihood_weight)
+        require_finite(0, likelihood_weight=likelihood_weight)
         require_at_least(1, likelihood_steps=likelihood_steps)
         chain = unbounded_ascent(likelihood_step_size, likelihood_steps)
         self.likelihood_weight = likelihood_weight

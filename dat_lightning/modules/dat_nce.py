@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_finite
 from dat_lightning.core.random_streams import normal_noise, uniform_noise
 from dat_lightning.data.draws import EvaluationBatches
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
@@ -109,9 +109,9 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
-        require_at_least(0, nce_weight=nce_weight, data_noise=data_noise)
-        if not nce_scale > 0:
-            raise InputError(f"nce_scale must be positive, got {nce_scale}")
+        require_finite(0, nce_weight=nce_weight, data_noise=data_noise)
+        if not 0 < nce_scale < math.inf:
+            raise InputError(f"nce_scale must be positive and finite, got {nce_scale}")
         if proposal not in ("uniform", "gaussians") or (proposal == "gaussians") != (data_noise > 0):
             raise InputError(
                 "proposal must be 'uniform' without data_noise, which would leave the box, or 'gaussians' with it, got"

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.errors import InputError, require_at_least, require_kind
+from dat_lightning.core.errors import InputError, require_finite, require_kind
 from dat_lightning.core.losses import mean_distance_to_uniform
 from dat_lightning.core.threat_model import ThreatModel
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
@@ -32,7 +32,7 @@ class DATRatioModule(DualAdversarialModule):
         shared: The arguments of :class:`DualAdversarialModule`.
 
     Raises:
-        InputError: If ``ood_weight`` is negative, or ``ood_source`` is unknown.
+        InputError: If ``ood_weight`` is negative or infinite, or ``ood_source`` is unknown.
 
     Source: DAT (arXiv 2510.13872), among its open questions; Augustin et al. 2020, RATIO (arXiv 2003.09461), Eq. 5.
     """
@@ -48,7 +48,7 @@ class DATRatioModule(DualAdversarialModule):
         super().__init__(energy_model=energy_model, **shared)
         if ood_source not in ("attack", "chain"):
             raise InputError(f"ood_source must be 'attack' or 'chain', got {ood_source!r}")
-        require_at_least(0, ood_weight=ood_weight)
+        require_finite(0, ood_weight=ood_weight)
         require_kind(ThreatModel, ood_threat_model=ood_threat_model)
         self.ood_weight = ood_weight
         self.ood_source = ood_source

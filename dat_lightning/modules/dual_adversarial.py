@@ -10,7 +10,7 @@ from torch import Tensor
 from dat_lightning.core.ascent import Ascent, unbounded_ascent
 from dat_lightning.core.curriculum import AUCCurriculum, auc
 from dat_lightning.core.energy import joint_energy, marginal_energy
-from dat_lightning.core.errors import InputError, require_at_least, require_kind
+from dat_lightning.core.errors import InputError, require_finite, require_kind
 from dat_lightning.core.losses import energy_bce, is_right, r1_penalty
 from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.update_rules import Steepest, UpdateRule
@@ -56,7 +56,7 @@ class DualAdversarialModule(EnergyModule):
         shared: The arguments of :class:`EnergyModule` but ``attack_mode``, which is eval here.
 
     Raises:
-        InputError: If a weight is negative, or ``energy_level`` not finite.
+        InputError: If a weight is negative or infinite, or ``energy_level`` not finite.
 
     Source: DAT (arXiv 2510.13872), the second stage of its training.
     """
@@ -79,9 +79,7 @@ class DualAdversarialModule(EnergyModule):
         if "attack_mode" in shared:
             raise TypeError(f"{type(self).__name__} has no argument 'attack_mode': its attack sees eval mode")
         super().__init__(energy_model=energy_model, attack_mode="eval", **shared)
-        require_at_least(
-            0, energy_weight=energy_weight, classification_weight=classification_weight, r1_weight=r1_weight
-        )
+        require_finite(0, energy_weight=energy_weight, classification_weight=classification_weight, r1_weight=r1_weight)
         if not math.isfinite(energy_level):
             raise InputError(f"energy_level must be a finite number, got {energy_level}")
         require_kind(UpdateRule, contrastive_rule=contrastive_rule)

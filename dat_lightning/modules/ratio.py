@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dat_lightning.core.ascent import Ascent
-from dat_lightning.core.errors import require_at_least, require_kind
+from dat_lightning.core.errors import require_finite, require_kind
 from dat_lightning.core.losses import is_right, mean_distance_to_uniform
 from dat_lightning.core.objectives import cross_entropy, distance_to_uniform
 from dat_lightning.core.threat_model import ThreatModel
@@ -41,7 +41,7 @@ class RATIOModule(EnergyModule):
         shared: The arguments of :class:`EnergyModule`.
 
     Raises:
-        InputError: If ``ood_weight`` is negative.
+        InputError: If ``ood_weight`` is negative or infinite.
 
     Source: Augustin et al. 2020 (arXiv 2003.09461), Eq. 5. Steps are steepest here, without the paper's momentum and
     backtracking.
@@ -58,7 +58,7 @@ class RATIOModule(EnergyModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
-        require_at_least(0, ood_weight=ood_weight)
+        require_finite(0, ood_weight=ood_weight)
         require_kind(ThreatModel, ood_threat_model=ood_threat_model)
         self.ood_weight = ood_weight
         self.ood_threat_model = ood_threat_model

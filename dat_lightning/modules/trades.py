@@ -8,7 +8,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dat_lightning.core.ascent import Ascent, no_trace
-from dat_lightning.core.errors import InputError
+from dat_lightning.core.errors import require_finite
 from dat_lightning.core.losses import is_right
 from dat_lightning.core.objectives import cross_entropy
 from dat_lightning.core.random_streams import normal_noise
@@ -42,7 +42,7 @@ class TradesModule(EnergyModule):
         shared: The arguments of :class:`EnergyModule`.
 
     Raises:
-        InputError: If ``beta`` is negative.
+        InputError: If ``beta`` is negative or infinite.
 
     Source: Zhang et al. 2019 (arXiv 1901.08573), Eq. 5 and Algorithm 1; their implementation's separate passes.
     """
@@ -57,8 +57,7 @@ class TradesModule(EnergyModule):
         **shared: Any,
     ) -> None:
         super().__init__(energy_model=energy_model, **shared)
-        if not 0 <= beta < float("inf"):
-            raise InputError(f"beta must be a finite weight of at least 0, got {beta}")
+        require_finite(0, beta=beta)
         self.beta = beta
 
     # One method per equation.

@@ -1,4 +1,4 @@
-"""The check of least values, and that constructors which take numbers refuse null in a sentence."""
+"""The checks of least values, and that constructors which take numbers refuse null in a sentence."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from dat_lightning import AUCCurriculum, DigitsDataModule, DivergenceGuard, PGDSampler, RobustAccuracy, ThreatModel
-from dat_lightning.core.errors import InputError, require_at_least
+from dat_lightning.core.errors import InputError, require_at_least, require_finite
 from dat_lightning.evaluation import Calibration
 
 
@@ -20,6 +20,13 @@ def test_what_is_less_than_the_least_value_is_named(minimum: float, value: float
 @pytest.mark.parametrize(("minimum", "value"), [(1, 1), (0, 0), (0, 1e-9), (2, math.inf)])
 def test_the_least_value_and_more_are_accepted(minimum: float, value: float) -> None:
     require_at_least(minimum, a=value)
+
+
+@pytest.mark.parametrize("value", [-1e-9, -math.inf, math.inf, math.nan, None])
+def test_what_is_to_be_finite_is_no_more_than_that(value: float | None) -> None:
+    require_finite(0, a=0, b=1e300)
+    with pytest.raises(InputError, match=f"^b must be a finite number of at least 0, got {value}$"):
+        require_finite(0, a=0, b=value)
 
 
 @pytest.mark.parametrize(

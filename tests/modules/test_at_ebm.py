@@ -110,7 +110,7 @@ def test_networks_of_several_logits_and_negative_weights_are_refused(tmp_path: P
         with pytest.raises(InputError, match=said):
             run(module, tiny.digits())
     for name in ("energy_weight", "r1_weight"):
-        with pytest.raises(InputError, match=f"{name} must be at least 0, got -1"):
+        with pytest.raises(InputError, match=f"{name} must be a finite number of at least 0, got -1"):
             at_ebm(**{name: -1.0})
     with pytest.raises(TypeError, match="classification_weight"):
         at_ebm(classification_weight=1.0)

@@ -108,8 +108,8 @@ def test_without_weight_it_is_dat_to_the_last_bit() -> None:
 
 
 def test_what_is_refused() -> None:
-    for value in (-1.0, math.nan):
-        with pytest.raises(InputError, match=f"likelihood_weight must be at least 0, got {value}"):
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=f"likelihood_weight must be a finite number of at least 0, got {value}"):
             started(likelihood_weight=value)
     with pytest.raises(InputError, match="likelihood_steps must be at least 1, got 0"):
         started(likelihood_steps=0)

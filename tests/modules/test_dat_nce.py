@@ -188,13 +188,14 @@ def test_gaussians_are_there_for_whoever_trains_before_the_fit_begins(tmp_path: 
 
 
 def test_what_is_refused(tmp_path: Path) -> None:
-    for value in (-1.0, math.nan):
-        with pytest.raises(InputError, match=f"nce_weight must be at least 0, got {value}"):
+    for value in (-1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=f"nce_weight must be a finite number of at least 0, got {value}"):
             started(nce_weight=value)
-        with pytest.raises(InputError, match=f"data_noise must be at least 0, got {value}"):
+        with pytest.raises(InputError, match=f"data_noise must be a finite number of at least 0, got {value}"):
             started(data_noise=value)
-    with pytest.raises(InputError, match="nce_scale must be positive, got 0"):
-        started(nce_scale=0.0)
+    for value in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(InputError, match=f"nce_scale must be positive and finite, got {value}"):
+            started(nce_scale=value)
     for proposal, noise in (("normal", 0.1), ("gaussians", 0.0), ("uniform", 0.1)):
         with pytest.raises(InputError, match=f"proposal must be .*, got '{proposal}' and {noise}"):
             started(proposal=proposal, data_noise=noise)

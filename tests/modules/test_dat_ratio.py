@@ -80,12 +80,12 @@ def test_network_evaluations_are_those_of_dat_and_of_the_attack(source: Any, mor
 
 
 def test_what_is_refused() -> None:
-    for weight in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"ood_weight must be at least 0, got {weight}"):
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"ood_weight must be a finite number of at least 0, got {weight}"):
             started(ood_weight=weight)
     with pytest.raises(ValueError, match="ood_source must be 'attack' or 'chain', got 'chains'"):
         started(ood_source="chains")
-    with pytest.raises(ValueError, match="energy_weight must be at least 0, got -1"):
+    with pytest.raises(ValueError, match="energy_weight must be a finite number of at least 0, got -1"):
         started(energy_weight=-1.0)
 
 

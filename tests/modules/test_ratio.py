@@ -147,8 +147,8 @@ def test_the_default_attack_is_the_papers() -> None:
 
 
 def test_what_is_refused() -> None:
-    for weight in (-1.0, math.nan):
-        with pytest.raises(ValueError, match=f"ood_weight must be at least 0, got {weight}"):
+    for weight in (-1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"ood_weight must be a finite number of at least 0, got {weight}"):
             ratio(ood_weight=weight)
     with pytest.raises(ValueError, match="ood_threat_model must be of the class ThreatModel"):
         ratio(ood_threat_model={"eps": 1.0})

@@ -1,6 +1,7 @@
 """What the two stages compute, and what they move and leave alone."""
 
 import copy
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -230,9 +231,10 @@ def test_a_broken_network_is_right_about_nothing(
 
 
 @pytest.mark.parametrize("name", ["energy_weight", "classification_weight", "r1_weight"])
-def test_negative_weights_are_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} must be at least 0, got -1"):
-        tiny.stage2(**{name: -1.0})
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_weights_are_finite_and_not_negative(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be a finite number of at least 0, got {value}"):
+        tiny.stage2(**{name: value})
 
 
 def test_training_improves_both_terms(tmp_path: Path) -> None:

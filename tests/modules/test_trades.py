@@ -225,7 +225,7 @@ def test_attacks_work_in_inference_mode(kind: type[TradesModule]) -> None:
 
 @pytest.mark.parametrize("beta", [-1.0, math.nan, math.inf])
 def test_a_beta_that_is_no_weight_is_refused(beta: float) -> None:
-    with pytest.raises(ValueError, match=f"beta must be a finite weight of at least 0, got {beta}"):
+    with pytest.raises(ValueError, match=f"beta must be a finite number of at least 0, got {beta}"):
         trades(beta=beta)
 
 
