@@ -25,6 +25,7 @@ from dat_lightning.core.losses import (
     r1_penalty,
     robust_cross_entropy,
 )
+from dat_lightning.core.noise_contrastive import TiedGaussians, best_offset
 from dat_lightning.core.objectives import (
     Objective,
     cross_entropy,
@@ -74,10 +75,12 @@ __all__ = [
     "Steepest",
     "Step",
     "ThreatModel",
+    "TiedGaussians",
     "UpdateRule",
     "ascend",
     "auc",
     "batch_norm_layers",
+    "best_offset",
     "cross_entropy",
     "denoising",
     "distance_to_uniform",

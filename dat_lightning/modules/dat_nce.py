@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -12,6 +11,7 @@ from typing_extensions import override
 
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError, require_finite
+from dat_lightning.core.noise_contrastive import TiedGaussians, best_offset
 from dat_lightning.core.random_streams import normal_noise, uniform_noise
 from dat_lightning.data.draws import EvaluationBatches
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
@@ -19,49 +19,8 @@ from dat_lightning.modules.ranks import of_all_ranks
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
-
-@dataclass(frozen=True)
-class TiedGaussians:
-    """A mixture of Gaussians with one covariance, whose log q has a closed form.
-
-    Attributes:
-        weights: Of the components, (K,), which sum to 1.
-        means: Their means, (K, D).
-        factor: Lower triangular L with the covariance L Lᵀ, (D, D).
-    """
-
-    weights: Tensor
-    means: Tensor
-    factor: Tensor
-
-    @classmethod
-    def fitted(cls, images: Tensor, labels: Tensor, noise: float) -> "TiedGaussians":
-        """Returns a component for each class of images (N, C, H, W) with labels (N,), in float64.
-
-        The covariance is the mean one within the classes, plus ``noise``² on its diagonal.
-        """
-        x, classes = images.flatten(1).double(), labels.unique()
-        means = torch.stack([x[labels == label].mean(0) for label in classes])
-        spread = x - means[torch.searchsorted(classes, labels)]
-        covariance = spread.T @ spread / len(x) + noise**2 * torch.eye(x.shape[1], dtype=torch.float64)
-        shares = torch.stack([(labels == label).double().mean() for label in classes])
-        return cls(shares, means, torch.linalg.cholesky(covariance))
-
-    def log_prob(self, x: Tensor) -> Tensor:
-        """Returns log q, (N,), of images (N, C, H, W), in their precision."""
-        means, factor = self.means.to(x), self.factor.to(x)
-        apart = x.flatten(1).unsqueeze(1) - means
-        white = torch.linalg.solve_triangular(factor, apart.flatten(0, 1).T, upper=False).T.view_as(apart)
-        constant = factor.diagonal().log().sum() + 0.5 * apart.shape[2] * math.log(2 * math.pi)
-        log_q: Tensor = (self.weights.to(x).log() - 0.5 * white.square().sum(2)).logsumexp(1) - constant
-        return log_q
-
-    def sample(self, uniform: Tensor, normal: Tensor) -> Tensor:
-        """Returns samples of the shape of standard normal noise (N, C, H, W); uniform (N,) choose components."""
-        ends = self.weights.cumsum(0).to(uniform)[:-1]
-        component = (uniform.unsqueeze(1) >= ends).sum(1)
-        moved = normal.flatten(1) @ self.factor.to(normal).T
-        return (self.means.to(normal)[component] + moved).view_as(normal)
+# Of an image; a covariance has the square of it, which is 1.2 GB here.
+MOST_VALUES = 3 * 64 * 64
 
 
 class DATNoiseContrastiveModule(DualAdversarialModule):
@@ -93,7 +52,7 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
 
     Raises:
         InputError: If a number is outside its range or the proposal unknown; when a fit starts, if there is no
-            DataModule to fit Gaussians to.
+            DataModule to fit Gaussians to, or its images have more than 12 288 values each.
 
     Source: Gutmann & Hyvärinen 2010, Eq. 3, for noise-contrastive estimation; DAT (arXiv 2510.13872), among its open
     questions.
@@ -131,18 +90,18 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
             return uniform_noise(self.seed, "proposal", draws, shape).to(like)
         component = uniform_noise(self.seed, "proposal component", draws, ())
         noise = normal_noise(self.seed, "proposal", draws, shape)
-        return self._fitted().sample(component.to(like), noise.to(like))
+        return self._fitted(like).sample(component.to(like), noise.to(like))
 
     def proposal_log_density(self, x: Tensor) -> Tensor:
         """Returns log q, (N,), of images (N, C, H, W)."""
-        return x.new_zeros(len(x)) if self.proposal == "uniform" else self._fitted().log_prob(x)
+        return x.new_zeros(len(x)) if self.proposal == "uniform" else self._fitted(x).log_prob(x)
 
     def noise_contrastive_loss(self, logits_data: Tensor, logits_proposal: Tensor) -> Tensor:
         """Returns the BCE that tells data from proposals at the best c, a scalar.
 
         Args:
             logits_data: −s E − log q of images, (N,).
-            logits_proposal: The same of proposals, (M,).
+            logits_proposal: The same of as many proposals, (N,).
         """
         c = best_offset(*of_all_ranks(torch.stack([logits_data.detach(), logits_proposal.detach()])))
         # By the envelope theorem the gradient needs no derivative of c.
@@ -174,17 +133,21 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         """Loads the initial weights, and fits the Gaussians.
 
         Raises:
-            InputError: If there is no DataModule with training images to fit them to.
+            InputError: If there is no DataModule with training images to fit them to, or these are too large.
         """
         super().on_fit_start()
         self.gaussians = None
         if self.proposal == "gaussians" and self.nce_weight > 0:
-            self._fitted()
+            self.gaussians = TiedGaussians.fitted(*self._training_images(), self.data_noise)
 
-    def _fitted(self) -> TiedGaussians:
+    # Parts.
+
+    def _fitted(self, like: Tensor) -> TiedGaussians:
         # A callback may train before the module's own fit starts, as a search for a learning rate does.
         if self.gaussians is None:
             self.gaussians = TiedGaussians.fitted(*self._training_images(), self.data_noise)
+        # From float64 on the CPU, once.
+        self.gaussians = self.gaussians.to(like)
         return self.gaussians
 
     def _training_images(self) -> tuple[Tensor, Tensor]:
@@ -192,22 +155,14 @@ class DATNoiseContrastiveModule(DualAdversarialModule):
         if data is None or not hasattr(data, "in_distribution"):
             raise InputError(f"{type(self).__name__} fits Gaussians to the training images of a PairedDataModule")
         images = EvaluationBatches(data.in_distribution("train"), data.evaluation_transform())
-        batch = images[range(len(images.dataset))]
+        places = range(len(images.dataset))
+        first = next((x for place in places for _, x, _ in images.read([place])), None)
+        if first is not None and first.numel() > MOST_VALUES:
+            raise InputError(
+                f"{type(self).__name__} fits Gaussians to images of at most {MOST_VALUES} values, as 3×64×64 pixels"
+                f" are, since their covariance has as many squared; got {'×'.join(map(str, first.shape))}"
+            )
+        batch = images[places]
         if "y" not in batch:
             raise InputError(f"{type(self).__name__} fits Gaussians to classes, and the training images have none")
         return batch["x"], batch["y"]
-
-
-def best_offset(logits_data: Tensor, logits_noise: Tensor) -> Tensor:
-    """Returns the c of the least BCE of logits + c, a scalar: where as much is taken for data as there are data.
-
-    Found by bisection. Of logits that separate the two without error c is the middle of the gap.
-    """
-    both = torch.cat([logits_data, logits_noise]).detach().double()
-    low, high = -both.max() - 40, -both.min() + 40
-    # The mean probability of "data" rises with c; equally many of both make it one half.
-    for _ in range(60):
-        middle = (low + high) / 2
-        too_low = (both + middle).sigmoid().mean() < 0.5
-        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
-    return ((low + high) / 2).to(logits_data)

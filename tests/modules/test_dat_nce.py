@@ -1,4 +1,4 @@
-"""DAT with a noise-contrastive term: the loss by hand for both proposals, q's density, its samples, and c."""
+"""DAT with a noise-contrastive term: the loss by hand for both proposals, its optimum, and what it is fitted to."""
 
 import copy
 import math
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from scipy import optimize, stats  # type: ignore[import-untyped]
+from scipy import optimize  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dat_lightning import DATNoiseContrastiveModule, DualAdversarialModule
 from dat_lightning.cli import DATCLI, main
-from dat_lightning.core import unbounded_ascent
+from dat_lightning.core import TiedGaussians, unbounded_ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import stream_generator
-from dat_lightning.modules.dat_nce import TiedGaussians, best_offset
 from tests import tiny
+from tests.core.test_noise_contrastive import images, log_q
 from tests.modules import by_hand
 from tests.modules.resumed import check_resumed_after_an_epoch
 from tests.modules.two_steps import with_two_steps
@@ -28,22 +28,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def started(kind: type[DualAdversarialModule] = DATNoiseContrastiveModule, **kwargs: Any) -> Any:
     return with_two_steps(kind, **kwargs)
-
-
-def images(n: int = 40, side: int = 16) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return torch.rand(n, 1, side, side, generator=generator, dtype=torch.float64), torch.arange(n) % 3
-
-
-def log_q(x: Tensor, data: Tensor, labels: Tensor, noise: float) -> np.ndarray:
-    """Log q by scipy, from means and the mean covariance within classes of NumPy."""
-    rows = data.flatten(1).numpy()
-    means = [rows[labels.numpy() == k].mean(0) for k in range(3)]
-    spread = np.concatenate([rows[labels.numpy() == k] - means[k] for k in range(3)])
-    covariance = spread.T @ spread / len(rows) + noise**2 * np.eye(rows.shape[1])
-    each = [stats.multivariate_normal(mean, covariance).logpdf(x.flatten(1).numpy()) for mean in means]
-    shares = np.log(np.bincount(labels.numpy()) / len(labels))[:, None]
-    return np.asarray(np.logaddexp.reduce(shares + np.stack(each)))
 
 
 def standard(name: str, draws: Tensor, shape: tuple[int, ...], kind: Any = torch.randn) -> Tensor:
@@ -100,41 +84,6 @@ def test_the_loss_is_that_of_a_plain_loop(proposal: Any, noise: float) -> None:
     assert logged["train/nce_loss"] == pytest.approx(nce.item(), rel=1e-6)
 
 
-def test_log_q_is_that_of_scipy_and_samples_have_its_moments() -> None:
-    data, labels = images(60, side=2)
-    q = TiedGaussians.fitted(data, labels, 0.1)
-    x = torch.randn(30, 1, 2, 2, dtype=torch.float64)
-    np.testing.assert_allclose(q.log_prob(x).numpy(), log_q(x, data, labels, 0.1), rtol=1e-10)
-    n = 40_000
-    generator = torch.Generator().manual_seed(0)
-    uniform = torch.rand(n, generator=generator, dtype=torch.float64)
-    samples = q.sample(uniform, torch.randn(n, 1, 2, 2, generator=generator, dtype=torch.float64)).flatten(1)
-    rows = data.flatten(1)
-    torch.testing.assert_close(samples.mean(0), rows.mean(0), rtol=0, atol=0.01)
-    # Within and between classes: the covariance of all images, and that of the noise.
-    covariance = torch.cov(rows.T, correction=0) + 0.01 * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(torch.cov(samples.T), covariance, rtol=0, atol=0.01)
-
-
-def test_a_class_of_one_image_is_a_component_of_its_own() -> None:
-    data, labels = images(9, side=2)
-    labels = torch.tensor([4, 4, 4, 4, 7, 7, 7, 7, 9])
-    q = TiedGaussians.fitted(data, labels, 0.1)
-    assert q.weights.tolist() == pytest.approx([4 / 9, 4 / 9, 1 / 9])
-    torch.testing.assert_close(q.means[2], data[8].flatten())
-
-
-def test_c_is_the_best_and_that_of_separated_logits_lies_between() -> None:
-    a, b = torch.randn(50, dtype=torch.float64) + 300, torch.randn(50, dtype=torch.float64) + 299
-
-    def value(c: float) -> float:
-        return float(np.logaddexp(0, -(a.numpy() + c)).sum() + np.logaddexp(0, b.numpy() + c).sum())
-
-    c = float(best_offset(a, b))
-    assert c == pytest.approx(optimize.minimize_scalar(value, bracket=(-310, -300, -290), tol=1e-10).x, abs=1e-5)
-    assert -1000 < float(best_offset(torch.tensor([1000.0]), torch.tensor([-7.0]))) < 7
-
-
 def test_the_optimum_of_the_term_is_the_density_where_energies_are_free() -> None:
     """On four places with known p, uniform q: −s E − log p is the same on all."""
     p = torch.tensor([0.6, 0.25, 0.1, 0.05], dtype=torch.float64)
@@ -185,6 +134,37 @@ def test_gaussians_are_there_for_whoever_trains_before_the_fit_begins(tmp_path: 
     tiny.trainer(tmp_path, [early], max_steps=1, limit_val_batches=0).fit(module, tiny.digits())
     assert torch.equal(early.found, module.proposals([3], torch.zeros(1, 1, 16, 16)))
     assert early.found.min() < 0  # uniform noise is not
+
+
+def test_proposals_are_those_of_float32_in_mixed_precision() -> None:
+    """As their density is; a product in bfloat16 would round them."""
+    module, x = started(proposal="gaussians", data_noise=0.1), torch.zeros(2, 1, 16, 16)
+    module.gaussians = TiedGaussians.fitted(*images(), 0.1)
+    expected = module.proposals([3, 4], x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(module.proposals([3, 4], x), expected)
+
+
+def test_gaussians_are_converted_once() -> None:
+    """From float64; a covariance is large."""
+    module, x = started(proposal="gaussians", data_noise=0.1), torch.zeros(2, 1, 16, 16)
+    module.gaussians = TiedGaussians.fitted(*images(), 0.1)
+    module.proposals([3, 4], x)
+    kept = module.gaussians
+    assert kept.factor.dtype == kept.means.dtype == torch.float32
+    module.proposal_log_density(x)
+    assert module.gaussians.factor is kept.factor
+    assert module.gaussians.means is kept.means
+
+
+def test_images_too_large_for_a_covariance_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16×16 values each; no further one is read."""
+    module = DATNoiseContrastiveModule(tiny.energy_model(), proposal="gaussians", data_noise=0.1)
+    monkeypatch.setattr("dat_lightning.modules.dat_nce.MOST_VALUES", 255)
+    with pytest.raises(InputError, match=r"images of at most 255 values, .* got 1×16×16$"):
+        tiny.trainer(tmp_path).fit(module, tiny.digits())
+    monkeypatch.setattr("dat_lightning.modules.dat_nce.MOST_VALUES", 256)
+    tiny.trainer(tmp_path, limit_train_batches=1).fit(module, tiny.digits())
 
 
 def test_what_is_refused(tmp_path: Path) -> None:

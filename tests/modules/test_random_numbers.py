@@ -24,7 +24,7 @@ from dat_lightning import (
     ThreatModel,
     TradesModule,
 )
-from dat_lightning.modules.dat_nce import TiedGaussians
+from dat_lightning.core import TiedGaussians
 from tests import tiny
 from tests.modules import by_hand
 from tests.modules.two_steps import with_two_steps
