@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from dat_lightning.core.ascent import no_trace
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.objectives import negative_marginal_energy, targeted_logit
 
@@ -101,6 +102,11 @@ class EnergyModel(nn.Module):
     def marginal_energy(self, x: Tensor) -> Tensor:
         """Returns E(x) = −logsumexp_y f(x)[y]."""
         return marginal_energy(self(x))
+
+    def count_classes(self, x: Tensor) -> int:
+        """Returns K, as the logits of the first of images (N, C, H, W) tell it, and leaves no trace."""
+        with torch.no_grad(), no_trace(self):
+            return int(self(x[:1]).shape[1])
 
     def freeze_batch_norm(self) -> None:
         """Keeps batch norm layers in eval mode from now on, whatever ``train()`` says; their affine parameters train.

@@ -6,7 +6,6 @@ from typing_extensions import override
 
 from dat_lightning.core.curriculum import auc
 from dat_lightning.core.energy import marginal_energy
-from dat_lightning.core.objectives import targeted_logit
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
 from dat_lightning.modules.ranks import of_all_ranks
@@ -25,12 +24,9 @@ class DATBalancedModule(DualAdversarialModule):
     Source: DAT (arXiv 2510.13872), among its open questions.
     """
 
-    # One method per equation.
+    _num_classes: int | None = None  # found with the first batch
 
-    @override
-    def contrastive_objective(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Returns what the contrastive chain climbs, (N,): f(x)[y mod K]."""
-        return targeted_logit(logits, y % logits.shape[1])
+    # One method per equation.
 
     @override
     def contrastive_samples(self, x_ood: Tensor, y_gen: Tensor, draws: Tensor | None = None) -> Tensor:
@@ -38,8 +34,11 @@ class DATBalancedModule(DualAdversarialModule):
 
         The classes are random numbers, of a stream named by each draw's number, modulo K; ``y_gen`` is not looked at.
         """
+        if self._num_classes is None:
+            self._num_classes = self.energy_model.count_classes(x_ood)
         numbers = range(len(x_ood)) if draws is None else draws.tolist()
-        labels = torch.tensor([stream_seed(self.seed, "contrastive class", number) for number in numbers])
+        seeds = [stream_seed(self.seed, "contrastive class", number) for number in numbers]
+        labels = torch.tensor([seed % self._num_classes for seed in seeds])
         return super().contrastive_samples(x_ood, labels.to(y_gen.device), draws)
 
     @override

@@ -178,3 +178,18 @@ def test_the_names_of_a_compiled_network_are_those_of_the_network(saved_compiled
             target.load_state_dict({name: value for name, value in state.items() if not name.endswith("2.bias")})
         with pytest.raises(RuntimeError, match=r"Unexpected key.*backbone\..*surplus"):
             target.load_state_dict({**state, "energy_model.backbone.surplus": torch.zeros(1)})
+
+
+def test_classes_are_counted_without_a_trace() -> None:
+    model = EnergyModel(mixed_network()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert model.count_classes(torch.rand(3, 2, 4, 4)) == 4
+        drawn = torch.rand(1)
+        torch.manual_seed(0)
+        torch.rand(3, 2, 4, 4)  # the images
+        assert torch.equal(torch.rand(1), drawn)  # dropout drew nothing
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
