@@ -1,6 +1,5 @@
 """AT-EBM: an energy without classes, trained by telling images from what adversarial chains make of others."""
 
-from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -9,8 +8,10 @@ from typing_extensions import override
 
 from dat_lightning.core.energy import marginal_energy
 from dat_lightning.core.errors import InputError
-from dat_lightning.core.objectives import negative_marginal_energy
+from dat_lightning.core.threat_model import ThreatModel
+from dat_lightning.core.update_rules import Steepest
 from dat_lightning.modules.dual_adversarial import DualAdversarialModule, JointLogits
+from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.modules.trained import Batch
 from dat_lightning.weights.hub import EnergyModel
 
@@ -18,11 +19,12 @@ from dat_lightning.weights.hub import EnergyModel
 class ATEBMModule(DualAdversarialModule):
     """Minimises BCE on −E(x) plus the R1 penalty, for a network of one logit −E(x): AT-EBM.
 
-    It is Stage 2 of DAT without classes: the chain climbs −E(x), the curriculum's AUC compares energies, and there is
-    neither a classification term nor its attack. Labels of the data are not looked at. Batch norm is frozen, so that
-    without initial weights there is none but for its affine parameters. Batches need ``x_gen`` and ``x_ood``.
+    The energy's half of a Stage-2 step: chain, BCE, R1 and curriculum are those of :class:`DualAdversarialModule`, for
+    the one class; nothing is classified or attacked. Labels of the data are not looked at. Batch norm is frozen, so
+    that without initial weights there is none but for its affine parameters. Batches need ``x_gen`` and ``x_ood``.
 
-    Override points: those of :class:`DualAdversarialModule` but the classification's and :meth:`loss_terms`.
+    Override points: ``contrastive_objective``, ``contrastive_samples``, ``energy_loss``, ``regularization``,
+    ``separation``, :meth:`evaluation_metrics`.
 
     Logged: ``train/{loss, energy_loss, r1_penalty, energy_real, energy_contrast, auc, contrastive_steps}`` and
     ``{val,test}/{energy, r1}``.
@@ -30,11 +32,11 @@ class ATEBMModule(DualAdversarialModule):
     Args:
         energy_model: The network, whose ``num_classes`` is 1.
         r1_weight: Weight of the R1 penalty on ``x_gen``; the paper's is 0.01 at 32×32, and 30 to 100 at 256×256.
-        shared: The arguments of :class:`DualAdversarialModule` but ``classification_weight``; ``threat_model``,
-            ``eval_threat_model`` and ``attack_rule`` do nothing.
+        shared: The arguments of :class:`DualAdversarialModule` but those of the classification and of attacks:
+            ``classification_weight``, ``threat_model``, ``eval_threat_model``, ``attack_rule``.
 
     Raises:
-        InputError: If a weight is negative; with a batch, if the network has more than one logit.
+        InputError: If a weight is negative or infinite; with a batch, if the network has more than one logit.
 
     Source: Yin, Li & Rohde 2020 (arXiv 2012.06568).
     """
@@ -43,7 +45,18 @@ class ATEBMModule(DualAdversarialModule):
     evaluation_parts = ("x",)
 
     def __init__(self, energy_model: EnergyModel, r1_weight: float = 0.01, **shared: Any) -> None:
-        super().__init__(energy_model=energy_model, r1_weight=r1_weight, classification_weight=0.0, **shared)
+        # Named here, what does nothing is no argument.
+        super().__init__(
+            energy_model=energy_model,
+            r1_weight=r1_weight,
+            classification_weight=0.0,
+            threat_model=ThreatModel(),
+            eval_threat_model=None,
+            attack_rule=Steepest(),
+            **shared,
+        )
+        # Callbacks that would attack a classification with it find none.
+        del self.eval_threat_model
 
     # One method per equation.
 
@@ -63,43 +76,39 @@ class ATEBMModule(DualAdversarialModule):
         return logits
 
     @override
-    def contrastive_objective(self, logits: Tensor, y: Tensor) -> Tensor:
-        """Returns what the contrastive chain climbs, (N,): −E(x)."""
-        return negative_marginal_energy(logits, y)
-
-    @override
-    def adversarial_examples(self, x: Tensor, y: Tensor, draws: Tensor | None = None) -> Tensor:
-        """Returns ``x``: nothing is attacked."""
-        return x
-
-    @override
     def evaluation_metrics(self, batch: Batch) -> dict[str, Tensor]:
         """Returns E(x) and ‖∇ₓE(x)‖² of each image, (N,) each."""
         x = self.part(batch, "x")
         return {"energy": marginal_energy(self(x)), "r1": self.energy_gradient_norm(x)}
 
-    @override
-    def loss_terms(self, logits: JointLogits, batch: Batch) -> dict[str, tuple[float, Tensor]]:
-        """Returns weight and value of the energy loss and of the R1 penalty."""
-        terms = {"energy_loss": (self.energy_weight, self.energy_loss(logits))}
-        if self.r1_weight > 0:
-            terms["r1_penalty"] = (self.r1_weight, self.regularization(self.part(batch, "x_gen")))
-        return terms
-
     # Lightning's hooks.
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the weighted loss of one step, and moves the curriculum: Stage 2 with nothing to classify."""
+        """Returns the weighted loss of one step, and moves the curriculum: that of Stage 2 without a classification."""
         x_gen, x_ood = self.part(batch, "x_gen"), self.part(batch, "x_ood")
-        only_class = torch.zeros(len(x_ood), dtype=torch.long, device=x_ood.device)
-        nothing = {"x_clf": x_gen[:0], "y_clf": only_class[:0]}
-        return super().training_step({**batch, "y_gen": only_class, **nothing}, batch_idx)
-
-    @override
-    def log_training(self, scalars: Mapping[str, Tensor], batch_size: int, shown: Collection[str]) -> None:
-        """Logs all but the robust accuracy, of which there is none."""
-        super().log_training({k: v for k, v in scalars.items() if k != "robust_accuracy"}, batch_size, shown)
+        only_class = torch.zeros(len(x_gen), dtype=torch.long, device=x_gen.device)
+        # Someone may have called train() on a single layer.
+        self.energy_model.freeze_batch_norm()
+        x_contrast = self.contrastive_samples(x_ood, only_class, self.draws_of(batch))
+        gen, contrast = self.joint_logits(x_gen, x_contrast)
+        logits = JointLogits(gen, contrast, adv=gen[:0])
+        energy_loss = self.energy_loss(logits)
+        separation = self.separation(logits, only_class)
+        loss = self.energy_weight * energy_loss
+        scalars = {
+            "energy_loss": energy_loss,
+            "auc": separation,
+            "contrastive_steps": self.curriculum.num_steps.float(),
+            "energy_real": marginal_energy(gen).mean(),
+            "energy_contrast": marginal_energy(contrast).mean(),
+        }
+        if self.r1_weight > 0:
+            scalars["r1_penalty"] = self.regularization(x_gen)
+            loss = loss + self.r1_weight * scalars["r1_penalty"]
+        self.log_training({**scalars, "loss": loss}, len(x_gen), shown=("loss", "contrastive_steps", "auc"))
+        self.curriculum.update(separation, len(x_gen) * number_of_ranks())
+        return loss
 
     @override
     def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """Stage 2: joint training of a robust classifier and an energy-based generator."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -109,12 +110,12 @@ class DualAdversarialModule(EnergyModule):
         chain = replace(self.contrastive_chain, num_steps=self.curriculum.steps_on_host())
         return self.ascend(Ascent(self.contrastive_objective, chain, self.contrastive_rule), x_ood, y_gen, draws=draws)
 
-    def joint_logits(self, x_gen: Tensor, x_contrast: Tensor, x_adv: Tensor) -> JointLogits:
-        """Returns the logits of the three loss terms, from one forward pass or three."""
+    def joint_logits(self, *images: Tensor) -> Sequence[Tensor]:
+        """Returns the logits (N, K) of each part of the images, from one forward pass, or one for each part."""
         if not self.merge_forwards:
-            return JointLogits(self(x_gen), self(x_contrast), self(x_adv))
-        sizes = [len(x_gen), len(x_contrast), len(x_adv)]
-        return JointLogits(*self(torch.cat([x_gen, x_contrast, x_adv])).split(sizes))
+            return [self(x) for x in images]
+        logits: Sequence[Tensor] = self(torch.cat(images)).split([len(x) for x in images])
+        return logits
 
     def energy_loss(self, logits: JointLogits) -> Tensor:
         """Returns the BCE that lowers the energy of real images and raises that of contrastive ones, a scalar."""
@@ -155,7 +156,7 @@ class DualAdversarialModule(EnergyModule):
         self.energy_model.freeze_batch_norm()
         x_contrast = self.contrastive_samples(self.part(batch, "x_ood"), y_gen, self.draws_of(batch))
         x_adv = self.adversarial_examples(x_clf, y_clf, self.draws_of(batch))
-        logits = self.joint_logits(x_gen, x_contrast, x_adv)
+        logits = JointLogits(*self.joint_logits(x_gen, x_contrast, x_adv))
         terms = self.loss_terms(logits, batch)
         loss = torch.stack([weight * term for weight, term in terms.values()]).sum()
         separation = self.separation(logits, y_gen)

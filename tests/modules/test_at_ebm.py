@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
@@ -14,10 +15,12 @@ from dat_lightning import (
     ATEBMModule,
     AUCCurriculum,
     EnergyModel,
+    EnergyStatistics,
     PGDSampler,
     SampleBatch,
     SampleConsumer,
     SmallResNet,
+    Steepest,
     ascend,
     unbounded_ascent,
 )
@@ -83,9 +86,18 @@ def test_the_loss_is_that_of_a_plain_loop(r1_weight: float, merge: bool) -> None
 def test_the_equation_at_logits_by_hand() -> None:
     """−E of a real image log 3, of a contrastive one 0: −½(log ¾ + log ½)."""
     logits = JointLogits(torch.tensor([[math.log(3.0)]]), torch.zeros(1, 1), torch.zeros(0, 1))
-    terms = at_ebm(r1_weight=0.0).loss_terms(logits, {})
-    assert set(terms) == {"energy_loss"}
-    assert float(terms["energy_loss"][1]) == pytest.approx(0.5 * (math.log(4 / 3) + math.log(2)), rel=1e-6)
+    expected = 0.5 * (math.log(4 / 3) + math.log(2))
+    assert float(at_ebm().energy_loss(logits)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(("merge", "sizes"), [(True, [12]), (False, [6, 6])])
+def test_the_network_sees_real_and_contrastive_images_alone(merge: bool, sizes: list[int]) -> None:
+    """No empty batch in the place of attacked ones."""
+    module, seen = silent(at_ebm(r1_weight=0.0, merge_forwards=merge)).train(), []
+    module.curriculum.num_steps.fill_(0)
+    module.energy_model.backbone.register_forward_hook(lambda net, args, logits: seen.append(len(logits)))
+    module.training_step(by_hand.batch(dtype=torch.float32), 0)
+    assert seen == sizes
 
 
 def test_network_evaluations_have_no_attack_on_a_classification() -> None:
@@ -112,8 +124,29 @@ def test_networks_of_several_logits_and_negative_weights_are_refused(tmp_path: P
     for name in ("energy_weight", "r1_weight"):
         with pytest.raises(InputError, match=f"{name} must be a finite number of at least 0, got -1"):
             at_ebm(**{name: -1.0})
-    with pytest.raises(TypeError, match="classification_weight"):
-        at_ebm(classification_weight=1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("classification_weight", 1.0),
+        ("threat_model", tiny.ATTACK),
+        ("eval_threat_model", tiny.ATTACK),
+        ("attack_rule", Steepest()),
+        ("attack_mode", "eval"),
+    ],
+)
+def test_what_it_has_no_use_for_is_no_argument(name: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=name):
+        at_ebm(**{name: value})
+
+
+def test_statistics_of_energies_attack_no_classification(tmp_path: Path) -> None:
+    """Which would need classes."""
+    statistics = EnergyStatistics()
+    (figures,) = tiny.trainer(tmp_path, [statistics]).test(at_ebm(), tiny.digits(), verbose=False)
+    assert "test/energy_test" in figures
+    assert not any("adversarial" in name for name in figures)
 
 
 class Samples(SampleConsumer):
@@ -157,7 +190,11 @@ def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     made: list[Any] = []
     monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "at_ebm.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
+    small = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text(encoding="utf-8"))
+    for name in ("threat_model", "eval_threat_model"):
+        del small["model"]["init_args"][name]  # it has none
+    (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
+    given = [str(ROOT / "configs" / "digits" / "at_ebm.yaml"), str(tmp_path / "tiny.yaml")]
     arguments = ["fit", *(word for path in given for word in ("--config", path))]
     arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
     main([*arguments, "--trainer.max_epochs=1"])

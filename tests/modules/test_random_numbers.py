@@ -10,23 +10,21 @@ import torch
 from torch import Tensor
 
 from dat_lightning import (
-    ATEBMModule,
     DATBalancedModule,
     DATContinuedChainsModule,
     DATLikelihoodModule,
     DATNoiseContrastiveModule,
     DATRatioModule,
     DualAdversarialModule,
-    EnergyModel,
     RandomLength,
     RATIOModule,
-    SmallResNet,
     ThreatModel,
     TradesModule,
 )
 from dat_lightning.core import TiedGaussians
 from tests import tiny
 from tests.modules import by_hand
+from tests.modules.test_at_ebm import at_ebm
 from tests.modules.two_steps import with_two_steps
 
 RANDOM_START = replace(tiny.ATTACK, random_start=True)
@@ -46,8 +44,7 @@ def ratio(seed: int) -> Any:
 
 
 def one_logit(seed: int) -> Any:
-    network = EnergyModel(SmallResNet(num_classes=1, widths=(4, 8)), mean=[0.3], std=[0.35])
-    return with_two_steps(ATEBMModule, energy_model=network, contrastive_rule=RandomLength(0.5), seed=seed)
+    return at_ebm(contrastive_rule=RandomLength(0.5), seed=seed)
 
 
 def stage2(kind: type[DualAdversarialModule] = DualAdversarialModule, **kwargs: Any) -> Callable[[int], Any]:
