@@ -19,7 +19,7 @@ from dat_lightning.core.jacobian import jacobian_norm
 from dat_lightning.core.losses import energy_gradient_norm
 from dat_lightning.training.divergence import step_was_skipped
 from dat_lightning.training.pace import Pace, Step
-from dat_lightning.training.signatures import curriculum_of, thawed_batch_norm
+from dat_lightning.training.signatures import classifies, curriculum_of, remedy_by_r1, thawed_batch_norm
 
 _GRADIENT = "the energy's gradient at real images, E‖∇ₓE‖²,"
 
@@ -177,7 +177,7 @@ class Diagnostics(Callback):
             )
 
     def _check_values(self, values: dict[str, float], pl_module: LightningModule) -> None:
-        curriculum, has_r1 = curriculum_of(pl_module), hasattr(pl_module, "r1_weight")
+        curriculum, by_r1 = curriculum_of(pl_module), remedy_by_r1(pl_module)
         for name, value in values.items():
             if not math.isfinite(value):
                 step = "" if curriculum is None else " or contrastive step"
@@ -188,17 +188,19 @@ class Diagnostics(Callback):
             if name.startswith("train/energy_") and "loss" not in name and value > self.max_energy:
                 self._act(
                     f"{name} has reached {value:.3g}, beyond {self.max_energy:g}: the energy drifts. Check that batch"
-                    f" norm is frozen, lower the learning rate{', or set r1_weight to 0.01' * has_r1}."
+                    f" norm is frozen, lower the learning rate{'' if by_r1 is None else f', or {by_r1}'}."
                 )
             if name == _GRADIENT and value > self.max_gradient:
-                remedy = (
-                    "keep its attack (threat_model.eps > 0), which regularises the gradient, or set r1_weight to 0.01"
-                    " … 1"
-                )
-                self._act(
-                    f"{_GRADIENT} has reached {value:.3g}, beyond {self.max_gradient:g}. This happens where the"
-                    f" classification term sees clean images: {remedy if has_r1 else 'lower the learning rate'}."
-                )
+                clean = "This happens where the classification term sees clean images:"
+                if by_r1 is None:
+                    remedy = f"{clean} lower the learning rate"
+                elif classifies(pl_module):
+                    remedy = (
+                        f"{clean} keep its attack (threat_model.eps > 0), which regularises the gradient, or {by_r1}"
+                    )
+                else:
+                    remedy = f"R1 alone holds it down here: {by_r1}, or lower the learning rate"
+                self._act(f"{_GRADIENT} has reached {value:.3g}, beyond {self.max_gradient:g}. {remedy}.")
 
     def _check_curriculum(self, trainer: Trainer, curriculum: AUCCurriculum) -> None:
         stuck = trainer.global_step >= self.patience and int(curriculum.num_steps) == 0 and curriculum.max_steps > 0

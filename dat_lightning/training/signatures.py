@@ -37,6 +37,22 @@ def curriculum_of(pl_module: LightningModule) -> AUCCurriculum | None:
     return curriculum
 
 
+def classifies(pl_module: LightningModule) -> bool:
+    """Returns whether a module's loss has a classification, whose attack holds the energy's gradient down.
+
+    Its training looks at ``x_clf`` then, unlike that of AT-EBM.
+    """
+    return "x_clf" in getattr(pl_module, "training_parts", ("x_clf",))
+
+
+def remedy_by_r1(pl_module: LightningModule) -> str | None:
+    """Returns what to do about the weight of a module's R1 penalty against a steep energy; ``None`` if it has none."""
+    weight = getattr(pl_module, "r1_weight", None)
+    if weight is None:
+        return None
+    return f"raise r1_weight, which is {weight:g}" if weight > 0 else "set r1_weight to 0.01 … 1"
+
+
 def thawed_batch_norm(pl_module: LightningModule) -> int:
     """Returns how many batch norm layers are in train mode although the module says that it freezes them."""
     freezes = getattr(pl_module, "freezes_batch_norm", False)
@@ -128,11 +144,14 @@ def _batch_norm(pl_module: LightningModule) -> Iterator[str]:
 
 def _attack(pl_module: LightningModule) -> Iterator[str]:
     threat: Any = getattr(pl_module, "threat_model", None)
-    weight = getattr(pl_module, "classification_weight", 1.0)
-    if threat is not None and (threat.eps == 0 or threat.num_steps == 0 or threat.step_size == 0 or weight == 0):
+    weight, by_r1 = getattr(pl_module, "classification_weight", 1.0), remedy_by_r1(pl_module)
+    if not classifies(pl_module):
+        if getattr(pl_module, "r1_weight", None) == 0:
+            yield f"neither an attacked classification nor R1 holds the energy's gradient down: {by_r1}"
+    elif threat is not None and (threat.eps == 0 or threat.num_steps == 0 or threat.step_size == 0 or weight == 0):
         yield (
             "the classification term sees no adversarial images, without which the energy's gradient explodes: keep its"
-            " attack (threat_model.eps > 0), or set r1_weight to 0.01 … 1"
+            f" attack (threat_model.eps > 0){'' if by_r1 is None else f', or {by_r1}'}"
         )
 
 

@@ -11,7 +11,16 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from dat_lightning import AUCCurriculum, Diagnostics, DigitsDataModule, DivergenceGuard, DualAdversarialModule
+from dat_lightning import (
+    ATEBMModule,
+    AUCCurriculum,
+    Diagnostics,
+    DigitsDataModule,
+    DivergenceGuard,
+    DualAdversarialModule,
+    EnergyModel,
+    SmallResNet,
+)
 from dat_lightning.core import jacobian_norm
 from dat_lightning.core.errors import InputError
 from dat_lightning.data import SizedDataset
@@ -116,6 +125,18 @@ def test_jem_trains_an_energy_too(tmp_path: Path) -> None:
         fit(tmp_path, tiny.jem(), max_gradient=1e-9)
     with pytest.raises(TrainingFailureError, match=r"infinite in JEMModule\. Mostly .* a learning rate too large"):
         fit(tmp_path, tiny.jem(optimizer=partial(torch.optim.SGD, lr=1e20), max_energy_gap=float("inf")))
+
+
+def test_remedies_of_at_ebm_are_its_own(tmp_path: Path) -> None:
+    """It has R1, and no classification whose attack could be kept."""
+    network = EnergyModel(SmallResNet(num_classes=1, widths=(4, 8)), mean=[0.3], std=[0.35])
+    said = r"beyond 1e-09\. R1 alone holds it down here: raise r1_weight, which is 0\.01, or lower the learning rate\.$"
+    with pytest.raises(TrainingFailureError, match=said):
+        fit(tmp_path, ATEBMModule(network, optimizer=tiny.SGD), max_gradient=1e-9)
+    for weight, advice in ((0.0, r"set r1_weight to 0\.01 … 1"), (0.5, r"raise r1_weight, which is 0\.5")):
+        module = ATEBMModule(network, optimizer=tiny.SGD, r1_weight=weight)
+        with pytest.raises(TrainingFailureError, match=rf"lower the learning rate, or {advice}\.$"):
+            fit(tmp_path, module, max_energy=1e-9)
 
 
 @pytest.mark.parametrize(

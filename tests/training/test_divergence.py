@@ -21,11 +21,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from dat_lightning import (
+    ATEBMModule,
     AUCCurriculum,
     Diagnostics,
     DualAdversarialModule,
+    EnergyModel,
     ExponentialMovingAverage,
     RobustClassifierModule,
+    SmallResNet,
     ThreatModel,
 )
 from dat_lightning.training import DivergenceGuard, TrainingFailureError, load_post_mortem
@@ -77,6 +80,10 @@ class BadStage1(BadGradient, RobustClassifierModule):
 
 class BadStage2(BadGradient, DualAdversarialModule):
     """Stage 2."""
+
+
+class BadATEBM(BadGradient, ATEBMModule):
+    """AT-EBM."""
 
 
 def module_of(stage: int, optimizer: Any = SGD, **kwargs: Any) -> Any:
@@ -342,6 +349,19 @@ def test_a_missing_attack(tmp_path: Path) -> None:
     first = said(tmp_path / "weight", module_of(2, classification_weight=0.0), entries)[0]
     assert first.startswith("the classification term sees no adversarial images")
     assert len(said(tmp_path / "none", module_of(2), entries)) == 1
+    first = said(tmp_path / "r1", module_of(2, classification_weight=0.0, r1_weight=0.5), entries)[0]
+    assert first.endswith("keep its attack (threat_model.eps > 0), or raise r1_weight, which is 0.5")
+
+
+def test_what_classifies_nothing_misses_no_attack(tmp_path: Path) -> None:
+    """AT-EBM has R1 in its place, unless that is switched off."""
+    entries = batches(1)
+    entries[0]["draw"][0] = -1
+    network = EnergyModel(SmallResNet(num_classes=1, widths=(4, 8)))
+    (rate,) = said(tmp_path / "with", BadATEBM(network, optimizer=tiny.SGD), entries)
+    assert rate.startswith("mostly the cause is a learning rate (0.05) or contrastive step too large")
+    first, _ = said(tmp_path / "without", BadATEBM(network, optimizer=tiny.SGD, r1_weight=0.0), entries)
+    assert first.startswith("neither an attacked classification nor R1 holds the energy's gradient down: set r1_weight")
 
 
 class Thawed(BadStage2):
