@@ -18,7 +18,9 @@ class DATRatioModule(DualAdversarialModule):
     """Minimises the loss of DAT + λ KL(uniform ‖ p(·|x)) over images x that come from ``x_ood``: open question 1.
 
     The images are those of RATIO's attack on ``x_ood``, which costs its steps and a training pass, or the ends of the
-    contrastive chain, whose logits the step has already. In the paper RATIO has a factor ½, which λ is without here.
+    contrastive chain, whose logits the step has already. The chain is there for the question whether its images do
+    instead; on digits they do not, since they end as images of a class (``docs/pages/results/ratio.md``). In the paper
+    RATIO has a factor ½, which λ is without here.
 
     Override points: :meth:`ood_logits`, :meth:`ood_loss`, and those of :class:`DualAdversarialModule`.
 
@@ -28,7 +30,8 @@ class DATRatioModule(DualAdversarialModule):
         energy_model: The network.
         ood_weight: λ; 0 leaves the term out, which is DAT.
         ood_source: Where its images come from.
-        ood_threat_model: The attack on ``x_ood``, in units of [0, 1] pixels; the chain makes no use of it.
+        ood_threat_model: The attack on ``x_ood``, in units of [0, 1] pixels; with ``ood_source`` ``chain``, or without
+            weight, there is none, and it does nothing.
         shared: The arguments of :class:`DualAdversarialModule`.
 
     Raises:
