@@ -1,55 +1,37 @@
-"""What every module does around its equations: initial weights, optimiser, checks, checkpoints, counts, logs."""
+"""What every module does around its equations: optimiser, checks, evaluation, counts, logs."""
 
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal, cast
 from uuid import uuid4
 
 import torch
-from lightning.fabric.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch import Callback, LightningDataModule, LightningModule
+from lightning.fabric.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from typing_extensions import Self, override
 
 from dat_lightning.core.curriculum import AUCCurriculum
 from dat_lightning.core.energy import EnergyModel as AnyEnergyModel
 from dat_lightning.core.energy import batch_norm_layers, marginal_energy
 from dat_lightning.core.errors import InputError, require_kind
 from dat_lightning.data.batches import EvaluationEntry, batch_part, only_loader
+from dat_lightning.modules.checkpointed import CheckpointedModule
 from dat_lightning.modules.checks import (
     check_callbacks,
     check_finite,
     check_first_batch,
     check_layout,
-    check_restored,
     check_schedules,
 )
 from dat_lightning.modules.ranks import number_of_ranks
 from dat_lightning.speed import Execution, NetworkForms, emulation_warning
-from dat_lightning.weights import (
-    check_hyperparameters,
-    check_stamp,
-    check_states,
-    load_weights,
-    read_checkpoint,
-    run_of,
-    settings_of_module,
-    stamp,
-)
-from dat_lightning.weights.classes import check_classes, settings_in, without_downloads
-from dat_lightning.weights.described import described_network
-from dat_lightning.weights.extents import storages_in
-from dat_lightning.weights.files import as_local_file
 from dat_lightning.weights.hub import EnergyModel
-from dat_lightning.weights.stamp import settings_in_yaml
 
 Batch = Mapping[str, Tensor]
 
 
-class TrainedModule(LightningModule):
+class TrainedModule(CheckpointedModule):
     """Holds an :class:`~dat_lightning.weights.EnergyModel`, and makes it ready to be trained and evaluated.
 
     Logged: ``train/network_evaluations``, see :attr:`network_evaluations`.
@@ -110,55 +92,11 @@ class TrainedModule(LightningModule):
         self.network_forms = NetworkForms(execution.compile, execution.fold_batch_norm)
         self.curriculum: AUCCurriculum | None = None
         self.network_evaluations = 0
-        self._initialized = False
         self._training_checked = False
         self._batches: EvaluationEntry | None = None
-        self._run_name: str | None = None
         if execution.memory_format == "channels_last":
             check_layout(energy_model)
             energy_model.to(memory_format=torch.channels_last)
-
-    @classmethod
-    @override
-    def load_from_checkpoint(  # type: ignore[override]
-        cls,
-        checkpoint_path: Any,
-        map_location: Any = None,
-        hparams_file: str | Path | None = None,
-        allowed_classes: Sequence[str] = (),
-        **kwargs: Any,
-    ) -> Self:
-        """Returns a module as Lightning does, with the weights of a checkpoint and the settings that it has, or a file.
-
-        A file decides on little of what is made: classes of this package that compute, registered networks, torch's
-        optimisers, and ``cls`` itself. A network that it describes downloads nothing, and is as large as its weights.
-
-        Args:
-            checkpoint_path: A file, an address that fsspec knows, or an open binary file.
-            map_location: Where the weights go, as for ``torch.load``.
-            hparams_file: ``hparams.yaml`` of a run, whose settings of the module are taken.
-            allowed_classes: Further classes that the file may name, or packages of such; they are imported, and how
-                large a network becomes is theirs to decide.
-            kwargs: Settings that come before those of the file, and Lightning's ``strict`` and ``weights_only``; with
-                ``weights_only=False`` nothing of this is checked, and the file may run any code.
-
-        Raises:
-            InputError: If the file is damaged, too large a thing for its size, or names another class.
-        """
-        if hparams_file is not None and (settings := settings_of_module(hparams_file)):
-            hparams_file, kwargs = None, {**settings, **kwargs}
-        if kwargs.get("weights_only") is False:
-            return super().load_from_checkpoint(checkpoint_path, map_location, hparams_file, **kwargs)
-        with as_local_file(checkpoint_path) as path:
-            contents = read_checkpoint(path)
-            settings = {**settings_in(contents), **settings_in_yaml(hparams_file)}
-            check_classes({**settings, **kwargs}, allowed_classes, cls)
-            network = settings.get("energy_model")
-            if isinstance(network, Mapping) and "energy_model" not in kwargs:
-                if not allowed_classes:
-                    described_network(settings, storages_in(contents))  # no larger than the file has weights for
-                kwargs["energy_model"] = without_downloads(network)
-            return super().load_from_checkpoint(path, map_location, hparams_file, **kwargs)
 
     @property
     def freezes_batch_norm(self) -> bool:
@@ -228,43 +166,6 @@ class TrainedModule(LightningModule):
             callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
             has_schedule = self.lr_scheduler is not None
             check_callbacks(callbacks, freezes_batch_norm=self.freezes_batch_norm, has_schedule=has_schedule)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Notes that the weights come from a checkpoint, so that :attr:`init_from` is not needed.
-
-        Raises:
-            InputError: If a newer version of this package wrote it, or, where training is to go on, another module; or
-                if it holds what no run can have saved, such as weights that are not finite.
-        """
-        check_restored(self, checkpoint, self._is_fitting())
-        if self._is_fitting():
-            check_stamp(checkpoint, _class_path(self))
-            self._run_name = run_of(checkpoint) or self._run_name
-            self.network_evaluations = int(checkpoint.get("network_evaluations", 0))
-        else:
-            check_stamp(checkpoint)
-        self._initialized = True
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Writes the number of the checkpoint's format into it, the module's class, and the name of the run.
-
-        A file of weights alone gets averaged ones, where :class:`~dat_lightning.ExponentialMovingAverage` has some.
-
-        Raises:
-            InputError: If a hyperparameter, or the state of a callback, is an object, which nobody could read back.
-        """
-        check_hyperparameters(checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {}))
-        check_hyperparameters(checkpoint.get(LightningDataModule.CHECKPOINT_HYPER_PARAMS_KEY, {}), "of the data ")
-        check_states(checkpoint.get("callbacks", {}))
-        if not self._initialized and self._is_fitting():
-            # LearningRateFinder saves before on_fit_start what it goes back to.
-            self._load_initial_weights()
-            checkpoint["state_dict"] = self.trainer.strategy.lightning_module_state_dict()
-        if self._is_fitting() and "callbacks" not in checkpoint:  # weights alone
-            for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-                getattr(callback, "save_average", lambda saved: None)(checkpoint)
-        stamp(checkpoint, _class_path(self), self._run_name)
-        checkpoint["network_evaluations"] = self.network_evaluations
 
     def on_fit_start(self) -> None:
         """Loads the initial weights; like its three siblings below, once, and not where a checkpoint was restored.
@@ -402,18 +303,6 @@ class TrainedModule(LightningModule):
             size: Any = torch.tensor(len(value), dtype=torch.float32)
             self.log(f"{stage}/{name}", value.mean(), on_step=False, on_epoch=True, sync_dist=True, batch_size=size)
 
-    def _is_fitting(self) -> bool:
-        try:
-            return self.trainer.state.fn is TrainerFn.FITTING
-        except RuntimeError:  # as in load_from_checkpoint there is no Trainer
-            return False
-
-    def _load_initial_weights(self) -> None:
-        if not self._initialized and self.init_from is not None:
-            loaded = load_weights(self.energy_model, self.init_from, new_head=self.new_head)
-            rank_zero_info(f"weights from {self.init_from}: {loaded}")
-        self._initialized = True
-
     def _check_weights(self) -> None:
         """Figures of a network that computes NaN look like those of a bad one."""
         try:
@@ -442,7 +331,3 @@ class TrainedModule(LightningModule):
     def _check_first_batch(self, batch: Batch) -> None:
         declared = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
         check_first_batch(self.energy_model, batch, type(self).__name__, declared)
-
-
-def _class_path(module: TrainedModule) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
