@@ -26,7 +26,8 @@ PAPER = ("counterfactuals", "implicit_r1", "ood_sensitivity", "trade_off")
 NAMES = [f"{folder}/{name}" for folder in ("cifar10_small", "digits") for name in PAPER]
 NAMES += ["digits/soak", "digits/speed", "digits/rivals", "digits/ratio", "cifar10_small/precision"]
 NAMES += ["digits/implicit_r1_search", "digits/implicit_r1_deeper", "digits/rare", "density/plane", "digits/cost"]
-NAMES += ["digits/rivals_tuning", "digits/editing", "cifar10_cpu/ablations", "cifar10_cpu/half_cost"]
+NAMES += ["digits/rivals_tuning", "digits/editing"]
+NAMES += [f"cifar10_cpu/{name}" for name in ("ablations", "half_cost", "editing")]
 
 pytestmark = pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 

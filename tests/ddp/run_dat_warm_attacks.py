@@ -30,7 +30,10 @@ class Keeper(Callback):
 
 def main(folder: Path, name: str, precision: Any, ranks: int, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
-    fixed: dict[str, Any] = {"energy_model": tiny.energy_model(), "threat_model": ThreatModel(step_size=0.3, num_steps=3)}
+    fixed: dict[str, Any] = {
+        "energy_model": tiny.energy_model(),
+        "threat_model": ThreatModel(step_size=0.3, num_steps=3),
+    }
     module = DATWarmAttacksModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum})
     keeper = Keeper()
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": ranks, "strategy": strategy(ranks)}
