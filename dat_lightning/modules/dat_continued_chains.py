@@ -9,7 +9,7 @@ from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
 from typing_extensions import override
 
-from dat_lightning.core.ascent import Ascent, no_trace
+from dat_lightning.core.ascent import Ascent
 from dat_lightning.core.curriculum import auc
 from dat_lightning.core.energy import joint_energy
 from dat_lightning.core.errors import InputError, require_counts
@@ -126,8 +126,7 @@ class DATContinuedChainsModule(ReplayBufferModule, DualAdversarialModule):
     def _places(self, buffer: Tensor, y: Tensor, name: int) -> tuple[Tensor, Tensor]:
         """A place in this rank's share of the buffer for each label, no two the same; and whether there is one."""
         if not self._num_classes:
-            with torch.no_grad(), no_trace(self.energy_model):
-                self._num_classes = self.energy_model(buffer[:1].nan_to_num()).shape[1]
+            self._num_classes = self.energy_model.count_classes(buffer[:1].nan_to_num())
         classes, ranks = self._num_classes, number_of_ranks()
         if self.buffer_size % (classes * ranks):
             raise InputError(
