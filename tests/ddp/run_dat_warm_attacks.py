@@ -30,11 +30,8 @@ class Keeper(Callback):
 
 def main(folder: Path, name: str, precision: Any, ranks: int, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
-    fixed: dict[str, Any] = {
-        "energy_model": tiny.energy_model(),
-        "threat_model": ThreatModel(step_size=0.3, num_steps=3),
-    }
-    module = DATWarmAttacksModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum})
+    attack = ThreatModel(step_size=0.3, num_steps=3)
+    module = DATWarmAttacksModule(tiny.energy_model(), threat_model=attack, optimizer=tiny.SGD, curriculum=curriculum)
     keeper = Keeper()
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": ranks, "strategy": strategy(ranks)}
     trainer = tiny.trainer(folder, [keeper], precision=precision, **options)
