@@ -88,8 +88,8 @@ def test_printed_configs_read_back(config: Path, tmp_path: Path, capsys: pytest.
     again = yaml.safe_load(printed(tmp_path / "printed.yaml"))
     assert without_empty(again) == without_empty(yaml.safe_load(first))
     shipped, full = with_bases(config)[0][1], yaml.safe_load(first)
-    attack = shipped["model"]["init_args"]["eval_threat_model"]["eps"]
-    assert full["model"]["init_args"]["eval_threat_model"]["eps"] == attack
+    rate = shipped["model"]["init_args"]["optimizer"]["init_args"]["lr"]
+    assert full["model"]["init_args"]["optimizer"]["init_args"]["lr"] == rate
     assert full["seed_everything"] == shipped["seed_everything"]
 
 

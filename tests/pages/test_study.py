@@ -124,7 +124,9 @@ def test_a_base_may_have_a_test_of_its_own(tmp_path: Path) -> None:
     assert own.test_arguments("first", 0, "out") == common.test_arguments("first", 0, "out")
     for name in ("second", "short"):
         given = own.test_arguments(name, 0, "out")
-        assert given.endswith(f"first.yaml --ckpt_path=out/{name}/seed0/checkpoints/last.ckpt")
+        folder = f"out/{name}/seed0"
+        said = f"--trainer.default_root_dir={folder} --ckpt_path={folder}/checkpoints/last.ckpt"
+        assert given.endswith(f"first.yaml {said}")
         assert "evaluation.yaml" not in given
         assert own.evaluation_digest(name) != common.evaluation_digest(name) == common.evaluation_digest("first")
 
