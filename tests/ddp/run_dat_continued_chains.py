@@ -4,41 +4,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, Trainer
-
 from dat_lightning import AUCCurriculum, DATContinuedChainsModule
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
+from tests.keeper import Keeper
 
 NUM_STEPS, STOP = 6, 3
-
-
-class Keeper(Callback):
-    """Keeps the losses of all ranks, and what each has at the end."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        self.buffer = pl_module.replay_buffer.clone()
 
 
 def main(folder: Path, name: str, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
     fixed: dict[str, Any] = {"energy_model": tiny.energy_model(), "threat_model": tiny.ATTACK, "restart_share": 0.4}
     module = DATContinuedChainsModule(**{**fixed, "buffer_size": 40, "optimizer": tiny.SGD, "curriculum": curriculum})
-    keeper = Keeper()
+    keeper = Keeper("replay_buffer")
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": 2, "strategy": strategy(2)}
     trainer = tiny.trainer(folder, [keeper], **options)
     trainer.fit(module, tiny.digits(batch_size=64), ckpt_path=resume, weights_only=True)
-    trainer.save_checkpoint(folder / f"{name}.ckpt")
-    kept = {"losses": keeper.losses, "weights": keeper.weights, "buffer": keeper.buffer}
-    torch.save(kept, folder / f"{name}-{trainer.global_rank}.pt")
+    keeper.save(trainer, folder, name)
 
 
 if __name__ == "__main__":

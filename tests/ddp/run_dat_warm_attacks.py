@@ -4,42 +4,24 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import Callback, Trainer
-
 from dat_lightning import AUCCurriculum, DATWarmAttacksModule, ThreatModel
 from tests import tiny
 from tests.ddp.ranks import launch, strategy
+from tests.keeper import Keeper
 
 NUM_STEPS, STOP = 9, 5  # of 128 images: each of the 437 comes twice at least
-
-
-class Keeper(Callback):
-    """Keeps the losses of all ranks, and what each has at the end."""
-
-    def __init__(self) -> None:
-        self.losses: list[float] = []
-
-    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, *args: Any) -> None:
-        self.losses.append(float(trainer.strategy.reduce(outputs["loss"].detach(), reduce_op="mean")))
-
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.weights = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        self.perturbations = pl_module.perturbations.clone()
 
 
 def main(folder: Path, name: str, precision: Any, ranks: int, steps: int, resume: Path | None) -> None:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.3, window_samples=128)
     attack = ThreatModel(step_size=0.3, num_steps=3)
     module = DATWarmAttacksModule(tiny.energy_model(), threat_model=attack, optimizer=tiny.SGD, curriculum=curriculum)
-    keeper = Keeper()
+    keeper = Keeper("perturbations")
     options: dict[str, Any] = {"max_epochs": -1, "max_steps": steps, "devices": ranks, "strategy": strategy(ranks)}
     trainer = tiny.trainer(folder, [keeper], precision=precision, **options)
     data = tiny.digits(batch_size=128, validation_size=1000)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True)
-    trainer.save_checkpoint(folder / f"{name}.ckpt")
-    kept = {"losses": keeper.losses, "weights": keeper.weights, "perturbations": keeper.perturbations}
-    torch.save(kept, folder / f"{name}-{trainer.global_rank}.pt")
+    keeper.save(trainer, folder, name)
 
 
 if __name__ == "__main__":

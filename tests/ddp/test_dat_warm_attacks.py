@@ -1,22 +1,20 @@
 """Warm attacks on two gloo processes: they go on as in one process, and in two lives as in one."""
 
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from tests.ddp.ranks import run
+from tests.keeper import saved_by
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
 
 def test_two_ranks_train_as_one_and_go_on_as_two(tmp_path: Path) -> None:
     run("run_dat_warm_attacks", tmp_path)
-
-    def kept(name: str, rank: int) -> dict[str, Any]:
-        found: dict[str, Any] = torch.load(tmp_path / f"{name}-{rank}.pt", weights_only=True)
-        return found
+    kept = partial(saved_by, tmp_path)
 
     one = kept("one", 0)
     assert int(one["perturbations"].flatten(1).any(1).sum()) == 437

@@ -24,15 +24,12 @@ from dat_lightning import (
     ascend,
     unbounded_ascent,
 )
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import targeted_logit
 from dat_lightning.core.errors import InputError
 from dat_lightning.modules import JointLogits
 from tests import tiny
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 
 
 def one_logit() -> EnergyModel:
@@ -187,19 +184,11 @@ def test_training_parts_energies_and_moves_t(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    small = yaml.safe_load((ROOT / "tests" / "conf" / "tiny.yaml").read_text(encoding="utf-8"))
+    small = yaml.safe_load(TINY.read_text(encoding="utf-8"))
     for name in ("threat_model", "eval_threat_model"):
         del small["model"]["init_args"][name]  # it has none
     (tmp_path / "tiny.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
-    given = [str(ROOT / "configs" / "digits" / "at_ebm.yaml"), str(tmp_path / "tiny.yaml")]
-    arguments = ["fit", *(word for path in given for word in ("--config", path))]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    assert isinstance(made[0].lightning_module, ATEBMModule)
-    assert {"train/r1_penalty", "val/energy", "val/fid"} <= set(made[0].callback_metrics)
-    assert not any("accuracy" in name for name in made[0].callback_metrics)
-    check_resumed_after_an_epoch(arguments)
+    trainer = epoch_that_goes_on(tmp_path, monkeypatch, CONFIGS / "digits" / "at_ebm.yaml", tmp_path / "tiny.yaml")
+    assert isinstance(trainer.lightning_module, ATEBMModule)
+    assert {"train/r1_penalty", "val/energy", "val/fid"} <= set(trainer.callback_metrics)
+    assert not any("accuracy" in name for name in trainer.callback_metrics)

@@ -8,16 +8,13 @@ import pytest
 import torch
 
 from dat_lightning import DATBalancedModule, EnergyModel, SmallResNet
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from dat_lightning.core.random_streams import stream_seed
 from dat_lightning.modules import JointLogits
 from tests import tiny
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 from tests.modules.two_steps import with_two_steps
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(**kwargs: Any) -> Any:
@@ -86,13 +83,5 @@ def test_its_optimum_knows_how_common_classes_are() -> None:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "dat_balanced.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
-    arguments = ["fit", *(word for path in given for word in ("--config", path))]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    assert isinstance(made[0].lightning_module, DATBalancedModule)
-    check_resumed_after_an_epoch(arguments)
+    trainer = epoch_that_goes_on(tmp_path, monkeypatch, CONFIGS / "digits" / "dat_balanced.yaml", TINY)
+    assert isinstance(trainer.lightning_module, DATBalancedModule)

@@ -7,20 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, DATContinuedChainsModule, DualAdversarialModule, ThreatModel
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.modules import JointLogits
 from tests import tiny
+from tests.keeper import fitted
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 from tests.modules.two_steps import with_two_steps
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 # So small that of a few chains none begins anew that can go on.
 HARDLY_EVER = 1e-6
 
@@ -139,20 +138,13 @@ def test_the_auc_is_that_of_chains_that_began_anew() -> None:
     assert math.isnan(float(module.separation(JointLogits(*logits), y)))
 
 
-class Keeper(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.buffer = pl_module.replay_buffer.clone()
-
-
 def run(path: Path, steps: int, resume: Path | None = None, **kwargs: Any) -> tuple[Trainer, Any, Tensor]:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.0, window_samples=64)
     fixed = {"energy_model": tiny.energy_model(), "threat_model": ThreatModel(step_size=0.3, num_steps=3)}
     chains = {"restart_share": 0.4, "buffer_size": 100, **kwargs}
     module = DATContinuedChainsModule(**{**fixed, "optimizer": tiny.SGD, "curriculum": curriculum, **chains})
-    keeper = Keeper()
-    trainer = tiny.trainer(path, [keeper], max_epochs=-1, max_steps=steps, limit_val_batches=1)
-    trainer.fit(module, tiny.digits(), ckpt_path=resume, weights_only=True)
-    return trainer, module, keeper.buffer
+    trainer, kept = fitted(module, "replay_buffer", path, steps, resume)
+    return trainer, module, kept
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -202,16 +194,8 @@ def test_a_buffer_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [CONFIGS / "digits" / "dat.yaml", CONFIGS / "studies" / "digits" / "cost_continued.yaml"]
-    given += [CONFIGS.parent / "tests" / "conf" / "tiny.yaml"]
-    arguments = ["fit", *(word for path in given for word in ("--config", str(path)))]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    assert isinstance(made[0].lightning_module, DATContinuedChainsModule)
-    assert made[0].lightning_module.restart_share == 0.25
-    assert {"train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(made[0].callback_metrics)
-    check_resumed_after_an_epoch(arguments)
+    given = [CONFIGS / "digits" / "dat.yaml", CONFIGS / "studies" / "digits" / "cost_continued.yaml", TINY]
+    trainer = epoch_that_goes_on(tmp_path, monkeypatch, *given)
+    assert isinstance(trainer.lightning_module, DATContinuedChainsModule)
+    assert trainer.lightning_module.restart_share == 0.25
+    assert {"train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(trainer.callback_metrics)

@@ -13,17 +13,14 @@ from scipy import optimize  # type: ignore[import-untyped]
 from torch import Tensor
 
 from dat_lightning import DATNoiseContrastiveModule, DualAdversarialModule
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import TiedGaussians, unbounded_ascent
 from dat_lightning.core.errors import InputError
 from dat_lightning.core.random_streams import stream_generator
 from tests import tiny
 from tests.core.test_noise_contrastive import images, log_q
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 from tests.modules.two_steps import with_two_steps
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(kind: type[DualAdversarialModule] = DATNoiseContrastiveModule, **kwargs: Any) -> Any:
@@ -186,17 +183,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "dat_nce.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
-    arguments = ["fit", *(word for path in given for word in ("--config", path))]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    module = made[0].lightning_module
+    trainer = epoch_that_goes_on(tmp_path, monkeypatch, CONFIGS / "digits" / "dat_nce.yaml", TINY)
+    module = trainer.lightning_module
     assert isinstance(module, DATNoiseContrastiveModule)
     assert module.gaussians is not None
     assert module.gaussians.means.shape == (10, 256)
-    assert {"train/nce_loss", "train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(made[0].callback_metrics)
-    check_resumed_after_an_epoch(arguments)
+    assert {"train/nce_loss", "train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(trainer.callback_metrics)

@@ -9,14 +9,12 @@ import pytest
 import torch
 
 from dat_lightning import DATRatioModule, DualAdversarialModule, ThreatModel
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core import unbounded_ascent
 from tests import tiny
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 from tests.modules.two_steps import with_two_steps
 
-ROOT = Path(__file__).resolve().parents[2]
 OOD_ATTACK = ThreatModel(eps=0.8, step_size=0.5, num_steps=3)
 
 
@@ -92,14 +90,9 @@ def test_what_is_refused() -> None:
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 @pytest.mark.parametrize("source", ["attack", "chain"])
 def test_the_configuration_trains_it_and_goes_on(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "dat_ratio.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
-    arguments = ["fit", *(word for path in given for word in ("--config", path)), f"--model.ood_source={source}"]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    assert isinstance(made[0].lightning_module, DATRatioModule)
-    assert {"train/ood_loss", "train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(made[0].callback_metrics)
-    check_resumed_after_an_epoch(arguments)
+    arguments = [f"--model.ood_source={source}"]
+    trainer = epoch_that_goes_on(
+        tmp_path, monkeypatch, CONFIGS / "digits" / "dat_ratio.yaml", TINY, arguments=arguments
+    )
+    assert isinstance(trainer.lightning_module, DATRatioModule)
+    assert {"train/ood_loss", "train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(trainer.callback_metrics)

@@ -6,19 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 
 from dat_lightning import AUCCurriculum, CorruptImageError, DATWarmAttacksModule, DigitsDataModule, ThreatModel
-from dat_lightning.cli import DATCLI, main
 from dat_lightning.core.errors import InputError
 from dat_lightning.data import SizedDataset
 from tests import tiny
+from tests.keeper import fitted
 from tests.modules import by_hand
-from tests.modules.resumed import check_resumed_after_an_epoch
+from tests.modules.resumed import CONFIGS, TINY, epoch_that_goes_on
 from tests.modules.two_steps import with_two_steps
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def started(path: Path, data: LightningDataModule | None = None, **kwargs: Any) -> Any:
@@ -159,21 +157,14 @@ def test_images_of_several_sizes_are_refused(tmp_path: Path) -> None:
         module.adversarial_examples(x[:1, :, :8, :8], y[:1], draws_of(data, 9))
 
 
-class Keeper(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.perturbations = pl_module.perturbations.clone()
-
-
 def run(path: Path, steps: int, resume: Path | None = None) -> tuple[Trainer, Any, Tensor]:
     curriculum = AUCCurriculum(max_steps=4, auc_threshold=0.0, window_samples=64)
     threat_model = ThreatModel(step_size=0.3, num_steps=3)
     module = DATWarmAttacksModule(
         tiny.energy_model(), threat_model=threat_model, optimizer=tiny.SGD, curriculum=curriculum
     )
-    keeper = Keeper()
-    trainer = tiny.trainer(path, [keeper], max_epochs=-1, max_steps=steps, limit_val_batches=1)
-    trainer.fit(module, tiny.digits(), ckpt_path=resume, weights_only=True)
-    return trainer, module, keeper.perturbations
+    trainer, kept = fitted(module, "perturbations", path, steps, resume)
+    return trainer, module, kept
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -213,14 +204,6 @@ def test_what_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:LightningCLI's args parameter:UserWarning")
 def test_the_configuration_trains_it_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made: list[Any] = []
-    monkeypatch.setattr(DATCLI, "after_fit", lambda cli: made.append(cli.trainer), raising=False)
-    given = [str(ROOT / "configs" / "digits" / "stage2.yaml"), str(ROOT / "tests" / "conf" / "tiny.yaml")]
-    arguments = ["fit", *(word for path in given for word in ("--config", path))]
-    arguments += ["--model.curriculum.auc_threshold=0", "--model.curriculum.window_samples=32"]
-    main([*arguments, "--trainer.max_epochs=1"])
-    assert made[0].global_step == 2
-    assert isinstance(made[0].lightning_module, DATWarmAttacksModule)
-    assert {"train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(made[0].callback_metrics)
-    check_resumed_after_an_epoch(arguments)
+    trainer = epoch_that_goes_on(tmp_path, monkeypatch, CONFIGS / "digits" / "stage2.yaml", TINY)
+    assert isinstance(trainer.lightning_module, DATWarmAttacksModule)
+    assert {"train/energy_loss", "val/robust_accuracy", "val/fid"} <= set(trainer.callback_metrics)

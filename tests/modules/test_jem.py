@@ -2,16 +2,16 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor
 
 from dat_lightning import JEMModule
 from dat_lightning.core.errors import InputError, TrainingFailureError
 from tests import tiny
+from tests.keeper import fitted
 
 
 def attached(path: Path, module: JEMModule) -> JEMModule:
@@ -79,16 +79,10 @@ def test_random_numbers_are_those_of_the_paper(tmp_path: Path) -> None:
     assert module.chain_samples(spoiled, range(4)).isfinite().all()
 
 
-class Keeper(Callback):
-    def on_train_end(self, trainer: Trainer, pl_module: Any) -> None:
-        self.buffer = pl_module.replay_buffer.clone()
-
-
 def run(path: Path, steps: int, resume: Path | None = None) -> tuple[Trainer, JEMModule, Tensor]:
-    keeper, module = Keeper(), tiny.jem()
-    trainer = tiny.trainer(path, [keeper], max_epochs=-1, max_steps=steps, limit_val_batches=1)
-    trainer.fit(module, tiny.digits(), ckpt_path=resume, weights_only=True)
-    return trainer, module, keeper.buffer
+    module = tiny.jem()
+    trainer, kept = fitted(module, "replay_buffer", path, steps, resume)
+    return trainer, module, kept
 
 
 def test_a_run_that_goes_on_is_the_uninterrupted_one(tmp_path: Path) -> None:
